@@ -1,0 +1,99 @@
+"""Turns a composed configuration into objects: the only caller of `hydra.utils.instantiate`, behind an allow-list.
+
+A `cfg` stops here: what comes out are values and objects of `winnow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from winnow.types import LM, Calibration, Run, Stage, UserError
+
+ALLOWED_TARGETS = ("winnow.",)  # prefixes; `_target_` may name nothing else
+
+
+def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "_target_":
+                yield key, str(value)
+            else:
+                yield from _targets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{key}.{index}")
+
+
+def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
+    """The object that `cfg` (found under `key`) describes.
+
+    Raises:
+        UserError: a `_target_` outside the allow-list, or arguments that its class refuses.
+    """
+    import hydra.utils
+    from hydra.errors import InstantiationException
+
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    for where, target in _targets(plain, key):
+        # "winnow.x.os.system" would pass a mere prefix check: attributes reached through a module's imports are refused
+        if not target.startswith(ALLOWED_TARGETS) or not _defined_in_winnow(target):
+            raise UserError(f"{where}._target_={target} is not allowed: targets must be classes or functions of winnow")
+    try:
+        return hydra.utils.instantiate(cfg, **extra)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, TypeError):
+            raise UserError(f"{key}: {error.__cause__}; see the keys there are with --cfg job") from error
+        raise
+
+
+def _defined_in_winnow(target: str) -> bool:
+    import importlib
+
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return False
+    return getattr(found, "__module__", "").startswith("winnow.")
+
+
+def stages(cfg: DictConfig) -> dict[str, Stage]:
+    """The stages of `cfg.method` by name, in their order, with the order of slots checked."""
+    from winnow.method.pipeline import check_order
+
+    made = {
+        str(name): instantiate(node, f"method.{name}") for name, node in (cfg.method or {}).items() if node is not None
+    }
+    check_order(made)
+    return made
+
+
+def model(cfg: DictConfig) -> LM:
+    """The base model, not in memory yet; that its files exist and may be read is checked."""
+    lm: LM = instantiate(cfg.model, "model")
+    return lm
+
+
+def run(cfg: DictConfig, folder: Path, log: Any = print) -> Run:
+    calibration = Calibration(**OmegaConf.to_container(cfg.calibration, resolve=True))  # type: ignore[arg-type]
+    return Run(folder=folder, seed=cfg.seed, device=cfg.hardware.device, log=log, calibration=calibration)
+
+
+def output(cfg: DictConfig, command: str, lm: LM, stages: dict[str, Stage]) -> Path:
+    """Where the artifact goes: `cfg.output`, or a name under `cfg.outputs` that the settings determine."""
+    import hashlib
+    import json
+
+    if cfg.output:
+        return Path(cfg.output)
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    relevant = {key: settings[key] for key in ("model", "method", "seed", "calibration")}
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
+    return Path(cfg.outputs) / command / "-".join([lm.name, *stages, digest])

@@ -1,0 +1,98 @@
+"""What the four commands share: Hydra's entry point, with errors that a person can act on.
+
+`UserError` and Hydra's own complaints become one message and exit code 2; anything else is a defect and keeps its
+traceback (exit code 1). `HYDRA_FULL_ERROR=1` shows every traceback, as Hydra's users expect.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from winnow.types import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
+
+def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
+    """Decorates the function of a command: composes `conf/<name>.yaml` and calls it with the result."""
+
+    def decorate(task: Callable[[Any], Any]) -> Callable[[], None]:
+        started = False
+
+        @functools.wraps(task)
+        def noted(cfg: Any) -> Any:
+            nonlocal started
+            started = True
+            return task(cfg)
+
+        wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(noted)
+
+        @functools.wraps(task)
+        def entry() -> None:
+            full_error = os.environ.get("HYDRA_FULL_ERROR")
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting with 1
+            try:
+                wrapped()
+            except KeyboardInterrupt:
+                print("\ninterrupted", file=sys.stderr)
+                sys.exit(INTERRUPTED)
+            except Exception as error:
+                # before the task has started, whatever is raised is Hydra's view of the command line
+                mistake = isinstance(error, UserError | HydraException | OmegaConfBaseException) or not started
+                if full_error == "1" or not mistake:
+                    raise
+                print(f"{name}.py: {explain(error)}", file=sys.stderr)
+                sys.exit(2)
+
+        return entry
+
+    return decorate
+
+
+def explain(error: BaseException) -> str:
+    """One message for a person: what is wrong, which option it is about, and a way out."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = str(error)
+    cause = error.__cause__
+    if cause is not None and str(cause) not in text:
+        text = f"{text.rstrip()} ({str(cause).splitlines()[0]})"
+    missing = re.search(r"Could not find '([\w]+)/([^']*)'", text)
+    if missing:
+        return unknown_option(*missing.groups())
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type"))]
+    key = re.search(r"full_key: (\S+)", text)
+    message = " ".join(lines)
+    if isinstance(error, ConfigCompositionException | OmegaConfBaseException) and "not in struct" in text:
+        message += f". {known_keys(message)}"
+    return message + (f" (at {key.group(1)})" if key and key.group(1) not in message else "")
+
+
+def options(group: str) -> list[str]:
+    """The options of a config group: the names of its YAML files."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def unknown_option(group: str, name: str) -> str:
+    """The message for `group=name` when there is no such option, with the names it may have meant."""
+    known = options(group)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{group}={name}: there is no such option; {hint}{group} has: {', '.join(known)}"
+
+
+def known_keys(message: str) -> str:
+    return "See the keys there are with --cfg job, or add a new one with a leading +"

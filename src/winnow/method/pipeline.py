@@ -1,0 +1,67 @@
+"""A pipeline: stages applied in order, each recorded, and the result saved as one artifact.
+
+The slots of the stages must not go down: prune < recover < quantize < adapt < cache < prompt, at most one of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from winnow.types import LM, Run, Stage, UserError
+
+
+def check_order(stages: Mapping[str, Stage]) -> None:
+    """Refuses pipelines whose stages undo or cannot read one another.
+
+    Raises:
+        UserError: two stages of one slot, or a stage before one that must come earlier.
+    """
+    named = list(stages.items())
+    for (first, before), (second, after) in zip(named, named[1:], strict=False):
+        if before.slot == after.slot:
+            raise UserError(
+                f"method=[{','.join(stages)}]: {first} and {second} are both {before.slot.name.lower()} methods; "
+                f"keep one of them"
+            )
+        if before.slot > after.slot:
+            right = ",".join(sorted(stages, key=lambda name: stages[name].slot))
+            raise UserError(
+                f"method=[{','.join(stages)}]: {second} ({after.slot.name.lower()}) cannot come after {first} "
+                f"({before.slot.name.lower()}), whose weights it would have to change; write method=[{right}]"
+            )
+
+
+def apply(lm: LM, stages: Mapping[str, Stage], run: Run) -> LM:
+    """The model after all stages, in memory, with a record of each in its manifest."""
+    from winnow.hardware.energy import EnergyMeter
+
+    for name, stage in stages.items():
+        run.log(f"{name}: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(stage).items())}")  # type: ignore[call-overload]
+        started = time.perf_counter()
+        with EnergyMeter() as energy:
+            lm = stage(lm, run)
+        record: dict[str, Any] = {
+            "method": name,
+            "slot": stage.slot.name.lower(),
+            "knobs": dataclasses.asdict(stage),  # type: ignore[call-overload]
+            "seed": run.seed,
+            "seconds": round(time.perf_counter() - started, 3),
+            **energy.record(),
+            **lm.manifest.pop("_notes", {}),
+        }
+        lm.manifest = {**lm.manifest, "stages": [*lm.manifest.get("stages", []), record]}
+        run.log(f"{name}: done in {record['seconds']:.1f} s")
+    return lm
+
+
+def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
+    """Applies the stages and writes the artifact to `output`, whole or not at all; returns it as an LM on disk."""
+    from winnow.model.save import save
+
+    base = {"name": lm.name, **lm.manifest.get("base", {})}
+    lm.manifest.setdefault("base", base)
+    return save(apply(lm, stages, run), output)

@@ -1,0 +1,53 @@
+"""`pretrain`: train a model from its (usually random) weights on a stream of documents; it makes the embedded model.
+
+    python train.py experiment=nano
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+from winnow.types import LM, Checked, Run, Slot, knob
+
+
+@dataclass(frozen=True)
+class Pretrain(Checked):
+    """Full-parameter training with Muon for the matrices of the blocks and AdamW for the rest.
+
+    Attributes:
+        documents: how many documents to draw from the training stream of `run.calibration`; seen once, then again.
+        tokens_per_batch: upper bound of rows times longest row in a batch.
+    """
+
+    slot: ClassVar[Slot] = Slot.RECOVER
+
+    steps: int = knob(6000, low=1, high=10_000_000, search=False)
+    documents: int = knob(500_000, low=1, high=1_000_000_000, search=False)
+    tokens_per_batch: int = knob(4096, low=32, high=10_000_000, search=False)
+    learning_rate: float = knob(3e-3, low=1e-6, high=1.0, search=False)
+    optimizer: str = knob("muon", choices=("muon", "adamw"), search=False)
+    precision: str = knob("bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"), search=False)
+    max_length: int = knob(256, low=8, high=1_000_000, search=False)
+    save_dtype: str = knob("bfloat16", choices=("float32", "bfloat16", "float16"), search=False)
+    checkpoint_minutes: float = knob(3.0, low=0.01, high=1e6, search=False)
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        import torch
+
+        from winnow.recovery.corpus import training_documents
+        from winnow.recovery.data import Documents, encode
+        from winnow.recovery.fit import fit
+        from winnow.recovery.module import Schedule
+
+        run.log(f"pretrain: drawing {self.documents:,} documents")
+        documents = list(itertools.islice(training_documents(run.calibration.source), self.documents))
+        rows = encode(documents, lm.tokenizer, self.max_length)
+        data = Documents(rows, lm.tokenizer.pad_token_id, self.tokens_per_batch, run.seed)
+        schedule = Schedule(self.learning_rate, self.steps, optimizer=self.optimizer)
+        loss = fit(
+            lm.model, data, schedule, run, precision=self.precision, checkpoint_minutes=self.checkpoint_minutes
+        )
+        run.log(f"pretrain: loss {loss:.4f} over the last tenth of {self.steps} steps")
+        return lm.changed(lm.model.to(getattr(torch, self.save_dtype)))

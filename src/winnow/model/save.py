@@ -1,0 +1,71 @@
+"""Writes an artifact: a Hugging Face folder plus `manifest.json`, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from winnow.model import manifest as manifests
+from winnow.types import LM, UserError
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A scratch folder beside `output` that takes its name when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written.
+    """
+    scratch = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        _sync(scratch)
+        old = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.old"
+        if output.exists():
+            output.rename(old)
+        scratch.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if is_disk_full(error):
+            raise UserError(
+                f"output={output}: the disk is full; free some space or choose another place with output= or outputs="
+            ) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"output={output}: not allowed to write there ({error}); choose another place") from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, of Python or of the safetensors library, says that no space is left."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def save(lm: LM, output: Path) -> LM:
+    """Saves weights, tokenizer and manifest to `output`; returns the LM that lies there, not in memory."""
+    with whole_folder(output) as scratch:
+        lm.model.save_pretrained(scratch, safe_serialization=True)
+        lm.tokenizer.save_pretrained(scratch)
+        manifest = {
+            **lm.manifest,
+            "stages": lm.manifest.get("stages", []),
+            "versions": manifests.versions(),
+            "sizes": manifests.sizes(scratch),
+            "sha256": manifests.content_hash(scratch),
+        }
+        manifests.write(scratch, manifest)
+    return LM(output, manifest=manifest, loading=lm.loading, name=lm.name)

@@ -1,0 +1,61 @@
+"""Muon for the matrices inside the blocks, AdamW for everything else, as one optimizer that Lightning can drive.
+
+Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers") orthogonalises the momentum of each weight matrix;
+embeddings, norms and vectors stay with AdamW. `match_rms_adamw` (Moonshot AI 2025, arXiv:2502.16982, eq. 4) scales its
+updates so that both take the same learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Two optimizers behind one interface: `param_groups` are those of both, so schedulers reach them."""
+
+    def __init__(self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, weight_decay: float):
+        self.parts = [
+            torch.optim.Muon(list(matrices), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(list(others), lr=lr, weight_decay=0.0, betas=(0.9, 0.95)),
+        ]
+        groups = [group for part in self.parts for group in part.param_groups]
+        super().__init__(groups, {})
+        # the parts must see what schedulers change, so they share the very same group objects
+        self.param_groups = groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """`adamw`, or `muon` for the matrices of the blocks with AdamW for the rest; only parameters that need a gradient."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    is_matrix = {n: p.ndim == 2 and ".layers." in n for n, p in named}
+    matrices = [p for n, p in named if is_matrix[n]]
+    others = [p for n, p in named if not is_matrix[n]]
+    if name == "muon" and matrices and others:
+        return MuonAdamW(matrices, others, lr, weight_decay)
+    groups = [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))

@@ -1,0 +1,289 @@
+"""The nouns of winnow: models, stages, probes, trials, objectives, and the errors that people see.
+
+Imports neither torch nor transformers, so that `--help`, `--cfg job` and the search's own process stay quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: shown as one line, exit code 2, nothing written."""
+
+
+class MissingExtra(UserError):
+    """An optional library is not installed; the message names the extra that brings it."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed; install it with: pip install 'winnow[{extra}]'")
+
+
+class Slot(enum.IntEnum):
+    """The places of a pipeline, in the order in which stages must come."""
+
+    PRUNE = 0
+    RECOVER = 1
+    QUANTIZE = 2
+    ADAPT = 3
+    CACHE = 4
+    PROMPT = 5
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What a stage's field may be: one of `choices`, or a number from `low` to `high`."""
+
+    choices: tuple[Any, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    search: bool = True  # False: checked, but not searched over
+
+    def allows(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number:
+            return False
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(str, self.choices))}" if self.choices else f"from {self.low:g} to {self.high:g}"
+
+
+def knob(
+    default: Any,
+    *,
+    choices: Sequence[Any] = (),
+    low: float | None = None,
+    high: float | None = None,
+    log: bool = False,
+    search: bool = True,
+) -> Any:
+    """A dataclass field that says which values it takes; the search space is read from these."""
+    return field(default=default, metadata={"knob": Knob(tuple(choices), low, high, log, search)})
+
+
+def knobs_of(stage: type | Stage) -> dict[str, Knob]:
+    """The knobs of a stage's class, by field name, in the order of definition."""
+    if not dataclasses.is_dataclass(stage):
+        raise TypeError(f"{stage} is not a dataclass")
+    return {f.name: f.metadata["knob"] for f in dataclasses.fields(stage) if "knob" in f.metadata}
+
+
+class Checked:
+    """Base of stages: a knob out of its range is an error at construction, before anything heavy happens."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.lower()
+        for field_name, knob_ in knobs_of(type(self)).items():
+            value = getattr(self, field_name)
+            if not knob_.allows(value):
+                raise UserError(f"method.{name}.{field_name}={value} is out of range: it takes {knob_}")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How weights come into memory."""
+
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+class LM:
+    """A causal language model in memory, on disk, or both; either is made from the other on first use.
+
+    Attributes:
+        path: the folder or hub id it was loaded from or saved to; None for a model that only exists in memory.
+        manifest: where it comes from; written beside the weights when it is saved.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        manifest: Mapping[str, Any] | None = None,
+        loading: Loading | None = None,
+        name: str = "",
+    ) -> None:
+        if path is None and model is None:
+            raise ValueError("an LM needs a path or a model")
+        self.path = str(path) if path is not None else None
+        self.manifest: dict[str, Any] = dict(manifest or {})
+        self.loading = loading or Loading()
+        self.name = name or (Path(self.path).name if self.path else "model")
+        self._model = model
+        self._tokenizer = tokenizer
+
+    @property
+    def model(self) -> PreTrainedModel:
+        if self._model is None:
+            from winnow.model.load import load_model
+
+            assert self.path is not None
+            self._model = load_model(self.path, self.loading)
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            from winnow.model.load import load_tokenizer
+
+            assert self.path is not None
+            self._tokenizer = load_tokenizer(self.path, self.loading)
+        return self._tokenizer
+
+    def changed(self, model: PreTrainedModel) -> LM:
+        """The same lineage with other weights in memory, not on disk yet."""
+        return LM(model=model, tokenizer=self.tokenizer, manifest=self.manifest, loading=self.loading, name=self.name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage or a probe may use besides the model."""
+
+    folder: Path  # scratch space and checkpoints; exists
+    seed: int = 0
+    device: str = "cpu"
+    log: Callable[[str], None] = print
+    calibration: Calibration = field(default_factory=lambda: Calibration())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that methods calibrate on and recover with: a training split, never a benchmark's test items."""
+
+    source: str = "nano"  # "nano", or a JSONL or text file
+    samples: int = 128
+    max_length: int = 512
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """A compression method: a frozen dataclass of knobs."""
+
+    slot: ClassVar[Slot]
+
+    def __call__(self, lm: LM, run: Run) -> LM: ...
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """A benchmark or a meter: what it finds, as figures by name."""
+
+    def __call__(self, lm: LM, run: Run) -> dict[str, float]: ...
+
+
+class Figures(dict[str, float]):
+    """What a probe found, by name; `sources` says of each where it came from, `measured` unless named otherwise."""
+
+    def __init__(self, values: Mapping[str, float] | None = None, sources: Mapping[str, str] | None = None) -> None:
+        super().__init__(values or {})
+        self.sources: dict[str, str] = {name: "measured" for name in self} | dict(sources or {})
+
+    def merge(self, other: Mapping[str, float]) -> None:
+        self.update(other)
+        self.sources |= getattr(other, "sources", {name: "measured" for name in other})
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A figure to optimise; the study keeps them as a vector, never as a weighted sum."""
+
+    name: str
+    maximize: bool
+    unit: str = ""
+
+    @property
+    def direction(self) -> str:
+        return "maximize" if self.maximize else "minimize"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Methods in order, and their knobs as `method.<name>.<knob>: value`: nothing but a list of Hydra overrides."""
+
+    methods: tuple[str, ...] = ()
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return (f"method=[{','.join(self.methods)}]", *(f"{key}={value}" for key, value in sorted(self.knobs.items())))
+
+    def __str__(self) -> str:
+        """Short, for tables: `wanda(sparsity=0.5) + rtn(bits=4, group_size=64)`; `base` without methods."""
+        parts = []
+        for method in self.methods:
+            prefix = f"method.{method}."
+            knobs = [f"{k.removeprefix(prefix)}={_short(v)}" for k, v in self.knobs.items() if k.startswith(prefix)]
+            parts.append(f"{method}({', '.join(knobs)})" if knobs else method)
+        return " + ".join(parts) or "base"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class Reason(enum.StrEnum):
+    """Why a trial failed."""
+
+    INVALID = "invalid"  # the settings were refused
+    MISSING = "missing_dependency"
+    OUT_OF_MEMORY = "out_of_memory"
+    TIMEOUT = "timeout"
+    CRASHED = "crashed"  # the process died
+    ERROR = "error"  # an exception
+    NOT_FINITE = "not_finite"  # an objective is NaN or infinite
+    DISK_FULL = "disk_full"
+    LOST = "lost"  # the search itself was killed while the trial ran
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial; a failed one has a reason and no figures."""
+
+    number: int
+    strategy: Strategy
+    figures: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    reason: Reason | None = None
+    message: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)  # compress, evaluate, overhead, total
+    commands: tuple[str, ...] = ()  # the compress.py and evaluate.py lines that make it again
+    proposed_by: str = ""
+
+    @property
+    def complete(self) -> bool:
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A study as its views see it (`front.json`, `report.html`, W&B): rebuilt from the study at any time."""
+
+    name: str
+    fingerprint: Mapping[str, Any]
+    objectives: tuple[Objective, ...]
+    trials: tuple[Trial, ...]  # finished ones, by number; trial 0 is the base model
+    front: tuple[int, ...]  # numbers of the non-dominated complete trials
+    hypervolume: tuple[float, ...]  # after each of `trials`, relative to the reference point
+
+
+class Policy(Protocol):
+    """Who proposes the next strategy."""
+
+    def ask(self, study: Any, space: Any) -> Any: ...
