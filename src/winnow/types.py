@@ -47,6 +47,8 @@ class Knob:
     high: float | None = None
     log: bool = False
     search: bool = True  # False: checked, but not searched over
+    when: Mapping[str, Any] = field(default_factory=dict)  # searched over only if these other knobs have these values
+    search_range: tuple[float, float] | None = None  # narrower than what is allowed
 
     def allows(self, value: Any) -> bool:
         if self.choices:
@@ -68,9 +70,11 @@ def knob(
     high: float | None = None,
     log: bool = False,
     search: bool = True,
+    when: Mapping[str, Any] | None = None,
+    search_range: tuple[float, float] | None = None,
 ) -> Any:
     """A dataclass field that says which values it takes; the search space is read from these."""
-    return field(default=default, metadata={"knob": Knob(tuple(choices), low, high, log, search)})
+    return field(default=default, metadata={"knob": Knob(tuple(choices), low, high, log, search, dict(when or {}), search_range)})
 
 
 def knobs_of(stage: type | Stage) -> dict[str, Knob]:

@@ -56,9 +56,19 @@ def _sync(folder: Path) -> None:
 
 
 def save(lm: LM, output: Path) -> LM:
-    """Saves weights, tokenizer and manifest to `output`; returns the LM that lies there, not in memory."""
+    """Saves weights, tokenizer and manifest to `output`; returns the LM that lies there, not in memory.
+
+    The model in memory is spent: packing its weights is done in place.
+    """
+    from winnow.model import packing
+    from winnow.model.load import quiet
+
     with whole_folder(output) as scratch:
-        lm.model.save_pretrained(scratch, safe_serialization=True)
+        compressor = packing.pack(lm.model) if packing.is_packable(lm.model) else None
+        with quiet():
+            lm.model.save_pretrained(scratch)
+        if compressor is not None:
+            compressor.update_config(scratch)
         lm.tokenizer.save_pretrained(scratch)
         manifest = {
             **lm.manifest,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from winnow.types import LM
@@ -36,3 +36,10 @@ def untrained(hidden_size: int, intermediate_size: int, layers: int, heads: int,
     )
     torch.manual_seed(seed)
     return LM(model=LlamaForCausalLM(config), tokenizer=tokenizer, name="nano")
+
+
+def trained(path: str | None = None, **loading: Any) -> LM:
+    """The embedded model; the arguments are those of `winnow.model.load.pretrained`."""
+    from winnow.model.load import pretrained
+
+    return pretrained(path or str(WEIGHTS), **loading)

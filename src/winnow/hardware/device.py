@@ -1,0 +1,205 @@
+"""The hardware that figures are for: what must be there, what fits in it, and the workload that it is measured with.
+
+`conf/hardware/<name>.yaml` holds one `Hardware` each. Nothing here starts CUDA: a process that has touched CUDA cannot be
+forked any more, and trials are forks. GPUs are asked about through NVML instead, which every driver brings along.
+
+    python evaluate.py hardware=cpu hardware.threads=1
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from winnow.types import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; what codecarbon, too, takes for an unknown country
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    uuid: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device, its limits, and how it is measured.
+
+    Attributes:
+        name: the option's own name, `hardware=<name>`.
+        device: `cpu` or `cuda`.
+        devices: how many of them a command may use; figures are for one process that uses them all.
+        dtype: of weights that are not quantized; `auto` keeps that of the artifact.
+        threads: of the processor, for measuring; None leaves torch's choice.
+        memory_limit_bytes: per device; None is all that there is.
+        carbon_g_per_kwh: grams of CO2 equivalent per kWh where the hardware stands.
+        batch_size: for benchmarks.
+        latency_batch_size: requests served at once while latency, energy and peak memory are measured.
+        prompt_tokens, output_tokens: of each such request.
+        warmup: requests before the first that counts.
+        repeats, seconds: latency is measured over at least so many requests, and over more until the time is spent.
+        energy_tokens: output tokens over which energy is metered, rounded up to whole requests.
+    """
+
+    name: str
+    device: str = "cpu"
+    devices: int = 1
+    dtype: str = "auto"
+    threads: int | None = None
+    memory_limit_bytes: int | None = None
+    carbon_g_per_kwh: float = WORLD_AVERAGE_G_PER_KWH
+    batch_size: int = 16
+    latency_batch_size: int = 1
+    prompt_tokens: int = 32
+    output_tokens: int = 32
+    warmup: int = 2
+    repeats: int = 5
+    seconds: float = 3.0
+    energy_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"hardware.device={self.device} is not known; it is cpu or cuda")
+        if self.dtype not in DTYPES:
+            raise UserError(f"hardware.dtype={self.dtype} is not known; it is one of {', '.join(DTYPES)}")
+        least = {"devices": 1, "batch_size": 1, "latency_batch_size": 1, "prompt_tokens": 1, "repeats": 1}
+        least |= {"output_tokens": 2, "energy_tokens": 1, "warmup": 0, "seconds": 0, "carbon_g_per_kwh": 0}
+        least |= {key: 1 for key in ("threads", "memory_limit_bytes") if getattr(self, key) is not None}
+        for key, low in least.items():
+            if getattr(self, key) < low:
+                raise UserError(f"hardware.{key}={getattr(self, key)} is too small; it is at least {low}")
+
+    def check(self) -> None:
+        """That the device is there.
+
+        Raises:
+            UserError: it is not; the message names the option that would work.
+        """
+        if self.device != "cuda":
+            return
+        found = len(visible_gpus())
+        if found < self.devices:
+            raise UserError(
+                f"hardware={self.name} wants {self.devices} CUDA device{'s' if self.devices > 1 else ''}, "
+                f"this machine has {found}; "
+                + (f"use hardware={self.name} hardware.devices={found}" if found else "use hardware=cpu")
+            )
+        import torch
+
+        if torch.version.cuda is None:
+            raise UserError(
+                f"hardware={self.name} wants CUDA, and the installed torch {torch.__version__} is built without it; "
+                f"install a CUDA build of torch, or use hardware=cpu"
+            )
+
+    def memory_bytes(self) -> int:
+        """Bytes that one device may hold: the limit that is set, else what the machine has."""
+        if self.memory_limit_bytes is not None:
+            return self.memory_limit_bytes
+        if self.device == "cpu":
+            return physical_memory_bytes()
+        return min((gpu.memory_bytes for gpu in visible_gpus()[: self.devices]), default=0)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What figures depend on: those of hardware with another fingerprint are not comparable."""
+        workload = ("batch_size", "latency_batch_size", "prompt_tokens", "output_tokens", "carbon_g_per_kwh")
+        return {
+            "name": self.name,
+            "device": self.device,
+            "devices": self.devices,
+            "dtype": self.dtype,
+            "cpu": cpu_model(),
+            "cores": available_cores(),
+            "threads": self.threads or available_cores(),
+            "gpus": [gpu.name for gpu in visible_gpus()[: self.devices]] if self.device == "cuda" else [],
+            **{key: getattr(self, key) for key in workload},
+        }
+
+
+def available_cores() -> int:
+    """Cores that this process may run on: fewer than the machine has, in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("model name", "Model")) and ":" in line:
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def physical_memory_bytes() -> int:
+    """The machine's memory, or the limit of the container (cgroup v2, then v1) where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def visible_gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs that this process may use, in NVML's order (by PCI bus), as CUDA_VISIBLE_DEVICES narrows them.
+
+    Without NVML's Python bindings torch is asked, which starts CUDA in this process.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return _gpus_of_torch()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver
+        return ()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        found = [
+            Gpu(pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetUUID(h), int(pynvml.nvmlDeviceGetMemoryInfo(h).total))
+            for h in handles
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+    return tuple(narrowed(found, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def narrowed(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
+    """The GPUs that a value of CUDA_VISIBLE_DEVICES leaves: indices or UUID prefixes, up to the first invalid one.
+
+    Source: CUDA C++ Programming Guide, "CUDA Environment Variables". A MIG slice counts as its GPU, which NVML meters.
+    """
+    if visible is None:
+        return gpus
+    chosen: list[Gpu] = []
+    for entry in visible.split(","):
+        entry = entry.strip()
+        if entry.isdigit():
+            matching = gpus[int(entry) : int(entry) + 1]
+        else:
+            matching = [gpu for gpu in gpus if entry and gpu.uuid.startswith(entry)]
+            matching = matching or (gpus if entry.startswith("MIG-") and len(gpus) == 1 else [])
+        if len(matching) != 1:
+            break
+        chosen += matching
+    return chosen
+
+
+def _gpus_of_torch() -> tuple[Gpu, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return tuple(Gpu(p.name, f"GPU-{p.uuid}", p.total_memory) for p in properties)

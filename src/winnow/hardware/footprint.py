@@ -1,0 +1,149 @@
+"""What a model takes: bytes on disk, bytes of weights in memory, and peak memory while it answers a request.
+
+The three differ, and none can be inferred from another: a 4-bit checkpoint may be unpacked to 32 bits when it is loaded. So
+memory is read off the tensors that are held, and the peak off the allocator (CUDA) or the kernel (processor).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from winnow.model import manifest
+from winnow.types import LM, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# objects of these libraries hold tensors that are neither parameters nor buffers: scales, code books, nested states
+_HOLDERS = ("bitsandbytes", "hqq", "compressed_tensors", "auto_round", "auto_round_extension", "winnow")
+
+
+def disk_bytes(lm: LM) -> int:
+    """Bytes on disk of everything that must be there to load the model.
+
+    Raises:
+        UserError: the model only exists in memory, or lies elsewhere than on this machine.
+    """
+    if lm.path is None:
+        raise UserError(f"{lm.name} only exists in memory, its size on disk is not known; save it first")
+    folder = Path(lm.path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(lm.path, "config.json")  # local only: a path, or why there is none
+        if not isinstance(config, str):
+            raise UserError(f"{lm.path} is neither a folder nor a model in the Hugging Face cache of this machine")
+        folder = Path(config).parent
+    return manifest.sizes(folder)["size_bytes"]
+
+
+def weights_memory_bytes(model: nn.Module) -> int:
+    """Bytes of the distinct storages behind everything that the model holds; tied and shared tensors count once.
+
+    Counts parameters, buffers, and what quantization libraries keep beside them (absmax, code books, zero points).
+    Weights on the meta device, offloaded or not loaded, are not held and count nothing.
+    """
+    storages = {}
+    for tensor in held_tensors(model):
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every plain tensor that the model keeps alive; the same one may come more than once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_modules",):  # children are visited by themselves; _parameters and _buffers are dicts
+                yield from _tensors(value, seen)
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    from torch import Tensor, nn
+
+    if id(value) in seen:
+        return
+    if isinstance(value, Tensor):
+        seen.add(id(value))
+        if hasattr(value, "__tensor_flatten__"):  # a wrapper without storage of its own, such as torchao's
+            for name in value.__tensor_flatten__()[0]:
+                yield from _tensors(getattr(value, name), seen)
+        else:
+            yield value
+        yield from _tensors(vars(value), seen)  # bitsandbytes: quant_state, CB, SCB
+    elif isinstance(value, Mapping):
+        for item in list(value.values()):
+            yield from _tensors(item, seen)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif not isinstance(value, nn.Module | type) and type(value).__module__.split(".")[0] in _HOLDERS:
+        seen.add(id(value))
+        yield from _tensors(getattr(value, "__dict__", {}), seen)
+
+
+class PeakMemory:
+    """Context manager around the work whose peak memory is wanted; `peak_bytes` afterwards.
+
+    CUDA: the allocator's peak, of all devices together, weights included. Processor: the peak resident set of this process
+    (libraries included: some hundred MB), counted from the start of the work where the kernel lets it be reset (Linux).
+    Elsewhere `since_start` is true: it is the peak since the process began, an upper bound.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.peak_bytes = 0
+        self.since_start = False
+
+    def __enter__(self) -> PeakMemory:
+        if self.device == "cuda":
+            import torch
+
+            for index in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(index)
+        else:
+            self.since_start = not _reset_peak_resident()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device == "cuda":
+            import torch
+
+            self.peak_bytes = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+        else:
+            self.peak_bytes = _peak_resident_bytes()
+
+
+def _reset_peak_resident() -> bool:
+    """Sets the peak back to what is resident now; false where the system cannot (proc(5), /proc/pid/clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if os.name == "posix":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere: getrusage(2)
+    import psutil
+
+    return int(psutil.Process().memory_info().peak_wset)

@@ -1,0 +1,92 @@
+"""The hardware probe: what the model takes on disk and in memory, how fast it answers, and the energy of its answers.
+
+All of it is measured with one workload (`conf/hardware`), after the same warm-up, while the device is held alone. The embedded
+model takes about 4 s with `hardware=cpu`.
+
+    python evaluate.py model=nano hardware=cpu hardware.output_tokens=64
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from winnow.hardware import latency
+from winnow.hardware.device import Hardware
+from winnow.hardware.energy import EnergyMeter
+from winnow.hardware.footprint import PeakMemory, disk_bytes, weights_memory_bytes
+from winnow.hardware.lock import alone
+from winnow.types import LM, Figures, Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Meters:
+    """Measures a model on disk, loaded from there, on `hardware`."""
+
+    hardware: Hardware
+
+    def __call__(self, lm: LM, run: Run) -> Figures:
+        """Figures by name, each with its source.
+
+        Raises:
+            UserError: the device is not there, the workload does not fit the model, or the model is not on disk.
+            MissingExtra: codecarbon is not installed, and there is no other energy meter.
+        """
+        hardware = self.hardware
+        hardware.check()
+        figures = Figures({"size_bytes": float(disk_bytes(lm))})
+        model = lm.model.eval()
+        latency.check_context(model, hardware)
+        with alone(hardware.device, run.log), _threads(hardware.threads):
+            prompt = latency.prompt(model, hardware.latency_batch_size, hardware.prompt_tokens, run.seed)
+            for _ in range(hardware.warmup):
+                latency.request(model, prompt, hardware.output_tokens)
+            figures.merge(self.memory(model, prompt))
+            figures.merge(self.latency(model, prompt, run.seed))
+            figures.merge(self.energy(model, prompt))
+        return figures
+
+    def memory(self, model: PreTrainedModel, prompt: Tensor) -> Figures:
+        """`weights_memory_bytes`, and `peak_memory_bytes` while one request is answered."""
+        with PeakMemory(self.hardware.device) as peak:
+            latency.request(model, prompt, self.hardware.output_tokens)
+        held = weights_memory_bytes(model)
+        return Figures({"weights_memory_bytes": float(held), "peak_memory_bytes": float(peak.peak_bytes)})
+
+    def latency(self, model: PreTrainedModel, prompt: Tensor, seed: int) -> Figures:
+        """Times of requests, with a bootstrap interval of their median."""
+        timings = latency.time_requests(model, prompt, self.hardware)
+        return latency.summarize(timings, *prompt.shape, self.hardware.output_tokens, seed)
+
+    def energy(self, model: PreTrainedModel, prompt: Tensor) -> Figures:
+        """Energy and CO2 of 1,000 output tokens, their share of reading the prompts included."""
+        hardware = self.hardware
+        tokens_a_request = hardware.latency_batch_size * hardware.output_tokens
+        requests = math.ceil(hardware.energy_tokens / tokens_a_request)
+        with EnergyMeter(hardware.carbon_g_per_kwh, required=True, device=hardware.device) as energy:
+            for _ in range(requests):
+                latency.request(model, prompt, hardware.output_tokens)
+        per_1k = 1000 / (requests * tokens_a_request)
+        figures = {"energy_wh_per_1k_tokens": energy.wh * per_1k, "co2_g_per_1k_tokens": energy.co2_g * per_1k}
+        return Figures(figures, {name: energy.source for name in figures})
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Lets torch use `count` threads meanwhile; None leaves its choice."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

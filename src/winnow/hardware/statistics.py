@@ -1,0 +1,46 @@
+"""Percentiles and bootstrap intervals of small samples of timings: pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0 to 100), linear between order statistics: definition 7 of Hyndman and Fan (1996).
+
+    Raises:
+        ValueError: no values, or q out of range.
+    """
+    if not values:
+        raise ValueError("the percentile of nothing")
+    if not 0 <= q <= 100:
+        raise ValueError(f"q={q} is not between 0 and 100")
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * q / 100
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def median_interval(
+    values: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Lower and upper bound of the median by the percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
+
+    `resamples` samples of the same size are drawn with replacement; the bounds are percentiles of their medians.
+    Timings of one process are not quite independent, so that the true coverage is somewhat below `confidence`.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("the interval of nothing")
+    sample = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(sample), size=(resamples, len(sample)))
+    medians = np.median(sample[drawn], axis=1)  # [resamples]
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return float(low), float(high)

@@ -1,0 +1,83 @@
+"""Group-wise integer weights in the `pack-quantized` format of compressed-tensors, which transformers and vLLM load.
+
+A method chooses scales and attaches them with `quantize_linear`; the weights in memory become exactly what the packed file
+will hold, so a model scores the same before it is saved and after it is loaded. `pack` turns them into integers when saved.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from winnow.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the decoder blocks by name: what compression works on (not the embeddings, not the head)."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{n}."}
+
+
+def attach_scheme(model: PreTrainedModel, bits: int, group_size: int) -> None:
+    """Declares `bits`-bit symmetric groups along the input dimension for every linear layer of the blocks.
+
+    Raises:
+        UserError: `group_size` does not divide the width of a layer.
+    """
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+        disable_quantization,
+    )
+
+    for name, linear in linears(model).items():
+        if linear.in_features % group_size:
+            raise UserError(f"group_size={group_size} does not divide the width {linear.in_features} of {name}")
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group_size)
+    ignored = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in linears(model)]
+    config = QuantizationConfig(
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        ignore=ignored,
+        format="pack-quantized",
+    )
+    apply_quantization_config(model, config, show_progress=False) if _has_progress(apply_quantization_config) else (
+        apply_quantization_config(model, config)
+    )
+    model.apply(disable_quantization)  # the weights hold quantized values themselves; no work is left for the forward
+
+
+def _has_progress(function: Any) -> bool:
+    import inspect
+
+    return "show_progress" in inspect.signature(function).parameters
+
+
+def quantize_linear(linear: nn.Linear, scale_og: torch.Tensor) -> None:
+    """Rounds the weights to the grid of `scale_og` [out, groups] and keeps the scales for packing."""
+    from compressed_tensors.quantization import QuantizationStatus
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    args = linear.quantization_scheme.weights
+    scale_og = scale_og.to(linear.weight.dtype)
+    linear.weight.data = fake_quantize(linear.weight.data, scale_og, None, args)
+    linear.weight_scale.data.copy_(scale_og)
+    linear.quantization_status = QuantizationStatus.FROZEN
+
+
+def is_packable(model: nn.Module) -> bool:
+    return any(getattr(module, "quantization_scheme", None) is not None for module in model.modules())
+
+
+def pack(model: PreTrainedModel) -> Any:
+    """Packs the integers in place; returns the compressor whose `update_config(folder)` must follow `save_pretrained`."""
+    from compressed_tensors.compressors import ModelCompressor
+
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    return compressor

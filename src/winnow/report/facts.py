@@ -1,0 +1,113 @@
+"""What a study says, in a sentence and in numbers: the base model, the front by size, the best within two points."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from winnow.report.figures import Axis, axes_of, unit_of
+from winnow.types import Objective, Summary, Trial
+
+WITHIN_POINTS = 2.0  # an accuracy this near to the base model's counts as kept, in the headline
+
+
+def base_of(summary: Summary) -> Trial | None:
+    """Trial 0, the base model; None while it is unfinished or if it failed."""
+    return next((t for t in summary.trials if t.number == 0 and t.complete), None)
+
+
+def front_of(summary: Summary) -> list[Trial]:
+    """The front, smallest first; by trial number where sizes are equal or unknown."""
+    numbers, size = set(summary.front), size_of(summary)
+    trials = [t for t in summary.trials if t.number in numbers]
+    return sorted(trials, key=lambda t: (t.figures.get(size, math.inf) if size else 0.0, t.number))
+
+
+def size_of(summary: Summary) -> str | None:
+    """The name of the figure that is the model's size: an objective in bytes before any other in bytes."""
+    objectives = [o.name for o in summary.objectives if unit_of(o.name, o.unit) == "B"]
+    figures = sorted({name for t in summary.trials for name in t.figures if unit_of(name) == "B"})
+    known = [*objectives, *figures]
+    return next((name for name in known if "size" in name), known[0] if known else None)
+
+
+def quality_of(summary: Summary) -> Objective | None:
+    """What must not get worse: the first objective to maximise."""
+    return next((o for o in summary.objectives if o.maximize), None)
+
+
+def points(objective: Objective | Axis, value: float | None, base: float | None) -> float | None:
+    """The change of a score from the base model in points (hundredths of the scale); None for what is not a score."""
+    if not objective.maximize or objective.unit not in ("", "%") or value is None or base is None:
+        return None
+    if not math.isfinite(value) or not math.isfinite(base):
+        return None
+    if objective.unit == "%":
+        return value - base
+    return 100 * (value - base) if 0 <= base <= 1 and 0 <= value <= 1 else None
+
+
+def ratio(value: float | None, base: float | None) -> float | None:
+    """The figure relative to the base model's; None where that says nothing."""
+    if value is None or not base or not math.isfinite(value) or not math.isfinite(base):
+        return None
+    return value / base
+
+
+def kept(summary: Summary) -> list[Trial]:
+    """The front's strategies whose score is within `WITHIN_POINTS` of the base model's, the base model left out."""
+    base, quality = base_of(summary), quality_of(summary)
+    if base is None or quality is None:
+        return []
+    reference = base.figures.get(quality.name)
+    changes = {t.number: points(quality, t.figures.get(quality.name), reference) for t in front_of(summary)}
+    near = {n for n, change in changes.items() if change is not None and change >= -WITHIN_POINTS - 1e-9}
+    return [t for t in front_of(summary) if t.number in near and t.number != base.number]
+
+
+def best_kept(summary: Summary, name: str) -> Trial | None:
+    """Of the strategies that keep the score, the one with the lowest figure `name`."""
+    known = [t for t in kept(summary) if name in t.figures]
+    return min(known, key=lambda t: t.figures[name], default=None)
+
+
+def counts(summary: Summary) -> dict[str, Any]:
+    """How many trials there are, by state, by reason of failure and by who proposed them."""
+    failed = [t for t in summary.trials if not t.complete]
+    return {
+        "trials": len(summary.trials),
+        "complete": len(summary.trials) - len(failed),
+        "failed": len(failed),
+        "front": len(summary.front),
+        "failed_by_reason": dict(Counter(str(t.reason) for t in failed)),
+        "proposed_by": dict(Counter(t.proposed_by or "unknown" for t in summary.trials)),
+    }
+
+
+def headline(summary: Summary) -> str:
+    """The study in one or two sentences."""
+    n = len(summary.front)
+    text = f"{n} {'strategy' if n == 1 else 'strategies'} on the front."
+    base, quality, size = base_of(summary), quality_of(summary), size_of(summary)
+    if base is None:
+        return f"{text} The base model has no finished trial, so nothing is relative to it."
+    if quality is None or size is None:
+        return text
+    best = best_kept(summary, size)
+    if best is None:
+        return f"{text} None but the base model is within {WITHIN_POINTS:g} points of it."
+    axes = {axis.name: axis for axis in axes_of(summary)}
+    share = ratio(best.figures[size], base.figures.get(size))
+    return (
+        f"{text} The smallest within {WITHIN_POINTS:g} points of the base model: {axes[size].show(best.figures[size])}"
+        + (f", {share:.2f} of its size" if share is not None else "")
+        + f", {axes[quality.name].label} {axes[quality.name].show(best.figures[quality.name])}"
+        + f" against {axes[quality.name].show(base.figures[quality.name])}."
+    )
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """For JSON, which has no NaN and no infinity: null where a figure is not finite."""
+    return {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -1,0 +1,128 @@
+"""The front for a terminal and for machines: `front_table`, `trial_line`, and what `front.json` and `final_results.json` hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from winnow.report.facts import base_of, counts, finite, front_of, headline, points, ratio
+from winnow.report.figures import Axis, axes_of, directions, duration, human, label_of, plain, total_seconds
+from winnow.types import Summary, Trial
+
+
+def front_table(summary: Summary) -> str:
+    """The front as text, smallest first: each objective with its unit, and relative to the base model.
+
+    Scores are compared in points (`-1.2 pts`), everything else as a multiple (`0.32x`).
+    """
+    base = base_of(summary)
+    axes = axes_of(summary)[: len(summary.objectives)]
+    tally = counts(summary)
+    lines = [
+        f"{plain(summary.name)}: {tally['front']} on the front of {tally['complete']} complete trials"
+        + (f", {tally['failed']} failed" if tally["failed"] else ""),
+        directions(axes),
+    ]
+    if base is not None:
+        lines.append("base model: " + ", ".join(f"{a.label} {a.show(base.figures.get(a.name))}" for a in axes))
+    heads = [("trial", ""), ("strategy", "<")]
+    for axis in axes:
+        heads += [(axis.label, ""), ("", "")]
+    rows = [[text for text, _ in heads]]
+    for trial in front_of(summary):
+        row = [str(trial.number), plain(str(trial.strategy))]
+        for axis in axes:
+            value = trial.figures.get(axis.name)
+            is_base = base is None or trial.number == base.number
+            row += [axis.show(value), "" if is_base else relative(axis, value, base.figures.get(axis.name))]
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, heads, widths, strict=True)
+        padded = [f"{text:{side or '>'}{width}}" for text, (_, side), width in cells if width]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(-len(rows), "")
+    return "\n".join(lines)
+
+
+def relative(axis: Axis, value: float | None, base: float | None) -> str:
+    """`-1.2 pts` for a score, `0.32x` for anything else, empty where there is nothing to compare."""
+    change = points(axis, value, base)
+    if change is not None:
+        return f"{change:+.1f} pts"
+    share = ratio(value, base)
+    return "" if share is None else f"{share:.2f}x"
+
+
+def trial_line(trial: Trial, summary: Summary) -> str:
+    """One line of progress: `trial 7  rtn(bits=4)  accuracy 0.936  size 2.90 MB  12.3 s  front`."""
+    parts = [f"trial {trial.number}", plain(str(trial.strategy))]
+    if trial.complete:
+        for objective in summary.objectives:
+            value = trial.figures.get(objective.name)
+            if value is not None:
+                parts.append(f"{label_of(objective.name)} {human(objective.name, value, objective.unit)}")
+    else:
+        # the last line of a traceback is the error itself
+        message = plain(trial.message.strip().rpartition("\n")[2])
+        parts.append(f"failed ({trial.reason}){': ' + message if message else ''}")
+    seconds = total_seconds(trial)
+    if seconds is not None:
+        parts.append(duration(seconds))
+    if trial.number in summary.front:
+        parts.append("front")
+    return "  ".join(parts)
+
+
+def trial_json(trial: Trial) -> dict[str, Any]:
+    """A trial as JSON holds it; figures in their own units, null where one is not finite."""
+    return {
+        "trial": trial.number,
+        "state": "complete" if trial.complete else "failed",
+        "strategy": str(trial.strategy),
+        "methods": list(trial.strategy.methods),
+        "overrides": list(trial.strategy.overrides),
+        "figures": finite(trial.figures),
+        "sources": dict(trial.sources),
+        "seconds": finite(trial.seconds),
+        "commands": list(trial.commands),
+        "proposed_by": trial.proposed_by,
+    }
+
+
+def front_json(summary: Summary) -> dict[str, Any]:
+    """What `front.json` holds: the front's strategies, smallest first, and all it takes to make each of them again."""
+    base = base_of(summary)
+    found = []
+    for trial in front_of(summary):
+        entry = trial_json(trial)
+        if base is not None:
+            shares = {o.name: ratio(trial.figures.get(o.name), base.figures.get(o.name)) for o in summary.objectives}
+            entry["relative_to_base"] = shares
+        found.append(entry)
+    return {
+        "study": summary.name,
+        "fingerprint": dict(summary.fingerprint),
+        "objectives": [{"name": o.name, "direction": o.direction, "unit": o.unit} for o in summary.objectives],
+        "headline": headline(summary),
+        "base": trial_json(base) if base is not None else None,
+        "points": found,
+    }
+
+
+def results_json(summary: Summary) -> dict[str, Any]:
+    """What `final_results.json` holds: the front and every trial, the failed ones with their reasons."""
+    on_front = set(summary.front)
+    trials = []
+    for trial in summary.trials:
+        entry = trial_json(trial) | {"on_front": trial.number in on_front}
+        if not trial.complete:
+            entry |= {"reason": str(trial.reason), "message": trial.message}
+        trials.append(entry)
+    front = front_json(summary)
+    numbers = [point["trial"] for point in front.pop("points")]
+    return front | {
+        "front": numbers,
+        "counts": counts(summary),
+        "hypervolume": list(finite(dict(enumerate(summary.hypervolume))).values()),
+        "trials": trials,
+    }
