@@ -1,25 +1,18 @@
-"""Train a model: recover a compressed one, or pretrain. `python train.py --help` lists the options."""
+"""Train a model: recover a compressed one, or pretrain one. `python train.py --help` lists the options."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
-from winnow.cli import command
+from winnow.cli import command, say
 
 
 @command("train")
 def main(cfg: DictConfig) -> None:
-    from winnow import build
-    from winnow.method.pipeline import compress
+    from winnow import commands
 
-    stages = build.stages(cfg)
-    lm = build.model(cfg)
-    output = build.output(cfg, "train", lm, stages)
-    run = build.run(cfg, folder=Path(cfg.outputs) / "training" / output.name)
-    artifact = compress(lm, stages, run, output)
-    print(f"artifact: {artifact.path}")
+    artifact = commands.compress(cfg, log=say, command="train")
+    print(f"artifact: {artifact}")
 
 
 if __name__ == "__main__":

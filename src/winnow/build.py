@@ -5,13 +5,18 @@ A `cfg` stops here: what comes out are values and objects of `winnow`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from winnow.types import LM, Calibration, Run, Stage, UserError
+from winnow.types import LM, Calibration, Probe, Run, Stage, UserError
+
+if TYPE_CHECKING:
+    from winnow.hardware.device import Hardware
 
 ALLOWED_TARGETS = ("winnow.",)  # prefixes; `_target_` may name nothing else
 
@@ -80,20 +85,39 @@ def model(cfg: DictConfig) -> LM:
     return lm
 
 
-def run(cfg: DictConfig, folder: Path, log: Any = print) -> Run:
+def hardware(cfg: DictConfig) -> Hardware:
+    """The hardware; that it is there is for `Hardware.check`."""
+    made: Hardware = instantiate(cfg.hardware, "hardware")
+    return made
+
+
+def benchmark(cfg: DictConfig) -> Probe:
+    made: Probe = instantiate(cfg.benchmark, "benchmark")
+    return made
+
+
+def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
     calibration = Calibration(**OmegaConf.to_container(cfg.calibration, resolve=True))  # type: ignore[arg-type]
     return Run(folder=folder, seed=cfg.seed, device=cfg.hardware.device, log=log, calibration=calibration)
 
 
-def output(cfg: DictConfig, command: str, lm: LM, stages: dict[str, Stage]) -> Path:
-    """Where the artifact goes: `cfg.output`, or a name under `cfg.outputs` that the settings determine."""
-    import hashlib
-    import json
-
+def output(cfg: DictConfig, command: str, lm: LM, parts: Mapping[str, Any]) -> Path:
+    """Where results go: `cfg.output`, or a name under `cfg.outputs` that the settings determine."""
     if cfg.output:
         return Path(cfg.output)
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    relevant = {key: settings[key] for key in ("model", "method", "seed", "calibration")}
-    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(cfg.outputs) / command / "-".join([lm.name, *stages, digest])
+    ignored = ("outputs", "output")
+    relevant = json.dumps({k: v for k, v in settings.items() if k not in ignored}, sort_keys=True)
+    digest = hashlib.sha256(relevant.encode()).hexdigest()[:8]
+    return Path(cfg.outputs) / command / "-".join([lm.name, *parts, digest])
+
+
+def scratch(cfg: DictConfig, output: Path) -> Path:
+    """A folder for checkpoints and intermediate files of what becomes `output`: the same for the same command."""
+    return (
+        Path(cfg.outputs)
+        / "scratch"
+        / f"{output.name}-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]}"
+    )

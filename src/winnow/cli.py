@@ -11,37 +11,42 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from winnow.types import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+OmegaConf.register_new_resolver("basename", lambda path: Path(str(path or "none")).name, replace=True)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Decorates the function of a command: composes `conf/<name>.yaml` and calls it with the result."""
 
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
+
     def decorate(task: Callable[[Any], Any]) -> Callable[[], None]:
-        started = False
-
         @functools.wraps(task)
-        def noted(cfg: Any) -> Any:
-            nonlocal started
-            started = True
-            return task(cfg)
+        def guarded(cfg: Any) -> Any:
+            try:
+                return task(cfg)
+            except UserError as error:  # ended here, before Hydra adds a message of its own
+                if full_error == "1":
+                    raise
+                _end(name, error)
 
-        wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(noted)
+        wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(guarded)
 
         @functools.wraps(task)
         def entry() -> None:
-            full_error = os.environ.get("HYDRA_FULL_ERROR")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting with 1
             try:
                 wrapped()
@@ -49,16 +54,26 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
                 print("\ninterrupted", file=sys.stderr)
                 sys.exit(INTERRUPTED)
             except Exception as error:
-                # before the task has started, whatever is raised is Hydra's view of the command line
-                mistake = isinstance(error, UserError | HydraException | OmegaConfBaseException) or not started
-                if full_error == "1" or not mistake:
+                if full_error == "1" or not is_mistake(error):
                     raise
-                print(f"{name}.py: {explain(error)}", file=sys.stderr)
-                sys.exit(2)
+                _end(name, error)
 
         return entry
 
     return decorate
+
+
+def _end(name: str, error: BaseException) -> NoReturn:
+    print(f"{name}.py: {explain(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether the command line is to blame: our own errors, Hydra's, and whatever Hydra lets slip while it reads it."""
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+        return True
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    return bool({"hydra", "omegaconf"} & set(Path(innermost).parts))
 
 
 def explain(error: BaseException) -> str:
@@ -69,7 +84,7 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__
     if cause is not None and str(cause) not in text:
         text = f"{text.rstrip()} ({str(cause).splitlines()[0]})"
-    missing = re.search(r"Could not find '([\w]+)/([^']*)'", text)
+    missing = re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text)
     if missing:
         return unknown_option(*missing.groups())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -77,7 +92,7 @@ def explain(error: BaseException) -> str:
     key = re.search(r"full_key: (\S+)", text)
     message = " ".join(lines)
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException) and "not in struct" in text:
-        message += f". {known_keys(message)}"
+        return unknown_key(text)
     return message + (f" (at {key.group(1)})" if key and key.group(1) not in message else "")
 
 
@@ -94,5 +109,13 @@ def unknown_option(group: str, name: str) -> str:
     return f"{group}={name}: there is no such option; {hint}{group} has: {', '.join(known)}"
 
 
-def known_keys(message: str) -> str:
-    return "See the keys there are with --cfg job, or add a new one with a leading +"
+def unknown_key(text: str) -> str:
+    """The message for `key=value` when the configuration has no such key."""
+    found = re.search(r"Could not override '([^']*)'", text)
+    key = found.group(1) if found else "a key"
+    return f"{key}: the configuration has no such key; --cfg job shows those it has (+{key}=... adds a new one)"
+
+
+def say(line: str) -> None:
+    """A line of progress, on standard error: standard output is for results."""
+    print(line, file=sys.stderr, flush=True)

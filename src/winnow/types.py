@@ -74,7 +74,9 @@ def knob(
     search_range: tuple[float, float] | None = None,
 ) -> Any:
     """A dataclass field that says which values it takes; the search space is read from these."""
-    return field(default=default, metadata={"knob": Knob(tuple(choices), low, high, log, search, dict(when or {}), search_range)})
+    return field(
+        default=default, metadata={"knob": Knob(tuple(choices), low, high, log, search, dict(when or {}), search_range)}
+    )
 
 
 def knobs_of(stage: type | Stage) -> dict[str, Knob]:
@@ -86,6 +88,8 @@ def knobs_of(stage: type | Stage) -> dict[str, Knob]:
 
 class Checked:
     """Base of stages: a knob out of its range is an error at construction, before anything heavy happens."""
+
+    preload: ClassVar[tuple[str, ...]] = ()  # slow imports, which a search's fork server makes once for all trials
 
     def __post_init__(self) -> None:
         name = type(self).__name__.lower()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from winnow.model import manifest
 from winnow.types import LM, UserError
@@ -61,7 +61,7 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
     seen: set[int] = set()
     for module in model.modules():
         for name, value in vars(module).items():
-            if name not in ("_modules",):  # children are visited by themselves; _parameters and _buffers are dicts
+            if name != "_modules":  # children are visited by themselves; _parameters and _buffers are dicts
                 yield from _tensors(value, seen)
 
 
@@ -70,8 +70,8 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
     if id(value) in seen:
         return
+    seen.add(id(value))
     if isinstance(value, Tensor):
-        seen.add(id(value))
         if hasattr(value, "__tensor_flatten__"):  # a wrapper without storage of its own, such as torchao's
             for name in value.__tensor_flatten__()[0]:
                 yield from _tensors(getattr(value, name), seen)
@@ -85,7 +85,6 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         for item in value:
             yield from _tensors(item, seen)
     elif not isinstance(value, nn.Module | type) and type(value).__module__.split(".")[0] in _HOLDERS:
-        seen.add(id(value))
         yield from _tensors(getattr(value, "__dict__", {}), seen)
 
 
@@ -102,7 +101,7 @@ class PeakMemory:
         self.peak_bytes = 0
         self.since_start = False
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Self:
         if self.device == "cuda":
             import torch
 

@@ -57,9 +57,9 @@ def prompt(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> Tensor
     """Random token ids [batch, tokens] on the model's device: the same for the same seed and vocabulary."""
     import torch
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary, (batch, tokens), generator=generator).to(model.device)
+    ids_bt = torch.randint(model.config.get_text_config().vocab_size, (batch, tokens), generator=generator)
+    return ids_bt.to(model.device)
 
 
 def request(model: PreTrainedModel, prompt_bt: Tensor, output_tokens: int) -> Timing:
@@ -77,7 +77,7 @@ def request(model: PreTrainedModel, prompt_bt: Tensor, output_tokens: int) -> Ti
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        output_bt = model.generate(
+        output_bt = model.generate(  # type: ignore[operator]
             input_ids=prompt_bt,
             attention_mask=torch.ones_like(prompt_bt),
             do_sample=False,
@@ -123,8 +123,9 @@ def time_requests(model: PreTrainedModel, prompt_bt: Tensor, hardware: Hardware)
     return timings
 
 
-def summarize(timings: list[Timing], batch: int, prompt_tokens: int, output_tokens: int, seed: int = 0) -> Figures:
-    """The figures of requests that were all alike; times in ms, rates in tokens a second over the whole batch."""
+def summarize(timings: list[Timing], hardware: Hardware, seed: int = 0) -> Figures:
+    """The figures of requests of one workload; times in ms, rates in tokens a second over the whole batch."""
+    batch, output_tokens = hardware.latency_batch_size, hardware.output_tokens
     first = [1000 * t.first_s for t in timings]
     each = [1000 * (t.total_s - t.first_s) / (output_tokens - 1) for t in timings]
     total = [1000 * t.total_s for t in timings]
@@ -138,7 +139,7 @@ def summarize(timings: list[Timing], batch: int, prompt_tokens: int, output_toke
             "ttft_p90_ms": percentile(first, 90),
             "tpot_ms": percentile(each, 50),
             "tpot_p90_ms": percentile(each, 90),
-            "prefill_tokens_per_s": 1000 * batch * prompt_tokens / percentile(first, 50),
+            "prefill_tokens_per_s": 1000 * batch * hardware.prompt_tokens / percentile(first, 50),
             "decode_tokens_per_s": 1000 * batch / percentile(each, 50),
             "latency_requests": float(len(timings)),
         }

@@ -18,7 +18,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 PATIENCE_S = 3.0  # a longer wait is worth a line in the log
@@ -38,13 +38,10 @@ def alone(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
 @contextmanager
 def sharing(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
     """Uses the device beside others, but never beside a measurement."""
-    with _held(device, "turn", fcntl.LOCK_SH, log, "go on"):
-        shared = _held(device, "use", fcntl.LOCK_SH, log, "go on")
-        shared.__enter__()
-    try:
+    with ExitStack() as stack:
+        with _held(device, "turn", fcntl.LOCK_SH, log, "go on"):
+            stack.enter_context(_held(device, "use", fcntl.LOCK_SH, log, "go on"))
         yield
-    finally:
-        shared.__exit__(None, None, None)
 
 
 def lock_path(device: str, part: str) -> Path:

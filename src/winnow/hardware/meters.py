@@ -42,7 +42,8 @@ class Meters:
         hardware = self.hardware
         hardware.check()
         figures = Figures({"size_bytes": float(disk_bytes(lm))})
-        model = lm.model.eval()
+        model = lm.model
+        model.eval()  # type: ignore[no-untyped-call]
         latency.check_context(model, hardware)
         with alone(hardware.device, run.log), _threads(hardware.threads):
             prompt = latency.prompt(model, hardware.latency_batch_size, hardware.prompt_tokens, run.seed)
@@ -63,7 +64,7 @@ class Meters:
     def latency(self, model: PreTrainedModel, prompt: Tensor, seed: int) -> Figures:
         """Times of requests, with a bootstrap interval of their median."""
         timings = latency.time_requests(model, prompt, self.hardware)
-        return latency.summarize(timings, *prompt.shape, self.hardware.output_tokens, seed)
+        return latency.summarize(timings, self.hardware, seed)
 
     def energy(self, model: PreTrainedModel, prompt: Tensor) -> Figures:
         """Energy and CO2 of 1,000 output tokens, their share of reading the prompts included."""

@@ -54,6 +54,7 @@ class Int8(Checked):
     """LLM.int8: vector-wise 8-bit products, with input features above `threshold` kept in 16 bits."""
 
     slot: ClassVar[Slot] = Slot.QUANTIZE
+    preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
 
     threshold: float = knob(6.0, low=0.0, high=100.0, search=False)  # section 3.2; 0 turns the decomposition off
 
@@ -66,6 +67,7 @@ class NF4(Checked):
     """4-bit NormalFloat in blocks of 64, the blocks' scales quantized once more to 8 bits (0.127 bits a weight)."""
 
     slot: ClassVar[Slot] = Slot.QUANTIZE
+    preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         model = _reloaded(

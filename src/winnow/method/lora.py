@@ -28,6 +28,7 @@ class Lora(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.RECOVER
+    preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
 
     rank: int = knob(16, choices=(4, 8, 16, 32, 64))
     learning_rate: float = knob(1e-3, low=1e-6, high=1e-1, log=True, search_range=(3e-4, 5e-3))

@@ -1,6 +1,6 @@
 """`pretrain`: train a model from its (usually random) weights on a stream of documents; it makes the embedded model.
 
-    python train.py experiment=nano
+python train.py experiment=nano
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ class Pretrain(Checked):
         rows = encode(documents, lm.tokenizer, self.max_length)
         data = Documents(rows, lm.tokenizer.pad_token_id, self.tokens_per_batch, run.seed)
         schedule = Schedule(self.learning_rate, self.steps, optimizer=self.optimizer)
-        loss = fit(
-            lm.model, data, schedule, run, precision=self.precision, checkpoint_minutes=self.checkpoint_minutes
-        )
+        loss = fit(lm.model, data, schedule, run, precision=self.precision, checkpoint_minutes=self.checkpoint_minutes)
         run.log(f"pretrain: loss {loss:.4f} over the last tenth of {self.steps} steps")
         return lm.changed(lm.model.to(getattr(torch, self.save_dtype)))

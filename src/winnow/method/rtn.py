@@ -1,6 +1,6 @@
 """Round to nearest: the plainest weight quantization, and the one every other must beat.
 
-    python compress.py method=[rtn] method.rtn.bits=4 method.rtn.group_size=64
+python compress.py method=[rtn] method.rtn.bits=4 method.rtn.group_size=64
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class RTN(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.QUANTIZE
+    preload: ClassVar[tuple[str, ...]] = ("compressed_tensors",)
 
     bits: int = knob(4, choices=(2, 3, 4, 8))
     group_size: int = knob(64, choices=(32, 64, 128))

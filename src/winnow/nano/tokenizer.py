@@ -1,6 +1,6 @@
 """The embedded model's tokenizer: byte-level BPE over the nano world, digits one by one, `<bos>` before each text.
 
-    python -m winnow.nano.tokenizer FOLDER      # trains it anew (seconds) and saves it
+python -m winnow.nano.tokenizer FOLDER      # trains it anew (seconds) and saves it
 """
 
 from __future__ import annotations

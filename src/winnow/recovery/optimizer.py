@@ -17,7 +17,9 @@ from torch import nn
 class MuonAdamW(torch.optim.Optimizer):
     """Two optimizers behind one interface: `param_groups` are those of both, so schedulers reach them."""
 
-    def __init__(self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, weight_decay: float):
+    def __init__(
+        self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, weight_decay: float
+    ):
         self.parts = [
             torch.optim.Muon(list(matrices), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(list(others), lr=lr, weight_decay=0.0, betas=(0.9, 0.95)),

@@ -24,7 +24,7 @@
   }
 
   const config = {
-    displaylogo: false, responsive: true,
+    displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "", // nothing leaves this page
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "hoverClosest3d", "tableRotation"],
     toImageButtonOptions: { filename: "winnow-front", scale: 2 },
   };
@@ -91,7 +91,7 @@
       traces.push({
         x: trials.map((t) => t.values[x.name]), y: trials.map((t) => t.values[y.name]), name: kind.name,
         mode: labelled ? "markers+text" : "markers", text: labelled ? trials.map((t) => (corner(t) ? String(t.number) : "")) : undefined,
-        textposition: "top center", textfont: { size: 11.5, color: kind.colour }, cliponaxis: false,
+        textposition: `${y.maximize === false ? "bottom" : "top"} ${x.maximize === true ? "right" : "left"}`, textfont: { size: 11.5, color: kind.colour }, cliponaxis: false,
         customdata: trials.map((t) => t.number), hovertext: trials.map(hover), hovertemplate: "%{hovertext}<extra></extra>",
         marker: { symbol: kind.symbol, size: kind.size, color: kind.colour, opacity: kind.opacity,
                   line: { color: colour("card"), width: 1.5 } },
@@ -139,7 +139,7 @@
     const failed = data.trials.filter((t) => !t.complete);
     const front = data.trials.filter((t) => t.front);
     const marks = (trials, name, marker, text) => ({
-      x: trials.map((t) => t.number), y: trials.map(volume), mode: "markers", name, marker,
+      x: trials.map((t) => t.number), y: trials.map(volume), mode: "markers", name, marker, cliponaxis: false,
       customdata: trials.map((t) => t.number), hovertext: trials.map(text), hovertemplate: "%{hovertext}<extra></extra>",
     });
     Plotly.react("plot-volume", [

@@ -120,7 +120,7 @@ def tiles(summary: Summary, axes: Sequence[Axis]) -> list[str]:
         change = points(quality, best.figures.get(quality.name), base.figures.get(quality.name))
         note = f'<a href="#trial-{best.number}">trial {best.number}</a>, {escape(plain(str(best.strategy)))}'
         if change is not None:
-            note += f", {escape(quality.name)} {change:+.1f} points"
+            note += f", {escape(quality.name)} " + f"{change:+.1f}&nbsp;points".replace("-", "&minus;")
         times = f"{share:.2f}× the base model’s" if share is not None else ""
         found.append(_tile(f"lowest {axis.label} within {WITHIN_POINTS:g} points", axis.show(value), times, note))
     return found

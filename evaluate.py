@@ -1,0 +1,20 @@
+"""Evaluate a model or artifact: benchmark scores and hardware figures. `python evaluate.py --help` lists the options."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from winnow.cli import command, say
+
+
+@command("evaluate")
+def main(cfg: DictConfig) -> None:
+    from winnow import commands
+    from winnow.report.metrics import metrics_table
+
+    metrics = commands.evaluate(cfg, log=say)
+    print(metrics_table(metrics))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Search for the Pareto front of compressed versions of a model. `python search.py --help` lists the options.
+
+`conf/search.yaml` makes this a Hydra multirun whose sweeper is winnow's: the sweeper proposes strategies, and this task runs one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from winnow.cli import command, say
+
+
+@command("search")
+def main(cfg: DictConfig) -> dict[str, Any]:
+    from pathlib import Path
+
+    from winnow.search import trial
+
+    hydra = HydraConfig.get()
+    return trial.run(cfg, hydra.overrides.task, Path(hydra.runtime.output_dir), log=say)
+
+
+if __name__ == "__main__":
+    main()

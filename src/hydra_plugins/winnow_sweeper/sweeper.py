@@ -1,0 +1,40 @@
+"""`hydra/sweeper: winnow`: a thin shell around `winnow.search`. Hydra imports this at every start: nothing heavy up here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="winnow",
+    node={"_target_": "hydra_plugins.winnow_sweeper.sweeper.WinnowSweeper"},
+    provider="winnow",
+)
+
+
+class WinnowSweeper(Sweeper):
+    """Proposes strategies one at a time and launches each through Hydra's launcher."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from hydra.core.plugins import Plugins
+
+        self.config = config
+        self.hydra_context = hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from winnow.search.start import search
+
+        return search(self.config, arguments, self._launch, self.validate_batch_is_legal)
+
+    def _launch(self, number: int, overrides: list[str]) -> Any:
+        """Runs the job; returns Hydra's JobReturn."""
+        return self.launcher.launch([overrides], initial_job_idx=number)[0]

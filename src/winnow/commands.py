@@ -1,0 +1,72 @@
+"""What `compress.py`, `train.py` and `evaluate.py` do, as functions of their configuration; a trial runs the same ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from winnow import build
+from winnow.method.pipeline import compress as run_pipeline
+from winnow.types import Figures
+
+
+def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compress") -> Path:
+    """Applies the stages of `cfg.method` to `cfg.model`; returns the folder of the artifact."""
+    hardware = build.hardware(cfg)
+    stages = build.stages(cfg)
+    lm = build.model(cfg)
+    hardware.check()
+    output = build.output(cfg, command, lm, stages)
+    scratch = build.scratch(cfg, output)
+    try:
+        artifact = run_pipeline(lm, stages, build.run(cfg, scratch, log), output)
+    except Exception:
+        _remove_if_empty(scratch)  # a training's checkpoints stay, so that the same command goes on from them
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+    assert artifact.path is not None
+    return Path(artifact.path)
+
+
+def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
+    """Scores and measures `cfg.model` as it lies on disk; writes `metrics.json` and `samples.parquet`, and returns the metrics."""
+    from winnow.hardware.meters import Meters
+    from winnow.model import manifest
+    from winnow.model.save import whole_folder
+
+    hardware = build.hardware(cfg)
+    lm = build.model(cfg)
+    benchmark = build.benchmark(cfg)
+    hardware.check()
+    figures, seconds = Figures(), {}
+    output = build.output(cfg, "evaluate", lm, {str(cfg.benchmark.name): benchmark})
+    with whole_folder(output) as folder:
+        run = build.run(cfg, folder, log)
+        for name, probe in (("benchmark", benchmark), ("meters", Meters(hardware))):
+            started = time.perf_counter()
+            figures.merge(probe(lm, run))
+            seconds[name] = round(time.perf_counter() - started, 3)
+        metrics = {
+            "model": {"name": lm.name, "path": lm.path, "sha256": lm.manifest.get("sha256")},
+            "benchmark": str(cfg.benchmark.name),
+            "hardware": hardware.fingerprint(),
+            "seed": cfg.seed,
+            "figures": dict(figures),
+            "sources": figures.sources,
+            "seconds": seconds,
+            "versions": manifest.versions(),
+        }
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    log(f"metrics: {output / 'metrics.json'}")
+    return metrics
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.rglob("*.ckpt")):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,142 @@
+"""What W&B is to hold of a study, as plain values: a run for each trial and the run `front`. Imports no wandb."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from winnow.report.facts import base_of, quality_of, size_of
+from winnow.report.figures import axes_of, plain, total_seconds
+from winnow.types import Summary, Trial
+
+NAME_LENGTH = 120  # W&B refuses names of more than 128 characters
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run as W&B is to show it."""
+
+    id: str
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    tags: tuple[str, ...] = ()
+    failed: bool = False
+    table: tuple[Sequence[str], Sequence[Sequence[Any]]] | None = None
+    plot: Mapping[str, Any] | None = None
+
+    @property
+    def digest(self) -> str:
+        return digest_of([self.name, self.config, self.summary, self.tags, self.failed, self.table, self.plot])
+
+
+def run_id(summary: Summary, name: object) -> str:
+    """The id of a trial's run: the same for the same study and number, whoever mirrors it and however often."""
+    return f"{digest_of([summary.name, summary.fingerprint])[:12]}-{name}"
+
+
+def trial_entry(summary: Summary, trial: Trial) -> Entry:
+    """A trial as a run: the strategy as its configuration, the figures and where they come from as its summary."""
+    strategy = trial.strategy
+    config = {
+        "study": summary.name,
+        "trial": trial.number,
+        "strategy": str(strategy),
+        "method": list(strategy.methods),
+        "proposed_by": trial.proposed_by,
+        "commands": list(trial.commands),
+        **strategy.knobs,
+    }
+    found: dict[str, Any] = {"state": "complete" if trial.complete else "failed"}
+    found |= {name: value for name, value in trial.figures.items() if math.isfinite(value)}
+    found |= {f"source/{name}": source for name, source in trial.sources.items()}
+    found |= {f"seconds/{name}": value for name, value in trial.seconds.items() if math.isfinite(value)}
+    if not trial.complete:
+        found |= {"reason": str(trial.reason), "message": trial.message}
+    tags = ("base",) if trial.number == 0 else ()
+    name = f"{trial.number} {plain(str(strategy))}"
+    return Entry(
+        id=run_id(summary, trial.number),
+        name=name,
+        kind="trial",
+        config=json.loads(json.dumps(config, default=str)),
+        summary=found,
+        tags=tags if trial.complete else (*tags, "failed", str(trial.reason)),
+        failed=not trial.complete,
+    )
+
+
+def front_entry(summary: Summary) -> Entry:
+    """The run `front`: every trial in a table with `is_pareto`, which changes as the study grows and so is in no trial's run."""
+    axes = axes_of(summary)
+    on_front = set(summary.front)
+    columns = ["trial", "strategy", "is_pareto", "state", "reason", *(axis.name for axis in axes)]
+    rows = [
+        [
+            trial.number,
+            str(trial.strategy),
+            trial.number in on_front,
+            "complete" if trial.complete else "failed",
+            str(trial.reason or ""),
+            *(_finite(trial.figures.get(axis.name)) for axis in axes),
+            _finite(total_seconds(trial)),
+            trial.proposed_by,
+        ]
+        for trial in summary.trials
+    ]
+    base = base_of(summary)
+    found: dict[str, Any] = {"trials": len(summary.trials), "on_front": len(on_front)}
+    if summary.hypervolume and math.isfinite(summary.hypervolume[-1]):
+        found["hypervolume"] = summary.hypervolume[-1]
+    if base is not None:
+        found |= {f"base/{name}": value for name, value in base.figures.items() if math.isfinite(value)}
+    return Entry(
+        id=run_id(summary, "front"),
+        name=f"front of {plain(summary.name)}",
+        kind="front",
+        config=json.loads(json.dumps({"study": summary.name, "fingerprint": dict(summary.fingerprint)}, default=str)),
+        summary=found,
+        table=([*columns, "seconds", "proposed_by"], rows),
+        plot=front_plot(summary),
+    )
+
+
+def front_plot(summary: Summary) -> dict[str, Any] | None:
+    """The score over the size, the front apart from the rest, as a plotly figure; None without both figures."""
+    quality, size = quality_of(summary), size_of(summary)
+    if quality is None or size is None:
+        return None
+    axes = {axis.name: axis for axis in axes_of(summary)}
+    x, y = axes[size], axes[quality.name]
+    on_front = set(summary.front)
+    known = [
+        t for t in summary.trials if math.isfinite(t.figures.get(x.name, math.nan) + t.figures.get(y.name, math.nan))
+    ]
+    traces = []
+    for name, front, colour in (("dominated", False, "#929ca7"), ("front", True, "#0a7560")):
+        trials = sorted((t for t in known if (t.number in on_front) == front), key=lambda t: t.figures[x.name])
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
+                "x": [t.figures[x.name] / x.factor for t in trials],
+                "y": [t.figures[y.name] / y.factor for t in trials],
+                "text": [f"trial {t.number}" for t in trials],
+                "marker": {"color": colour, "size": 11 if front else 7},
+            }
+        )
+    return {"data": traces, "layout": {"xaxis": {"title": {"text": x.title}}, "yaxis": {"title": {"text": y.title}}}}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

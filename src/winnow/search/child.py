@@ -1,0 +1,175 @@
+"""Runs a function in a child process of a fork server: quick to start, alone in its process group, with limits.
+
+The fork server keeps torch, transformers and lm-eval imported, so a child costs milliseconds instead of seconds. A child dies with
+the fork server, which dies with the search: whatever way a search ends, nothing of it is left running.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from winnow.types import MissingExtra, Reason, UserError
+
+PRELOAD = ("torch", "transformers", "lm_eval", "winnow.search.preload")  # for every trial
+_POLL_S = 0.25
+_PR_SET_PDEATHSIG = 1
+
+
+class Failed(Exception):
+    """The child did not finish; why, in a word and in words."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
+@dataclass(frozen=True)
+class Limits:
+    seconds: float | None = None
+    memory_bytes: int | None = None  # resident, of the child and its children
+
+
+def start_server(extra: Sequence[str] = ()) -> None:
+    """Starts the fork server; it goes on importing (`PRELOAD` and `extra`) in the background while the caller prepares."""
+    from multiprocessing import forkserver
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *extra])
+    forkserver.ensure_running()
+
+
+def call(
+    function: str, arguments: dict[str, Any], limits: Limits, log: Callable[[str], None], output: Path
+) -> dict[str, Any]:
+    """What `function` ("module:name") returns for `arguments`, computed in a child.
+
+    Args:
+        function: takes the arguments and a `log` callable; returns something that pickles.
+        output: a file for what the child prints.
+
+    Raises:
+        Failed: with the typed reason.
+        KeyboardInterrupt: after the child was killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_main, args=(theirs, function, arguments, str(output)), daemon=False)
+    process.start()
+    theirs.close()
+    started = time.monotonic()
+    try:
+        while True:
+            for ready in wait([ours, process.sentinel], timeout=_POLL_S):
+                if ready is ours:
+                    try:
+                        kind, payload = ours.recv()
+                    except EOFError:
+                        process.join()
+                        raise _death(process.exitcode, output) from None
+                    if kind == "log":
+                        log(payload)
+                    elif kind == "result":
+                        return payload  # type: ignore[no-any-return]
+                    else:
+                        raise Failed(Reason(payload[0]), payload[1])
+                elif not ours.poll():
+                    raise _death(process.exitcode, output)
+            if limits.seconds and time.monotonic() - started > limits.seconds:
+                raise Failed(Reason.TIMEOUT, f"took longer than {limits.seconds:.0f} s")
+            if limits.memory_bytes and (used := _resident_bytes(process.pid)) > limits.memory_bytes:
+                raise Failed(
+                    Reason.OUT_OF_MEMORY,
+                    f"held {used / 2**30:.2f} GiB, over the limit of {limits.memory_bytes / 2**30:.2f} GiB",
+                )
+    finally:
+        _kill(process)
+        ours.close()
+
+
+def _main(connection: Connection, function: str, arguments: dict[str, Any], output: str) -> None:
+    """The child: its own process group, output to a file, result or typed failure over the pipe."""
+    os.setpgid(0, 0)
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the fork server died before the call above
+        os._exit(1)
+    with open(output, "a", encoding="utf-8", buffering=1) as file:  # noqa: PTH123
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        try:
+            module, _, name = function.partition(":")
+            found = getattr(importlib.import_module(module), name)
+            result = found(**arguments, log=lambda line: connection.send(("log", line)))
+            connection.send(("result", result))
+        except BaseException as error:
+            traceback.print_exc()
+            connection.send(("failed", (classify(error).value, describe(error))))
+    # interpreter shutdown would run exit handlers of libraries that the parent preloaded; everything is written by now
+    os._exit(0)
+
+
+def classify(error: BaseException) -> Reason:
+    """The typed reason of an exception."""
+    from winnow.model.save import is_disk_full
+
+    cause = error.__cause__
+    if is_disk_full(error) or (cause is not None and is_disk_full(cause)):
+        return Reason.DISK_FULL
+    if isinstance(error, MissingExtra | ModuleNotFoundError):
+        return Reason.MISSING
+    if isinstance(error, UserError):
+        return Reason.INVALID
+    text = f"{type(error).__name__}: {error}"
+    no_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if no_memory or "OutOfMemory" in text or "can't allocate memory" in text or "out of memory" in text:
+        return Reason.OUT_OF_MEMORY
+    return Reason.ERROR
+
+
+def describe(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+
+
+def _death(code: int | None, output: Path) -> Failed:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = " (often the kernel's, out of memory)" if name == "SIGKILL" else ""
+        return Failed(Reason.CRASHED, f"the process was killed by {name}{hint}; see {output}")
+    return Failed(Reason.CRASHED, f"the process ended with code {code} and no result; see {output}")
+
+
+def _kill(process: Any) -> None:
+    """Ends the child's whole process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+    process.join(timeout=5)
+
+
+def _resident_bytes(pid: int | None) -> int:
+    import psutil
+
+    total = 0
+    try:
+        parent = psutil.Process(pid)
+        for one in [parent, *parent.children(recursive=True)]:
+            total += one.memory_info().rss
+    except psutil.NoSuchProcess:
+        pass
+    return total

@@ -1,0 +1,54 @@
+"""Figures that a study can optimise, by name, each with its direction."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from winnow.types import Objective, UserError
+
+# what the meters and every benchmark report; benchmarks add one score a task
+KNOWN: dict[str, Objective] = {
+    o.name: o
+    for o in (
+        Objective("accuracy", True),
+        Objective("perplexity", False),
+        Objective("bits_per_byte", False, "bits"),
+        Objective("size_bytes", False, "bytes"),
+        Objective("weight_bytes", False, "bytes"),
+        Objective("weights_memory_bytes", False, "bytes"),
+        Objective("peak_memory_bytes", False, "bytes"),
+        Objective("latency_ms", False, "ms"),
+        Objective("ttft_ms", False, "ms"),
+        Objective("ttft_p90_ms", False, "ms"),
+        Objective("tpot_ms", False, "ms"),
+        Objective("tpot_p90_ms", False, "ms"),
+        Objective("prefill_tokens_per_s", True, "tokens/s"),
+        Objective("decode_tokens_per_s", True, "tokens/s"),
+        Objective("energy_wh_per_1k_tokens", False, "Wh"),
+        Objective("co2_g_per_1k_tokens", False, "g"),
+    )
+}
+
+
+def objectives(names: Sequence[str], scores: Sequence[str]) -> tuple[Objective, ...]:
+    """The objectives of a study.
+
+    Args:
+        names: as the user gave them.
+        scores: the benchmark's own scores (all better when higher), allowed beside `KNOWN`.
+
+    Raises:
+        UserError: none, one twice, or a name that nothing reports.
+    """
+    known = KNOWN | {name: Objective(name, True) for name in scores}
+    if not names:
+        raise UserError("objectives=[] is empty; give some, e.g. objectives=[accuracy,size_bytes]")
+    for name in names:
+        if list(names).count(name) > 1:
+            raise UserError(f"objectives={list(names)}: {name} is there twice")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UserError(f"objectives: {name} is not reported; {hint}there are: {', '.join(known)}")
+    return tuple(known[name] for name in names)

@@ -1,0 +1,83 @@
+"""Sorts what the user typed after `search.py` into the space, and the settings that every trial shares."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from winnow.types import Knob, Strategy, UserError
+
+COMPRESS_KEYS = ("model", "calibration", "seed", "hardware")
+EVALUATE_KEYS = ("model", "benchmark", "hardware", "seed")
+
+
+@dataclass(frozen=True)
+class Typed:
+    """The command line of a search, parsed.
+
+    Attributes:
+        narrowed: knobs by key: a fixed value, a list of choices, or an interval as a `Knob`.
+        shared: overrides of every trial, as typed.
+    """
+
+    narrowed: dict[str, Any]
+    shared: tuple[str, ...]
+
+    def of_trial(self, strategy: Strategy) -> list[str]:
+        """All overrides of one trial's configuration."""
+        return [*self.shared, *strategy.overrides]
+
+
+def parse(arguments: Sequence[str]) -> Typed:
+    """Splits the task overrides of a search.
+
+    Raises:
+        UserError: a sweep over anything but a method's knob.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, RangeSweep
+
+    narrowed: dict[str, Any] = {}
+    shared: list[str] = []
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        key, value = override.key_or_group, override.value()
+        if key == "method":
+            if isinstance(value, ChoiceSweep | Glob):
+                raise UserError(f"{override.input_line}: list the methods to search over, e.g. method=[wanda,rtn,nf4]")
+            continue  # the methods of the space; a trial names its own
+        if not key.startswith("method."):
+            if override.is_sweep_override():
+                raise UserError(
+                    f"{override.input_line}: a search explores the knobs of methods; run one search for each {key}"
+                )
+            shared.append(str(override.input_line))
+        elif isinstance(value, IntervalSweep):
+            narrowed[key] = Knob(low=value.start, high=value.end)
+        elif isinstance(value, RangeSweep | ChoiceSweep):
+            narrowed[key] = list(override.sweep_iterator(transformer=lambda v: _plain(v)))
+        else:
+            narrowed[key] = value
+    return Typed(narrowed, tuple(shared))
+
+
+def _plain(value: Any) -> Any:
+    """The value of a choice: unquoted strings and numbers as themselves."""
+    return getattr(value, "text", value)
+
+
+def _of(keys: Iterable[str], overrides: Iterable[str]) -> list[str]:
+    return [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in keys]
+
+
+def command_lines(shared: Sequence[str], strategy: Strategy, artifact: str) -> tuple[str, str]:
+    """The `compress.py` and `evaluate.py` lines that make a trial's artifact and its figures again, ready for a shell."""
+    compress = [*_of(COMPRESS_KEYS, shared), *strategy.overrides, f"output={artifact}"]
+    loading = [o for o in _of(("model",), shared) if "." in o.split("=")[0] and not o.startswith("model.path")]
+    others = [o for o in _of(EVALUATE_KEYS, shared) if not o.startswith("model")]
+    evaluate = ["model=local", f"model.path={artifact}", *loading, *others]
+    return (
+        shlex.join(["python", "compress.py", *compress]),
+        shlex.join(["python", "evaluate.py", *evaluate]),
+    )

@@ -1,0 +1,51 @@
+"""Non-dominated points and hypervolume, by moocore."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from winnow.types import Objective, Trial
+
+
+def points(trials: Sequence[Trial], objectives: Sequence[Objective]) -> np.ndarray:
+    """Objective values [trials, objectives] of complete trials, signed so that less is better."""
+    signs = [-1.0 if o.maximize else 1.0 for o in objectives]
+    rows = [[sign * t.figures[o.name] for o, sign in zip(objectives, signs, strict=True)] for t in trials]
+    return np.array(rows, dtype=float).reshape(len(rows), len(objectives))
+
+
+def front(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[int, ...]:
+    """Numbers of the complete trials that no other dominates; of equal points the first."""
+    import moocore
+
+    complete = [t for t in trials if t.complete]
+    if not complete:
+        return ()
+    keep = moocore.is_nondominated(points(complete, objectives), maximise=False, keep_weakly=False)
+    return tuple(t.number for t, kept in zip(complete, keep, strict=True) if kept)
+
+
+def hypervolume_series(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[float, ...]:
+    """The share of the box between the best and the worst values of the study that is dominated after each trial.
+
+    Normalised over all complete trials, so the series of one study can be compared within itself only.
+    """
+    import moocore
+
+    complete = [t for t in trials if t.complete]
+    if not complete:
+        return tuple(0.0 for _ in trials)
+    values = points(complete, objectives)
+    low, high = values.min(0), values.max(0)
+    span = np.where(high > low, high - low, 1.0)
+    scaled = dict(zip((t.number for t in complete), (values - low) / span, strict=True))
+    reference = np.full(len(objectives), 1.1)  # a tenth past the worst, so that extreme points count
+    full = 1.1 ** len(objectives)
+    series, seen = [], []
+    for trial in trials:
+        if trial.number in scaled:
+            seen.append(scaled[trial.number])
+        series.append(float(moocore.hypervolume(np.array(seen), ref=reference)) / full if seen else 0.0)
+    return tuple(series)

@@ -1,0 +1,97 @@
+"""One trial: compress in a child process, load the artifact back and evaluate it in another, and say how it went.
+
+Two children, because memory is measured: what compressing held must not count for what serving holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from winnow.search import child
+from winnow.types import Reason
+
+OUTCOME = "outcome.json"
+
+
+def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Runs the trial that `cfg` describes; its outcome is written to `folder/outcome.json` in one piece, and returned.
+
+    The outcome holds `overrides` (to know the trial again), `figures`, `sources`, `seconds`, `reason` and `message`.
+    """
+    started = time.perf_counter()
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    limits = child.Limits(60 * cfg.limits.minutes if cfg.limits.minutes else None, cfg.limits.memory_bytes)
+    artifact, metrics = folder / "artifact", folder / "metrics"
+    outcome: dict[str, Any] = {"figures": {}, "sources": {}, "reason": None, "message": ""}
+    seconds: dict[str, float] = {}
+    try:
+        for step, target in (("compress", artifact), ("evaluate", metrics)):
+            step_started = time.perf_counter()
+            left = limits.seconds and max(1.0, limits.seconds - (step_started - started))
+            result = child.call(
+                f"winnow.search.trial:{step}",
+                {"settings": settings, "output": str(target), "artifact": str(artifact)},
+                child.Limits(left, limits.memory_bytes),
+                log,
+                folder / "log.txt",
+            )
+            seconds[step] = result["seconds"]
+            if step == "evaluate":
+                outcome |= {"figures": result["figures"], "sources": result["sources"]}
+    except child.Failed as failed:
+        outcome |= {"reason": failed.reason.value, "message": failed.message, "figures": {}, "sources": {}}
+    seconds["total"] = round(time.perf_counter() - started, 3)
+    outcome["seconds"] = seconds
+    outcome["overrides"] = list(overrides)
+    _write_whole(folder / OUTCOME, outcome)
+    return outcome
+
+
+def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:
+    """In the child: `compress.py`'s work."""
+    from winnow import commands
+
+    started = time.perf_counter()
+    commands.compress(OmegaConf.create({**settings, "output": output}), log)
+    return {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:
+    """In the child: `evaluate.py`'s work on the artifact."""
+    from winnow import commands
+
+    started = time.perf_counter()
+    model = {**settings["model"], "_target_": "winnow.model.load.pretrained", "path": artifact}
+    metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log)
+    seconds = round(time.perf_counter() - started, 3)
+    return {"figures": metrics["figures"], "sources": metrics["sources"], "seconds": seconds}
+
+
+def read_outcome(folder: Path) -> dict[str, Any] | None:
+    """The outcome of a trial that reached its end, if it did."""
+    try:
+        return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return None
+
+
+def failure(reason: Reason, message: str) -> dict[str, Any]:
+    """The outcome of a trial that did not even start."""
+    return {"figures": {}, "sources": {}, "reason": reason.value, "message": message, "seconds": {}}
+
+
+def _write_whole(path: Path, content: dict[str, Any]) -> None:
+    scratch = path.with_suffix(".partial")
+    with scratch.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)

@@ -1,0 +1,52 @@
+"""What a person and other programs see of a study while it runs and after: rebuilt from the study each time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from winnow.types import Summary, Trial
+
+REPORT_EVERY_S = 60.0
+
+
+@dataclass
+class Views:
+    """Writes `front.json`, `final_results.json` and `report.html` into the study's folder, and mirrors to W&B.
+
+    Attributes:
+        tracker: mirrors a summary to W&B; None where that is disabled.
+    """
+
+    folder: Path
+    log: Callable[[str], None]
+    tracker: Any = None
+    _reported: float = field(default_factory=time.monotonic)
+
+    def trial(self, trial: Trial, summary: Summary) -> None:
+        """After a finished trial: a line, the small files, and from time to time the report."""
+        from winnow.report.table import trial_line
+
+        self.log(trial_line(trial, summary))
+        self.write(summary, final=False)
+
+    def write(self, summary: Summary, final: bool) -> None:
+        from winnow.report.html import write_report
+        from winnow.report.table import front_json, results_json
+
+        self._json("front.json", front_json(summary))
+        if final or time.monotonic() - self._reported > REPORT_EVERY_S:
+            self._json("final_results.json", results_json(summary))
+            write_report(self.folder / "report.html", summary)
+            self._reported = time.monotonic()
+        if final and self.tracker is not None:
+            self.tracker.mirror(summary)
+
+    def _json(self, name: str, content: dict[str, Any]) -> None:
+        scratch = self.folder / f".{name}.partial"
+        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        scratch.replace(self.folder / name)
