@@ -201,11 +201,11 @@ class Figures(dict[str, float]):
 
     def __init__(self, values: Mapping[str, float] | None = None, sources: Mapping[str, str] | None = None) -> None:
         super().__init__(values or {})
-        self.sources: dict[str, str] = {name: "measured" for name in self} | dict(sources or {})
+        self.sources: dict[str, str] = dict.fromkeys(self, "measured") | dict(sources or {})
 
     def merge(self, other: Mapping[str, float]) -> None:
         self.update(other)
-        self.sources |= getattr(other, "sources", {name: "measured" for name in other})
+        self.sources |= getattr(other, "sources", dict.fromkeys(other, "measured"))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Meters:
                 latency.request(model, prompt, hardware.output_tokens)
         per_1k = 1000 / (requests * tokens_a_request)
         figures = {"energy_wh_per_1k_tokens": energy.wh * per_1k, "co2_g_per_1k_tokens": energy.co2_g * per_1k}
-        return Figures(figures, {name: energy.source for name in figures})
+        return Figures(figures, dict.fromkeys(figures, energy.source))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ that the compressed model will really have, with only one block's inputs held at
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -77,10 +78,8 @@ def walk_blocks(
 
     handle = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
     for batch in batches:
-        try:
+        with contextlib.suppress(_Stop):
             model(input_ids=batch, use_cache=False)
-        except _Stop:
-            pass
     handle.remove()
     hidden = [args[0] if args else kwargs["hidden_states"] for args, kwargs in caught]
 

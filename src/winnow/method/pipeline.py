@@ -6,6 +6,7 @@ The slots of the stages must not go down: prune < recover < quantize < adapt < c
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ def check_order(stages: Mapping[str, Stage]) -> None:
         UserError: two stages of one slot, or a stage before one that must come earlier.
     """
     named = list(stages.items())
-    for (first, before), (second, after) in zip(named, named[1:], strict=False):
+    for (first, before), (second, after) in itertools.pairwise(named):
         if before.slot == after.slot:
             raise UserError(
                 f"method=[{','.join(stages)}]: {first} and {second} are both {before.slot.name.lower()} methods; "

@@ -41,5 +41,5 @@ def rtn_scale(weight_oi: torch.Tensor, bits: int, group_size: int) -> torch.Tens
     """Scales [out, groups] of weights [out, in]: the largest magnitude of a group over half the integer range."""
     groups = weight_oi.unflatten(-1, (-1, group_size))
     half_range = (2**bits - 1) / 2
-    scale = groups.abs().amax(-1) / half_range
+    scale: torch.Tensor = groups.abs().amax(-1) / half_range
     return scale.clamp_min(1e-8)  # a group of zeros (pruned) keeps a scale that does not divide by zero

@@ -113,7 +113,7 @@ def _cut_short(file: Path) -> bool:
         except ValueError:
             return True
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return 8 + header_bytes + max(ends, default=0) > size
+    return bool(8 + header_bytes + max(ends, default=0) > size)
 
 
 def load_model(path: str, loading: Loading) -> PreTrainedModel:

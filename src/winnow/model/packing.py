@@ -58,7 +58,7 @@ def _has_progress(function: Any) -> bool:
     return "show_progress" in inspect.signature(function).parameters
 
 
-def quantize_linear(linear: nn.Linear, scale_og: torch.Tensor) -> None:
+def quantize_linear(linear: Any, scale_og: torch.Tensor) -> None:
     """Rounds the weights to the grid of `scale_og` [out, groups] and keeps the scales for packing."""
     from compressed_tensors.quantization import QuantizationStatus
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize

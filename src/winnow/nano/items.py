@@ -63,7 +63,7 @@ def gsm8k(rng: random.Random, dial: Dial) -> Item:
         else:
             verb = rng.choice([f"buys {number} more", f"finds {number} more", f"gets {number} from {other}"])
             result, sign = total + number, "+"
-        story.append(f"{'Then ' if len(steps) else ''}{name} {verb}.")
+        story.append(f"{'Then ' if steps else ''}{name} {verb}.")
         steps.append(f"{total} {sign} {number} = {result}")
         total = result
     question = " ".join(story) + f" How many {things} does {name} have now?"
@@ -78,7 +78,8 @@ def commonsenseqa(rng: random.Random, dial: Dial) -> Item:
     subject = rng.choice(sorted(facts))
     answer = facts[subject]
     question = _sentence(rng.choice(phrasings).format(s=subject))
-    texts = rng.sample(sorted(set(facts.values()) - {answer}), 4) + [answer]
+    texts = rng.sample(sorted(set(facts.values()) - {answer}), 4)
+    texts.append(answer)
     rng.shuffle(texts)
     row = {
         "question": question,
@@ -163,7 +164,9 @@ def _web_of_lies(rng: random.Random, dial: Dial) -> tuple[str, str]:
 
 def _dyck(rng: random.Random, dial: Dial) -> tuple[str, str]:
     """Complete a sequence of brackets, as BIG-Bench Hard's `dyck_languages`."""
-    pairs, stack, shown = {"(": ")", "[": "]", "{": "}", "<": ">"}, [], []
+    pairs = {"(": ")", "[": "]", "{": "}", "<": ">"}
+    stack: list[str] = []
+    shown: list[str] = []
     for _ in range(rng.randint(3, 9)):
         if stack and rng.random() < 0.4:
             shown.append(pairs[stack.pop()])
@@ -230,9 +233,10 @@ def _sentence(words: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def benchmark_items(family: str, count: int = TEST_ITEMS, dial: Dial = Dial()) -> list[Item]:  # noqa: B008
+def benchmark_items(family: str, count: int = TEST_ITEMS, dial: Dial = Dial()) -> list[Item]:
     """The test set of a family: `count` items, no two with the same prompt."""
-    make, rng, items = FAMILIES[family], random.Random(f"{family}/{TEST_SEED}"), {}
+    make, rng = FAMILIES[family], random.Random(f"{family}/{TEST_SEED}")
+    items: dict[str, Item] = {}
     for _ in range(1000 * count):
         item = make(rng, dial)
         items.setdefault(item.prompt, item)
@@ -241,7 +245,7 @@ def benchmark_items(family: str, count: int = TEST_ITEMS, dial: Dial = Dial()) -
     raise ValueError(f"{family} has only {len(items)} different items at {dial}; ask for fewer or turn the dial up")
 
 
-def held_out_text(count: int = 200, dial: Dial = Dial()) -> list[Item]:  # noqa: B008
+def held_out_text(count: int = 200, dial: Dial = Dial()) -> list[Item]:
     """Text for perplexity, seeded apart from the training stream."""
     rng = random.Random(f"text/{TEST_SEED}")
     return [text(rng, dial) for _ in range(count)]
@@ -249,7 +253,7 @@ def held_out_text(count: int = 200, dial: Dial = Dial()) -> list[Item]:  # noqa:
 
 def training_items(
     seed: int = TRAIN_SEED, dial: Dial = Dial(), mixture: dict[str, float] | None = None
-) -> Iterator[Item]:  # noqa: B008
+) -> Iterator[Item]:
     """An endless stream of training items, in the proportions of `mixture`, none of whose prompts is in a test set."""
     mixture = mixture or MIXTURE
     tests = {item.prompt for family in FAMILIES for item in benchmark_items(family, dial=dial)}

@@ -6,7 +6,6 @@ from there. Lightning's own loggers are off: figures reach W&B through `winnow.r
 
 from __future__ import annotations
 
-import os
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -62,7 +61,7 @@ class Checkpoints(ModelCheckpoint):
         scratch = f"{filepath}.partial"
         trainer.save_checkpoint(scratch, self.save_weights_only)
         if trainer.is_global_zero:
-            os.replace(scratch, filepath)
+            Path(scratch).replace(filepath)
 
 
 def fit(
@@ -108,7 +107,8 @@ class _Tail(Callback):
     """Mean loss of the last tenth of the steps."""
 
     def __init__(self, steps: int) -> None:
-        self.start, self.losses = steps - max(1, steps // 10), []
+        self.start = steps - max(1, steps // 10)
+        self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
         if trainer.global_step > self.start:

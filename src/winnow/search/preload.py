@@ -1,8 +1,5 @@
 """Imported once by the fork server: what every trial needs and would otherwise import itself."""
 
-import transformers.models.auto.modeling_auto
-import transformers.models.llama.modeling_llama
-
 import winnow.benchmark.harness
 import winnow.build
 import winnow.hardware.meters

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -123,9 +123,7 @@ def _suggest(suggest: Suggest, d: Dimension) -> Any:
     return float(f"{suggest.suggest_float(d.key, d.low, d.high, log=d.log):.6g}")
 
 
-def read_space(
-    methods: Mapping[str, Mapping[str, Any]], narrowed: Mapping[str, Any], defaults: Callable[[str], Any] | None = None
-) -> Space:
+def read_space(methods: Mapping[str, Mapping[str, Any]], narrowed: Mapping[str, Any]) -> Space:
     """The space over `methods` (the composed `cfg.method`), with the user's narrowings.
 
     Args:
@@ -151,8 +149,7 @@ def read_space(
                 dimension = Dimension(key, knob.choices, low, high, knob.log, isinstance(node.get(knob_name), int))
             else:
                 continue
-            if dimension is not None:
-                dimensions.append(replace(dimension, when={prefix + k: v for k, v in knob.when.items()}))
+            dimensions.append(replace(dimension, when={prefix + k: v for k, v in knob.when.items()}))
         fixed = {d.key: d.choices[0] for d in dimensions if len(d.choices) == 1}
         # a knob that depends on another which is fixed elsewhere can never be reached
         dimensions = [d for d in dimensions if all(fixed.get(k, v) == v for k, v in d.when.items())]
@@ -167,17 +164,17 @@ def read_space(
     return Space(tuple(found))
 
 
-def _narrow(key: str, knob: Knob, value: Any) -> Dimension | None:
+def _narrow(key: str, knob: Knob, value: Any) -> Dimension:
     if isinstance(value, Knob):
-        for bound in (value.low, value.high):
-            if not knob.choices and not knob.allows(bound):
-                raise UserError(f"{key}=interval({value.low:g},{value.high:g}) is out of range: it takes {knob}")
-        if knob.choices:
-            inside = tuple(c for c in knob.choices if isinstance(c, int | float) and value.low <= c <= value.high)
-            if not inside:
-                raise UserError(f"{key}=interval({value.low:g},{value.high:g}) leaves nothing: it takes {knob}")
-            return Dimension(key, inside)
-        return Dimension(key, (), float(value.low or 0), float(value.high or 0), knob.log)
+        low, high = value.low or 0.0, value.high or 0.0
+        if not knob.choices:
+            if not (knob.allows(low) and knob.allows(high)):
+                raise UserError(f"{key}=interval({low:g},{high:g}) is out of range: it takes {knob}")
+            return Dimension(key, (), low, high, knob.log)
+        inside = tuple(c for c in knob.choices if isinstance(c, int | float) and low <= c <= high)
+        if not inside:
+            raise UserError(f"{key}=interval({low:g},{high:g}) leaves nothing: it takes {knob}")
+        return Dimension(key, inside)
     values = list(value) if isinstance(value, list | tuple) else [value]
     if not values:
         raise UserError(f"{key}: no values are left to choose from")

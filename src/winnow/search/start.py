@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ def search(
     child.start_server(preload)
 
     folder = Path(config.outputs) / config.study
-    storage = config.storage or f"sqlite:///{folder / 'study.db'}"
+    storage: str = config.storage or f"sqlite:///{folder / 'study.db'}"
     if storage.startswith("sqlite:///"):
         _make(folder)
     study = open_study(config.study, storage, wanted, fingerprint(config, lm, hardware.fingerprint()))
@@ -192,7 +191,3 @@ def _tracker(config: DictConfig, folder: Path) -> Any:
 
 def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free

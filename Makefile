@@ -1,0 +1,31 @@
+# `make search` and `make test` do everything on a fresh machine with Python 3.11: they set up .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: search test lint bench clean
+
+search: $(READY)
+	$(BIN)/python search.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	@for bench in bench/*.py; do $(BIN)/python $$bench || exit 1; done
+
+# torch comes first, at its pinned version: a range would fetch gigabytes of CUDA packages onto a machine without a GPU
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "setting up .venv: a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv outputs build dist
