@@ -10,29 +10,7 @@ from __future__ import annotations
 
 import random
 
-PEOPLE = [
-    "Tom",
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Iris",
-    "Jack",
-    "Kate",
-    "Leo",
-    "Mia",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tina",
-]
-
+PEOPLE = ("Tom Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina").split()
 # singular, plural; objects that can be owned, counted, given and lost
 OBJECTS = (
     ("apple", "apples"),
@@ -87,75 +65,12 @@ KINDS = {  # for object counting
     ),
 }
 
-SORT_WORDS = [
-    "acid",
-    "arch",
-    "band",
-    "bell",
-    "bird",
-    "boat",
-    "bone",
-    "cake",
-    "clay",
-    "coat",
-    "corn",
-    "desk",
-    "dish",
-    "door",
-    "dust",
-    "edge",
-    "farm",
-    "fern",
-    "film",
-    "fish",
-    "fork",
-    "frog",
-    "gate",
-    "glue",
-    "gold",
-    "hand",
-    "harp",
-    "hill",
-    "horn",
-    "iron",
-    "jade",
-    "jazz",
-    "kelp",
-    "king",
-    "kite",
-    "lake",
-    "lamp",
-    "leaf",
-    "lime",
-    "maze",
-    "milk",
-    "moon",
-    "nest",
-    "note",
-    "oven",
-    "palm",
-    "pine",
-    "pond",
-    "rain",
-    "ring",
-    "rope",
-    "salt",
-    "sand",
-    "seed",
-    "silk",
-    "snow",
-    "star",
-    "tent",
-    "tree",
-    "vase",
-    "wave",
-    "wind",
-    "wing",
-    "wolf",
-    "yarn",
-    "zinc",
-]
-
+SORT_WORDS = (
+    "acid arch band bell bird boat bone cake clay coat corn desk dish door dust edge farm fern film fish fork "
+    "frog gate glue gold hand harp hill horn iron jade jazz kelp king kite lake lamp leaf lime maze milk moon "
+    "nest note oven palm pine pond rain ring rope salt sand seed silk snow star tent tree vase wave wind wing "
+    "wolf yarn zinc"
+).split()
 # relation: (phrasings of the question, {subject: answer}); answers of one relation serve as each other's distractors
 COMMON_SENSE: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "place": (
@@ -360,10 +275,9 @@ COMMON_SENSE: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     ),
 }
 
-_COLORS = ["red", "blue", "green", "white", "black", "yellow", "brown", "gray", "pink", "purple"]
-_STUFFS = ["salt", "iron", "silver", "honey", "coal", "amber", "wheat", "pepper", "linen", "sugar"]
-_HABITS = ["sings", "sleeps", "dances", "swims", "hides", "climbs", "hunts", "digs", "glows", "howls"]
-
+_COLORS = "red blue green white black yellow brown gray pink purple".split()
+_STUFFS = "salt iron silver honey coal amber wheat pepper linen sugar".split()
+_HABITS = "sings sleeps dances swims hides climbs hunts digs glows howls".split()
 # attribute: (subject with a slot for the name, question phrasings, two phrasings of the answer, the values it may have)
 CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, str], list[str]]] = {
     "color": (
@@ -418,8 +332,8 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...], tuple[str, str], list[str]]] = {
         _HABITS,
     ),
 }
-_ONSETS = ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr", "st", "tr"]
-_VOWELS = ["a", "e", "i", "o", "u"]
+_ONSETS = ("b d f g k l m n p r s t v z br dr kr st tr").split()
+_VOWELS = "a e i o u".split()
 NAMES_PER_ATTRIBUTE = 36
 
 

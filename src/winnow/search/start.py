@@ -50,7 +50,7 @@ def search(
     child.start_server(preload)
 
     folder = Path(config.outputs) / config.study
-    storage: str = config.storage or f"sqlite:///{folder / 'study.db'}"
+    storage = str(config.storage or f"sqlite:///{folder / 'study.db'}")
     if storage.startswith("sqlite:///"):
         _make(folder)
     study = open_study(config.study, storage, wanted, fingerprint(config, lm, hardware.fingerprint()))
