@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -12,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from winnow import build
+from winnow.hardware.lock import sharing
 from winnow.method.pipeline import compress as run_pipeline
 from winnow.types import Figures
 
@@ -25,7 +27,8 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     output = build.output(cfg, command, lm, stages)
     scratch = build.scratch(cfg, output)
     try:
-        artifact = run_pipeline(lm, stages, build.run(cfg, scratch, log), output)
+        with sharing(hardware.device, log):
+            artifact = run_pipeline(lm, stages, build.run(cfg, scratch, log), output)
     except Exception:
         _remove_if_empty(scratch)  # a training's checkpoints stay, so that the same command goes on from them
         raise
@@ -48,9 +51,14 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
     output = build.output(cfg, "evaluate", lm, {str(cfg.benchmark.name): benchmark})
     with whole_folder(output) as folder:
         run = build.run(cfg, folder, log)
-        for name, probe in (("benchmark", benchmark), ("meters", Meters(hardware))):
+        # scoring may share the device with other work; the meters wait until they have it alone
+        for name, probe, hold in (
+            ("benchmark", benchmark, sharing(hardware.device, log)),
+            ("meters", Meters(hardware), contextlib.nullcontext()),
+        ):
             started = time.perf_counter()
-            figures.merge(probe(lm, run))
+            with hold:
+                figures.merge(probe(lm, run))
             seconds[name] = round(time.perf_counter() - started, 3)
         metrics = {
             "model": {"name": lm.name, "path": lm.path, "sha256": lm.manifest.get("sha256")},

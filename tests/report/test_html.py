@@ -158,7 +158,7 @@ def test_a_failed_write_leaves_the_old_report(
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("winnow.report.html.os.replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="disk full"):
         write_report(path, summary)
     assert path.read_bytes() == before

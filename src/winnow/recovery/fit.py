@@ -73,11 +73,12 @@ def fit(
     precision: str = "32-true",
     accumulate: int = 1,
     checkpoint_minutes: float | None = None,
+    log_seconds: float = 10.0,
 ) -> float:
     """Trains `model` in place for `schedule.steps` optimizer steps; returns the mean loss of the last tenth of them."""
     lightning.seed_everything(run.seed, verbose=False)
     tail = _Tail(schedule.steps)
-    callbacks: list[Callback] = [Progress(run, schedule.steps), tail]
+    callbacks: list[Callback] = [Progress(run, schedule.steps, log_seconds), tail]
     last = run.folder / "checkpoints" / "last.ckpt"
     if checkpoint_minutes:
         callbacks.append(Checkpoints(last.parent, checkpoint_minutes))

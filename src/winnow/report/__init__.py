@@ -1,1 +1,1 @@
-"""Views of a finished or running study: terminal, `front.json`, `report.html`, W&B. Each can be rebuilt from the study."""
+"""Views of a study: terminal, `front.json`, `report.html`, W&B. Each can be rebuilt from the study at any time."""

@@ -23,11 +23,12 @@
     return lines.join("<br>");
   }
 
-  const config = {
-    displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "", // nothing leaves this page
+  // a phone has no room for the buttons; nothing leaves this page, so there is no server to send a chart to
+  const config = () => ({
+    displaylogo: false, responsive: true, displayModeBar: !narrow.matches, showSendToCloud: false, plotlyServerURL: "",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "hoverClosest3d", "tableRotation"],
     toImageButtonOptions: { filename: "winnow-front", scale: 2 },
-  };
+  });
 
   function layout(more) {
     return {
@@ -36,7 +37,7 @@
       hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), align: "left",
                     font: { family: font, size: 13, color: colour("text") } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("other"), activecolor: colour("text") },
-      margin: { l: 64, r: 16, t: 30, b: 52 },
+      margin: narrow.matches ? { l: 44, r: 12, t: 30, b: 48 } : { l: 64, r: 16, t: 30, b: 52 },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: colour("text") } },
       ...more,
     };
@@ -105,7 +106,7 @@
     const side = (axis) => safe(axis.title) + (axis.better ? `, ${axis.better}` : "");
     Plotly.react("plot-front", traces, layout({
       xaxis: scaleOf(side(x), log ? { type: "log", tickformat: "~g" } : {}), yaxis: scaleOf(side(y)),
-    }), config);
+    }), config());
   }
 
   function draw3d() {
@@ -126,11 +127,11 @@
       zerolinecolor: colour("line"), backgroundcolor: colour("card"), showspikes: false, nticks: 6, tickfont: { size: 11 },
     });
     Plotly.react("plot-3d", traces, layout({
-      margin: { l: 0, r: 0, t: 0, b: 0 }, uirevision: names.join(),
+      margin: { l: 0, r: 0, t: 0, b: 0 }, uirevision: names.join(), showlegend: !narrow.matches,
       legend: { orientation: "h", y: 0, yanchor: "bottom", x: 0, font: { color: colour("text") } },
       scene: { xaxis: scene(x), yaxis: scene(y), zaxis: scene(z), aspectmode: "cube", domain: { y: [0.06, 1] },
                camera: { eye: { x: 1.35, y: -1.5, z: 0.7 }, center: { x: 0, y: 0, z: -0.12 } } },
-    }), config);
+    }), config());
   }
 
   function drawVolume() {
@@ -151,7 +152,7 @@
     ].filter((trace) => trace.x.length), layout({
       xaxis: scaleOf("trial", { rangemode: "tozero", tickformat: "d" }),
       yaxis: scaleOf("hypervolume", { rangemode: "tozero" }),
-    }), config);
+    }), config());
   }
 
   function drawParallel() {
@@ -159,7 +160,7 @@
     // drawn in order: the front over the others
     const rank = (t) => (t.base ? 2 : t.front ? 1 : 0);
     const trials = [...complete].sort((a, b) => rank(a) - rank(b));
-    const dimensions = shared.slice(0, narrow.matches ? 4 : 9).map((axis) => {
+    const dimensions = shared.slice(0, narrow.matches ? 3 : 9).map((axis) => {
       const values = trials.map((t) => t.values[axis.name]);
       const low = Math.min(...values), high = Math.max(...values), pad = low === high ? Math.abs(low) * 0.05 || 1 : 0;
       const range = [low - pad, high + pad];
@@ -171,7 +172,7 @@
       type: "parcoords", dimensions, labelfont: { color: colour("text"), size: 13 }, tickfont: { color: colour("muted"), size: 11 },
       rangefont: { color: "rgba(0,0,0,0)", size: 11 }, unselected: { line: { color: colour("other"), opacity: 0.12 } },
       line: { color: trials.map(rank), colorscale: scale, cmin: -0.5, cmax: 2.5, showscale: false },
-    }], layout({ margin: { l: 70, r: 60, t: 56, b: 20 } }), { ...config, displayModeBar: false });
+    }], layout({ margin: { l: 56, r: 56, t: 56, b: 20 } }), { ...config(), displayModeBar: false });
   }
 
   function fill(id, chosen) {
@@ -216,10 +217,12 @@
         chart("plot-3d", draw3d, ["x-3d", "y-3d", "z-3d"]);
       }
       chart("plot-parallel", drawParallel, []);
-      $("plot-parallel").on("plotly_restyle", () => { $("clear-ranges").hidden = false; });
+      const watch = () => $("plot-parallel").on("plotly_restyle", () => { $("clear-ranges").hidden = false; });
+      watch();
       $("clear-ranges").addEventListener("click", () => {
-        Plotly.purge("plot-parallel");
+        Plotly.purge("plot-parallel"); // with its listeners
         drawParallel();
+        watch();
         $("clear-ranges").hidden = true;
       });
     }

@@ -46,7 +46,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Axis:
-    """A figure of a study and how to show it: `unit` is what it is shown in, `factor` its size in the figure's own unit."""
+    """A figure of a study and how to show it: `unit` is what it is shown in, `factor` that unit in the figure's own."""
 
     name: str
     label: str
@@ -166,5 +166,10 @@ def directions(axes: Sequence[Axis]) -> str:
 
 
 def plain(text: str) -> str:
-    """One line without control characters: what a trial says must not move a terminal's cursor or change its colours."""
+    """One line without control characters: what a trial says must not move a terminal's cursor or colour it."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def plain_lines(text: str) -> str:
+    """The same for several lines, whose spaces stay as they are: tracebacks and command lines."""
+    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())

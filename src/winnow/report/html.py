@@ -22,7 +22,7 @@ from typing import Any
 
 from winnow.report import rows
 from winnow.report.facts import WITHIN_POINTS, base_of, best_kept, counts, headline, points, quality_of, ratio
-from winnow.report.figures import Axis, axes_of, directions, plain
+from winnow.report.figures import Axis, axes_of, directions, plain, plain_lines
 from winnow.types import Summary
 
 SCRIPTS = ("charts.js", "table.js")
@@ -35,7 +35,7 @@ def write_report(path: Path, summary: Summary) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(render(summary), encoding="utf-8", errors="replace")
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -142,7 +142,7 @@ def fingerprint_rows(fingerprint: Any, prefix: str = "") -> list[str]:
             found += fingerprint_rows(value, f"{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-            found.append(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>")
+            found.append(f"<div><dt>{escape(plain(name))}</dt><dd>{escape(plain_lines(text))}</dd></div>")
     return found
 
 

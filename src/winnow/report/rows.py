@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from winnow.report.facts import base_of
-from winnow.report.figures import Axis, duration, plain, total_seconds
+from winnow.report.figures import Axis, duration, plain, plain_lines, total_seconds
 from winnow.report.table import relative
 from winnow.types import Summary, Trial
 
@@ -112,10 +112,10 @@ def _details(trial: Trial, summary: Summary, axes: Sequence[Axis]) -> str:
     if not trial.complete:
         said = trial.message.strip() or "no message"
         parts.append(
-            _block("Failed", f'<p>{escape(str(trial.reason))}</p><pre class="said">{escape(_clean(said))}</pre>')
+            _block("Failed", f'<p>{escape(str(trial.reason))}</p><pre class="said">{escape(plain_lines(said))}</pre>')
         )
     if trial.commands:
-        lines = "".join(_command(_clean(command)) for command in trial.commands)
+        lines = "".join(_command(plain_lines(command)) for command in trial.commands)
         parts.append(_block("Make it again", lines, wide=True))
     figures = [
         f"<tr><th scope=row>{escape(axis.label)}</th><td>{escape(axis.show(trial.figures[axis.name]))}</td>"
@@ -155,8 +155,3 @@ def _split(trial: Trial) -> str:
         )
         rows.append(f"<tr><th scope=row>{escape(name)}</th><td>{escape(duration(seconds))}</td><td>{bar}</td></tr>")
     return f'<table class="figures">{"".join(rows)}</table>'
-
-
-def _clean(text: str) -> str:
-    """Several lines without control characters."""
-    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())

@@ -72,7 +72,7 @@ def trial_entry(summary: Summary, trial: Trial) -> Entry:
 
 
 def front_entry(summary: Summary) -> Entry:
-    """The run `front`: every trial in a table with `is_pareto`, which changes as the study grows and so is in no trial's run."""
+    """The run `front`: a table of every trial; `is_pareto` changes as the study grows, so no trial's own run has it."""
     axes = axes_of(summary)
     on_front = set(summary.front)
     columns = ["trial", "strategy", "is_pareto", "state", "reason", *(axis.name for axis in axes)]

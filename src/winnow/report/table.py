@@ -1,7 +1,8 @@
-"""The front for a terminal and for machines: `front_table`, `trial_line`, and what `front.json` and `final_results.json` hold."""
+"""The front for a terminal and for machines: lines of text, and what `front.json` and `final_results.json` hold."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from winnow.report.facts import base_of, counts, finite, front_of, headline, points, ratio
@@ -32,8 +33,8 @@ def front_table(summary: Summary) -> str:
         row = [str(trial.number), plain(str(trial.strategy))]
         for axis in axes:
             value = trial.figures.get(axis.name)
-            is_base = base is None or trial.number == base.number
-            row += [axis.show(value), "" if is_base else relative(axis, value, base.figures.get(axis.name))]
+            other = base.figures.get(axis.name) if base is not None and trial.number != base.number else None
+            row += [axis.show(value), relative(axis, value, other)]
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -123,6 +124,6 @@ def results_json(summary: Summary) -> dict[str, Any]:
     return front | {
         "front": numbers,
         "counts": counts(summary),
-        "hypervolume": list(finite(dict(enumerate(summary.hypervolume))).values()),
+        "hypervolume": [v if math.isfinite(v) else None for v in summary.hypervolume],
         "trials": trials,
     }

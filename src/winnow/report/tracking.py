@@ -1,4 +1,4 @@
-"""A study mirrored to Weights & Biases: one run a trial, grouped by study, and a run `front` with the table of all of them.
+"""A study mirrored to Weights & Biases: one run a trial, grouped by study, and a run `front` with a table of them all.
 
 W&B is a view, made from the study when asked (`Tracker.mirror`), never while a trial runs: wandb's imports cost one to
 three seconds once, and a run 10 ms on a calm machine and 0.1 s on a busy one. Its helper process and threads are gone
@@ -27,7 +27,7 @@ TIMEOUT_SECONDS = 30.0
 
 
 class Tracker:
-    """Mirrors studies to W&B. `offline` writes files under `folder` for `wandb sync`, and needs no account and no network.
+    """Mirrors studies to W&B. `offline` writes files under `folder` for `wandb sync`; it needs no account or network.
 
     A failure of W&B is reported through `log`, once, and ends nothing; the next `mirror` tries again.
 
@@ -177,4 +177,4 @@ class Tracker:
         memory = (memory if isinstance(memory, dict) else {}) | {self._target: dict(known)}
         part = self._memory.with_name(f".{self._memory.name}.{os.getpid()}.part")
         part.write_text(json.dumps(memory, indent=1))
-        os.replace(part, self._memory)
+        part.replace(self._memory)

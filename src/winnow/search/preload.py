@@ -1,8 +1,16 @@
 """Imported once by the fork server: what every trial needs and would otherwise import itself."""
 
+import threading
+
+import tqdm
+import transformers.models.auto.modeling_auto
+import transformers.models.llama.modeling_llama
+
 import winnow.benchmark.harness
-import winnow.build
-import winnow.hardware.meters
+import winnow.commands
 import winnow.hardware.preload
 import winnow.model.load
 import winnow.model.save  # noqa: F401
+
+# tqdm would make a semaphore in every child; children end without the cleanup that gives it back
+tqdm.tqdm.set_lock(threading.RLock())

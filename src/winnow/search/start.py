@@ -100,7 +100,7 @@ def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict
     kept = {k: v for k, v in model.items() if k in ("name", "dtype", "attention")}
     return {
         "model": {**kept, "sha256": model_hash(lm)},
-        "benchmark": {k: v for k, v in benchmark.items() if not k.startswith("_")},
+        "benchmark": {k: v for k, v in benchmark.items() if not str(k).startswith("_")},
         "hardware": dict(hardware),
         "calibration": OmegaConf.to_container(config.calibration, resolve=True),
         "seed": config.seed,

@@ -51,7 +51,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[
     seconds["total"] = round(time.perf_counter() - started, 3)
     outcome["seconds"] = seconds
     outcome["overrides"] = list(overrides)
-    _write_whole(folder / OUTCOME, outcome)
+    write_outcome(folder, outcome)
     return outcome
 
 
@@ -88,10 +88,12 @@ def failure(reason: Reason, message: str) -> dict[str, Any]:
     return {"figures": {}, "sources": {}, "reason": reason.value, "message": message, "seconds": {}}
 
 
-def _write_whole(path: Path, content: dict[str, Any]) -> None:
+def write_outcome(folder: Path, outcome: dict[str, Any]) -> None:
+    """Puts an outcome on the disk, whole or not at all: from here on a kill cannot lose the trial."""
+    path = folder / OUTCOME
     scratch = path.with_suffix(".partial")
     with scratch.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
+        json.dump(outcome, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)

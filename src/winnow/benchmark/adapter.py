@@ -1,0 +1,102 @@
+"""lm-eval's own model of transformers, made quiet, and spared work that it would do twice.
+
+lm-eval scores each choice of a question by itself; here equal requests (the choices that TruthfulQA's two tasks share) are
+scored once, and texts are tokenised in one call instead of three for each. The tokens and the arithmetic are lm-eval's.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+
+class Adapter(HFLM):
+    """A model in memory as lm-eval sees it.
+
+    Args:
+        model: a transformers causal language model; it is left as it is, in evaluation mode.
+        tokenizer: of that model; a copy of it is used.
+        batch_size: prompts at a time. Fixed: it moves scores by rounding.
+        max_gen_toks: upper limit of tokens to generate for an answer; None leaves that of each task.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_gen_toks: int | None = None) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            backend="causal",
+            batch_size=batch_size,
+            max_batch_size=None,
+        )
+        self.most_tokens = min(max_gen_toks or self.max_length, self.max_length // 2)  # half is kept for the question
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """`(log-likelihood in nats, whether greedy decoding gives it)` of each `(context, continuation)`."""
+        pairs = [request.args for request in requests]
+        unique = list(dict.fromkeys(pairs))
+        encoded = self._encode_pairs(unique)
+        whole = [(pair, *tokens) for pair, tokens in zip(unique, encoded, strict=True)]
+        found = dict(zip(unique, self._loglikelihood_tokens(whole), strict=True))
+        return [found[pair] for pair in pairs]
+
+    def _encode_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of contexts and continuations, split where lm-eval's `_encode_pair` splits them."""
+        if any(not context for context, _ in pairs) or not getattr(self.tokenizer, "is_fast", False):
+            return [self._encode_one(context, continuation) for context, continuation in pairs]
+        moved = []
+        for context, continuation in pairs:  # trailing spaces belong to the continuation's first token
+            bare = context.rstrip()
+            moved.append((bare, context[len(bare) :] + continuation))
+        contexts = list(dict.fromkeys(context for context, _ in moved))
+        starts = dict(zip(contexts, self.tokenizer(contexts)["input_ids"], strict=True))
+        wholes = self.tokenizer([context + continuation for context, continuation in moved])["input_ids"]
+        return [
+            (list(starts[context]), whole[len(starts[context]) :])
+            for (context, _), whole in zip(moved, wholes, strict=True)
+        ]
+
+    def _encode_one(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context:
+            return self._encode_pair(context, continuation)
+        return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood in nats of each text after the prefix token, every token of it predicted once.
+
+        Unlike lm-eval's, a tokenizer that puts `<bos>` before each text does not have that token predicted, too.
+        """
+        windows: list[Any] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            rolled = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            mine = [(None, *utils.make_disjoint_window(window)) for window in rolled]
+            windows += mine
+            counts.append(len(mine))
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens of a text are predicted."""
+        return len(self.tok_encode(text, add_special_tokens=False))
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy continuations, each up to its first stop sequence."""
+        for request in requests:
+            settings = request.args[1]
+            settings["max_gen_toks"] = min(settings.get("max_gen_toks", self.max_gen_toks), self.most_tokens)
+        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return answers

@@ -1,0 +1,192 @@
+"""Puts the items of one benchmark to a model through lm-eval's task objects, and takes their scores item by item.
+
+Prompts, answer extraction and metrics are lm-eval's. Two things are ours, so that runs can be compared item by item
+whatever their size: which items a limit keeps, and which exemplars an item gets, depend on the item and the seed alone
+(lm-eval's depend on the order and on the number of processes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from winnow.benchmark.samples import Sample
+from winnow.benchmark.spec import Spec
+from winnow.benchmark.tasks import Loaded
+from winnow.types import UserError
+
+
+@dataclass(frozen=True)
+class Question:
+    """An item: `doc` as lm-eval has it, of which subtask, and its hash."""
+
+    loaded: Loaded
+    doc: dict[str, Any]
+    doc_hash: str
+
+    @property
+    def subtask(self) -> str:
+        return str(self.doc.get("subtask") or self.loaded.subtask)
+
+
+@dataclass
+class Asked:
+    """The requests of one item, and what the task made of the answers."""
+
+    question: Question
+    instances: list[Any]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of values as canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def questions(tasks: Sequence[Loaded], limit: int | None, seed: int) -> list[Question]:
+    """The items to ask, in the benchmark's order; with a limit those whose hash with the seed is lowest.
+
+    So the items of a lower limit are among those of a higher one.
+    """
+    seen: Counter[str] = Counter()
+    found = []
+    for loaded in tasks:
+        for doc in loaded.task.eval_docs:
+            key = digest(loaded.subtask, doc)
+            found.append(Question(loaded, doc, digest(key, seen[key])))  # an item that is there twice is two items
+            seen[key] += 1
+    if limit is None or limit >= len(found):
+        return found
+    kept = set(sorted((digest(seed, q.doc_hash), q.doc_hash) for q in found)[:limit])
+    return [q for q in found if (digest(seed, q.doc_hash), q.doc_hash) in kept]
+
+
+def requests(task: Any, number: int, question: Question, seed: int) -> list[Any]:
+    """lm-eval's requests for an item, its exemplars drawn by its own hash.
+
+    Raises:
+        UserError: the task has too few exemplars.
+    """
+    shots = task.get_config("num_fewshot") or 0
+    task.set_fewshot_seed(int(digest(seed, question.doc_hash)[:16], 16))
+    try:
+        context = task.fewshot_context(question.doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(question.doc))
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"benchmark.num_fewshot={shots} does not suit {task.task_name}: {error}") from None
+    repeats = task.get_config("repeats") or 1
+    made = task.construct_requests(question.doc, context, metadata=(task.task_name, number, repeats))
+    return made if isinstance(made, list) else [made]
+
+
+def ask(adapter: Any, asked: Sequence[Asked]) -> None:
+    """Has the model answer all requests, those of one kind together."""
+    by_kind: dict[str, list[Any]] = defaultdict(list)
+    for one in asked:
+        for instance in one.instances:
+            by_kind[instance.request_type] += [instance] * instance.repeats
+    for kind, instances in by_kind.items():
+        for instance, answer in zip(instances, getattr(adapter, kind)(instances), strict=True):
+            instance.resps.append(answer)
+
+
+def judge(task: Any, asked: Sequence[Asked], filter_name: str | None) -> None:
+    """Extracts the answers and scores them, both by the task itself."""
+    task._instances = [instance for one in asked for instance in one.instances]
+    task.apply_filters()
+    for one in asked:
+        name = filter_name or next(iter(one.instances[0].filtered_resps))
+        if name not in one.instances[0].filtered_resps:
+            known = ", ".join(one.instances[0].filtered_resps)
+            raise UserError(f"filter={name} is not one of {task.task_name}; it has {known}")
+        answers = [instance.filtered_resps[name] for instance in one.instances]
+        one.metrics = task.process_results(one.question.doc, answers)
+
+
+def score(
+    adapter: Any,
+    spec: Spec,
+    tasks: Sequence[Loaded],
+    also: dict[str, Any] | None = None,
+    limit: int | None = None,
+    seed: int = 1234,
+) -> list[Sample]:
+    """Every item's outcome.
+
+    Args:
+        adapter: an `lm_eval.api.model.LM`, which for text counts tokens, too (`count_tokens`).
+        tasks: of the benchmark, from `winnow.benchmark.tasks.load`.
+        also: further tasks over the same items, by suffix.
+        limit: how many items; None is all.
+        seed: of the choice of items and exemplars.
+
+    Raises:
+        UserError: the task has no such metric or filter.
+    """
+    asking = questions(tasks, limit, seed)
+    grouped: dict[int, list[Question]] = defaultdict(list)
+    for question in asking:
+        grouped[id(question.loaded)].append(question)
+    jobs: list[tuple[str, Any, list[Asked]]] = []
+    for loaded in tasks:
+        mine = grouped[id(loaded)]
+        for suffix, task in ({"": loaded.task} | (also or {})).items():
+            made = [Asked(q, requests(task, n, q, seed)) for n, q in enumerate(mine)]
+            if made:
+                jobs.append((suffix, task, made))
+    ask(adapter, [one for _, _, made in jobs for one in made])
+    extras: dict[str, dict[str, float]] = defaultdict(dict)
+    for suffix, task, made in jobs:
+        judge(task, made, spec.filter)
+        for one in made if suffix else ():
+            extras[one.question.doc_hash][suffix] = float(one.metrics[spec.metric])
+    return [
+        sample for suffix, task, made in jobs if not suffix for sample in _samples(adapter, spec, task, made, extras)
+    ]
+
+
+def _samples(
+    adapter: Any, spec: Spec, task: Any, asked: Sequence[Asked], extras: dict[str, dict[str, float]]
+) -> Iterator[Sample]:
+    for one in asked:
+        doc, first = one.question.doc, one.instances[0]
+        extra: dict[str, Any] = dict(extras.get(one.question.doc_hash, {}))
+        prediction, target, log_likelihoods = "", str(task.doc_to_target(doc)), ()
+        correct: bool | None = None
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            text = first.args[0]
+            value, log_likelihoods, target = first.resps[0], (first.resps[0],), ""
+            extra |= {"tokens": adapter.count_tokens(text), "bytes": one.metrics["bits_per_byte"][1]}
+        else:
+            if spec.metric not in one.metrics:
+                known = ", ".join(one.metrics)
+                raise UserError(f"benchmark.tasks.{spec.name}.metric={spec.metric}: {task.task_name} has {known}")
+            value = one.metrics[spec.metric]
+            correct = bool(value == 1)
+            if task.OUTPUT_TYPE == "multiple_choice":
+                log_likelihoods = tuple(instance.resps[0][0] for instance in one.instances)
+                choices = [instance.args[1].strip() for instance in one.instances]
+                prediction = choices[log_likelihoods.index(max(log_likelihoods))]
+                target = _choice(task.doc_to_target(doc), task.doc_to_choice(doc))
+            else:
+                extracted = next(iter(first.filtered_resps.values()))
+                extracted = first.filtered_resps[spec.filter] if spec.filter else extracted
+                extra["response"] = first.resps[0]
+                prediction = extracted if isinstance(extracted, str) else first.resps[0]
+                if not isinstance(extracted, str):
+                    extra["outcome"] = extracted[0]
+        prompt_hash = digest([list(instance.args) for instance in one.instances])
+        yield Sample(
+            spec.name, one.question.subtask, one.question.doc_hash, prompt_hash, prediction, target, correct,
+            float(value), log_likelihoods, extra,
+        )  # fmt: skip
+
+
+def _choice(gold: Any, choices: list[str]) -> str:
+    if isinstance(gold, list):
+        return " | ".join(str(_choice(one, choices)) for one in gold)
+    return choices[gold] if isinstance(gold, int) else str(gold)

@@ -1,0 +1,82 @@
+"""What all tests share: the repository, its commands, a tiny model on disk, and the embedded one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python <script>.py <arguments>` as a user would; outputs go to the test's own folder."""
+
+    def run(
+        script: str, *arguments: str, outputs: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, str(REPOSITORY / f"{script}.py"), *arguments]
+        if not {"--help", "--cfg", "-c", "--info"} & set(arguments):
+            line.append(f"outputs={outputs or tmp_path / 'outputs'}")
+        return subprocess.run(
+            line,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            cwd=REPOSITORY,
+            env={**os.environ, **environment},
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of 80 thousand parameters and the embedded model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from winnow.model.load import load_tokenizer
+    from winnow.model.save import save
+    from winnow.nano.model import WEIGHTS
+    from winnow.types import LM, Loading
+
+    tokenizer = load_tokenizer(str(WEIGHTS), Loading())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save(LM(model=LlamaForCausalLM(config).to(torch.bfloat16), tokenizer=tokenizer, name="tiny"), folder)
+    return folder
+
+
+@pytest.fixture
+def run_in(tmp_path: Path) -> Any:
+    """A `Run` whose folder is the test's own, with little calibration."""
+    from winnow.types import Calibration, Run
+
+    (tmp_path / "run").mkdir()
+    return Run(tmp_path / "run", log=lambda line: None, calibration=Calibration(samples=16, max_length=128))

@@ -1,0 +1,71 @@
+"""Children: they answer, they fail with a typed reason, and nothing of them is left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from winnow.search import child
+from winnow.types import Reason
+
+WORKERS = "tests.search.workers"
+
+
+def call(function: str, tmp_path: Path, limits: child.Limits | None = None, log=lambda line: None, **arguments):
+    return child.call(f"{WORKERS}:{function}", arguments, limits or child.Limits(), log, tmp_path / "log.txt")
+
+
+def test_a_child_answers_from_a_process_group_of_its_own(tmp_path: Path) -> None:
+    lines: list[str] = []
+    answer = call("add", tmp_path, a=2, b=3, log=lines.append)
+    assert answer["sum"] == 5
+    assert answer["group"] == answer["pid"] != os.getpgid(0)
+    assert lines == ["adding"]
+    assert "printed by the child" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "message"),
+    [
+        ("value", Reason.ERROR, "ValueError: a bad value"),
+        ("user", Reason.INVALID, "method.x=1 is out of range"),
+        ("missing", Reason.MISSING, "winnow[some]"),
+        ("memory", Reason.OUT_OF_MEMORY, "MemoryError"),
+        ("torch_memory", Reason.OUT_OF_MEMORY, "can't allocate memory"),
+        ("disk", Reason.DISK_FULL, "No space left"),
+        ("exit", Reason.ERROR, "SystemExit"),
+        ("segfault", Reason.CRASHED, "SIGSEGV"),
+        ("vanish", Reason.CRASHED, "code 7"),
+    ],
+)
+def test_failures_are_typed(tmp_path: Path, kind: str, reason: Reason, message: str) -> None:
+    with pytest.raises(child.Failed) as failed:
+        call("fail", tmp_path, kind=kind)
+    assert failed.value.reason is reason
+    assert message in failed.value.message
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_timeout_ends_the_child_and_its_children(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(child.Failed) as failed:
+        call("hang", tmp_path, child.Limits(seconds=1), log=lines.append)
+    assert failed.value.reason is Reason.TIMEOUT
+    pids = [int(pid) for pid in lines[0].split()]
+    deadline = time.monotonic() + 10
+    while not all(gone(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_child_over_its_memory_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(child.Failed, match="over the limit") as failed:
+        call("swell", tmp_path, child.Limits(seconds=60, memory_bytes=400 * 2**20))
+    assert failed.value.reason is Reason.OUT_OF_MEMORY

@@ -1,0 +1,51 @@
+"""Functions that the tests run in child processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+
+def add(a: int, b: int, log: Any) -> dict[str, int]:
+    log("adding")
+    print("printed by the child")
+    return {"sum": a + b, "group": os.getpgid(0), "pid": os.getpid()}
+
+
+def fail(kind: str, log: Any) -> dict[str, Any]:
+    from winnow.types import MissingExtra, UserError
+
+    errors: dict[str, BaseException] = {
+        "value": ValueError("a bad value"),
+        "user": UserError("method.x=1 is out of range"),
+        "missing": MissingExtra("somelib", "some"),
+        "memory": MemoryError(),
+        "torch_memory": RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
+        "disk": OSError(28, "No space left on device"),
+        "exit": SystemExit(3),
+    }
+    if kind == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == "vanish":
+        os._exit(7)
+    raise errors[kind]
+
+
+def hang(log: Any) -> None:
+    """Hangs with a child of its own, and says the process ids."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    log(f"{os.getpid()} {other.pid}")
+    time.sleep(600)
+
+
+def swell(log: Any) -> None:
+    held = []
+    for _ in range(10_000):
+        held.append(bytearray(os.urandom(2**20)) * 16)
+        time.sleep(0.01)

@@ -1,0 +1,103 @@
+"""Every YAML composes, says what its class says, and names only what may be built."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from winnow.build import instantiate
+from winnow.cli import CONF, options
+from winnow.types import Slot, Stage, UserError, knobs_of
+
+COMMANDS = ("train", "compress", "evaluate", "search")
+GROUPS = {"model": "evaluate", "method": "compress", "benchmark": "evaluate", "hardware": "evaluate", "agent": "search"}
+OPTIONS = [(group, name) for group in GROUPS for name in options(group)]
+METHODS = options("method")
+
+
+def composed(command: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(command, list(overrides))
+
+
+def class_of(node: Any) -> Any:
+    module, _, name = str(node["_target_"]).rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_composes_and_resolves(command: str) -> None:
+    cfg = composed(command)
+    OmegaConf.resolve(cfg)
+    assert cfg.model._target_.startswith("winnow.")
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_each_option_composes_and_resolves(group: str, name: str) -> None:
+    value = f"[{name}]" if group == "method" else name
+    cfg = composed(GROUPS[group], f"{group}={value}")
+    OmegaConf.resolve(cfg)
+    if group == "method":
+        assert list(cfg.method) == [name]
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
+def test_each_experiment_composes(path: Path) -> None:
+    OmegaConf.resolve(composed("train", f"experiment={path.stem}"))
+
+
+def test_no_yaml_is_left_out() -> None:
+    """A YAML in a folder that nothing above composes would rot unseen."""
+    known = {*GROUPS, "experiment", "debug", "hydra"}
+    assert {p.name for p in CONF.iterdir() if p.is_dir()} <= known
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_yaml_agrees_with_its_class(name: str) -> None:
+    node = OmegaConf.to_container(composed("compress", f"method=[{name}]").method[name])
+    assert isinstance(node, dict)
+    stage = class_of(node)
+    fields = {f.name: f.default for f in dataclasses.fields(stage)}
+    assert {k: v for k, v in node.items() if k != "_target_"} == fields
+    made = instantiate(OmegaConf.create(node), f"method.{name}")
+    assert isinstance(made, Stage)
+    assert made.slot in Slot
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_knob_out_of_range_is_refused_and_named(name: str) -> None:
+    stage = class_of(composed("compress", f"method=[{name}]").method[name])
+    for field, knob in knobs_of(stage).items():
+        bad = "nonsense" if knob.choices else (knob.high or 0) + 1
+        with pytest.raises(UserError, match=field):
+            stage(**{field: bad})
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "winnow.cli.os.system", "subprocess.run", "winnow.model.load.json.loads"]
+)
+def test_only_winnows_own_targets_are_built(target: str) -> None:
+    with pytest.raises(UserError, match="not allowed"):
+        instantiate(OmegaConf.create({"_target_": target}), "model")
+    with pytest.raises(UserError, match="not allowed"):
+        instantiate(OmegaConf.create({"_target_": "winnow.agent.samplers.Grid", "x": {"_target_": target}}), "agent")
+
+
+def test_the_searchs_own_modules_import_nothing_heavy() -> None:
+    """`--help` and `--cfg job` must not pay for torch; neither must the process that only steers."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, winnow.cli, winnow.types, winnow.search.start, winnow.search.loop, winnow.agent.samplers, "
+        "winnow.method.rtn, winnow.method.prune, winnow.method.bnb, winnow.method.lora, hydra_plugins.winnow_sweeper.sweeper;"
+        "print([m for m in ('torch', 'transformers', 'lm_eval', 'lightning', 'optuna') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
