@@ -17,7 +17,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	@for bench in bench/*.py; do $(BIN)/python $$bench || exit 1; done
+	@for bench in $(filter-out bench/common.py,$(wildcard bench/*.py)); do $(BIN)/python $$bench || exit 1; done
 
 # torch comes first, at its pinned version: a range would fetch gigabytes of CUDA packages onto a machine without a GPU
 $(READY): pyproject.toml constraints.txt

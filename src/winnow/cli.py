@@ -51,7 +51,7 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
             try:
                 wrapped()
             except KeyboardInterrupt:
-                print("\ninterrupted", file=sys.stderr)
+                print(f"{name}.py: interrupted", file=sys.stderr)
                 sys.exit(INTERRUPTED)
             except Exception as error:
                 if full_error == "1" or not is_mistake(error):

@@ -78,9 +78,15 @@ class Search:
                 except Exhausted as end:
                     self.log(f"search: {end}")
                     break
-                self._trial(proposal, started)
-        finally:
-            self.views.write(self.study.summary(), final=True)
+                self._trial(proposal)
+        except KeyboardInterrupt:
+            self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody is waiting
+            self.log(f"search: interrupted; the same command goes on with study {self.study.name}")
+            raise
+        except BaseException:
+            self.views.write(self.study.summary(), final=True, mirror=False)
+            raise
+        self.views.write(self.study.summary(), final=True)
 
     def _resume(self) -> None:
         before = len(self.study.trials)
@@ -105,7 +111,7 @@ class Search:
         proposal: Proposal = self.policy.ask(self.study, self.space)
         return proposal
 
-    def _trial(self, proposal: Proposal, started: float) -> None:
+    def _trial(self, proposal: Proposal) -> None:
         of = f" of {self.budget.trials}" if self.budget.trials else ""
         self.log(f"trial {proposal.number} ({len(self.study.trials) + 1}{of}): {proposal.strategy}")
         shutil.rmtree(self._folder(proposal.number), ignore_errors=True)  # of an earlier study of this name

@@ -34,7 +34,7 @@ class Views:
         self.log(trial_line(trial, summary))
         self.write(summary, final=False)
 
-    def write(self, summary: Summary, final: bool) -> None:
+    def write(self, summary: Summary, final: bool, mirror: bool = True) -> None:
         from winnow.report.html import write_report
         from winnow.report.table import front_json, results_json
 
@@ -43,7 +43,7 @@ class Views:
             self._json("final_results.json", results_json(summary))
             write_report(self.folder / "report.html", summary)
             self._reported = time.monotonic()
-        if final and self.tracker is not None:
+        if final and mirror and self.tracker is not None:
             self.tracker.mirror(summary)
 
     def _json(self, name: str, content: dict[str, Any]) -> None:
