@@ -9,6 +9,7 @@ and writing the views are in it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -37,7 +38,7 @@ def trial_overhead(folder: Path) -> list[float]:
     study = optuna.load_study(study_name="bench", storage=f"sqlite:///{folder / 'bench' / 'study.db'}")
     trials = [t for t in study.trials if "record" in t.user_attrs]
     overheads = []
-    for trial, following in zip(trials, trials[1:], strict=False):
+    for trial, following in itertools.pairwise(trials):
         spent = trial.user_attrs["record"]["seconds"]
         total = (following.datetime_start - trial.datetime_start).total_seconds()
         overheads.append(total - spent["compress"] - spent["evaluate"])

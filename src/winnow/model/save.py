@@ -53,6 +53,7 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def save(lm: LM, output: Path) -> LM:

@@ -79,12 +79,10 @@ class Search:
                     self.log(f"search: {end}")
                     break
                 self._trial(proposal)
-        except KeyboardInterrupt:
-            self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody is waiting
-            self.log(f"search: interrupted; the same command goes on with study {self.study.name}")
-            raise
-        except BaseException:
-            self.views.write(self.study.summary(), final=True, mirror=False)
+        except BaseException as error:
+            self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody may be waiting
+            if isinstance(error, KeyboardInterrupt):
+                self.log(f"search: interrupted; the same command goes on with study {self.study.name}")
             raise
         self.views.write(self.study.summary(), final=True)
 

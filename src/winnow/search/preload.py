@@ -4,7 +4,7 @@ import threading
 
 import tqdm
 import transformers.models.auto.modeling_auto
-import transformers.models.llama.modeling_llama
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 import winnow.benchmark.harness
 import winnow.commands
