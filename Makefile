@@ -5,8 +5,9 @@ READY := .venv/.ready
 
 .PHONY: search test lint bench clean
 
+# a front in minutes: a quarter of the items, short recoveries, and no new trial after four and a half minutes
 search: $(READY)
-	$(BIN)/python search.py
+	$(BIN)/python search.py study=first benchmark.limit=100 method.lora.steps=30 budget.hours=0.075
 
 test: $(READY)
 	$(BIN)/python -m pytest

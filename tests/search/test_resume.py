@@ -43,13 +43,13 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
             len(lines(tmp_path / "started.jsonl")) <= before and search.poll() is None and time.monotonic() < deadline
         ):
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.55))
         if search.poll() is not None:
             break
         os.killpg(search.pid, signal.SIGKILL)
         search.wait()
         killed += 1
-    assert killed >= KILLS / 2, "the search ended before it could be killed often enough to mean anything"
+    assert killed == KILLS, "the search ended before it could be killed often enough"
     last = start(tmp_path)
     _, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors.decode()

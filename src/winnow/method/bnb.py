@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
     """The model written densely to scratch and read back through transformers' bitsandbytes loader."""
+    import logging
     import shutil
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:

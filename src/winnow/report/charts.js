@@ -150,7 +150,7 @@
       marks(failed, "failed", { symbol: "x-thin", size: 9, line: { color: colour("failed"), width: 2 } },
         (t) => `<b>trial ${t.number}</b><br>${safe(t.strategy)}<br>failed: ${safe(t.reason)}`),
     ].filter((trace) => trace.x.length), layout({
-      xaxis: scaleOf("trial", { rangemode: "tozero", tickformat: "d" }),
+      xaxis: scaleOf("trial", { rangemode: "tozero", tickformat: "d", ...(numbers.length <= 12 && { dtick: 1 }) }),
       yaxis: scaleOf("hypervolume", { rangemode: "tozero" }),
     }), config());
   }

@@ -28,7 +28,8 @@ def front_of(summary: Summary) -> list[Trial]:
 def size_of(summary: Summary) -> str | None:
     """The name of the figure that is the model's size: an objective in bytes before any other in bytes."""
     objectives = [o.name for o in summary.objectives if unit_of(o.name, o.unit) == "B"]
-    figures = sorted({name for t in summary.trials for name in t.figures if unit_of(name) == "B"})
+    names = {name for trial in summary.trials for name in trial.figures}
+    figures = sorted(name for name in names if unit_of(name) == "B")
     known = [*objectives, *figures]
     return next((name for name in known if "size" in name), known[0] if known else None)
 
@@ -88,6 +89,8 @@ def counts(summary: Summary) -> dict[str, Any]:
 
 def headline(summary: Summary) -> str:
     """The study in one or two sentences."""
+    if not any(t.complete and t.number for t in summary.trials):
+        return "No strategy has a finished trial yet."
     n = len(summary.front)
     text = f"{n} {'strategy' if n == 1 else 'strategies'} on the front."
     base, quality, size = base_of(summary), quality_of(summary), size_of(summary)

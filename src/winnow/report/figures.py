@@ -167,9 +167,13 @@ def directions(axes: Sequence[Axis]) -> str:
 
 def plain(text: str) -> str:
     """One line without control characters: what a trial says must not move a terminal's cursor or colour it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return " ".join(_printable(text).split())
 
 
 def plain_lines(text: str) -> str:
     """The same for several lines, whose spaces stay as they are: tracebacks and command lines."""
-    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
+    return "\n".join(map(_printable, text.splitlines()))
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)

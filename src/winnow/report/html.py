@@ -55,7 +55,7 @@ def render(summary: Summary) -> str:
             "title": escape(plain(summary.name)),
             "style": _resource("report.css"),
             "headline": escape(headline(summary)),
-            "counts": escape(f"{tally['trials']} trials: {', '.join(facts)}"),
+            "counts": escape(f"{tally['trials']} trial{'s' * (tally['trials'] != 1)}: {', '.join(facts)}"),
             "directions": escape(directions(axes)),
             "tiles": "\n".join(tiles(summary, axes)),
             "fingerprint": "\n".join(fingerprint_rows(summary.fingerprint)),

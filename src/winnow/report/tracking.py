@@ -1,10 +1,11 @@
 """A study mirrored to Weights & Biases: one run a trial, grouped by study, and a run `front` with a table of them all.
 
-W&B is a view, made from the study when asked (`Tracker.mirror`), never while a trial runs: wandb's imports cost one to
-three seconds once, and a run 10 ms on a calm machine and 0.1 s on a busy one. Its helper process and threads are gone
+W&B is a view, made from the study when asked (`Tracker.mirror`), never while a trial runs: wandb's imports cost a few
+seconds once, and a run 10 ms on a calm machine and 0.1 s on a busy one. Its helper process and threads are gone
 when `mirror` returns, so that nothing of them is in the way of the search's own processes.
 Run ids follow from the study and the trial's number, and what was mirrored is remembered, so mirroring again adds only
-what is new. Nothing of the machine is recorded: no command line, environment, code, git state, packages or host name.
+what is new. The process' arguments, environment, code, git state, packages and host name are not recorded; the versions
+of Python and wandb and the platform are.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Imported once by the fork server: what every trial needs and would otherwise import itself."""
 
+import logging
 import threading
 
 import tqdm
@@ -12,5 +13,7 @@ import winnow.hardware.preload
 import winnow.model.load
 import winnow.model.save  # noqa: F401
 
+# what is imported after this (bitsandbytes, say) remarks on optional speed-ups at every start
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # tqdm would make a semaphore in every child; children end without the cleanup that gives it back
 tqdm.tqdm.set_lock(threading.RLock())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from winnow.types import Objective, Reason, Strategy, Summary, Trial, UserError
 if TYPE_CHECKING:
     import optuna
 
-_RECORD, _STRATEGY, _SKIPPED, _BY = "record", "strategy", "skipped", "proposed_by"
+_RECORD, _STRATEGY, _NUMBER, _SKIPPED, _BY = "record", "strategy", "number", "skipped", "proposed_by"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Study:
             if _RECORD in frozen.user_attrs:
                 self.trials.append(trial_from_json(frozen.user_attrs[_RECORD]))
         self.seen = {trial.strategy.overrides for trial in self.trials}
+        # a trial's number counts the strategies that were really run; Optuna's own counts its drafts too
+        self._frozen = {f.user_attrs[_NUMBER]: f for f in study.get_trials(deepcopy=False) if _NUMBER in f.user_attrs}
 
     @property
     def name(self) -> str:
@@ -69,10 +72,13 @@ class Study:
             trial = self._study.ask()
             strategy = space.draw(trial)
             if strategy.overrides not in self.seen:
-                trial.set_user_attr(_STRATEGY, _strategy_json(strategy))
+                number = max(self._frozen, default=-1) + 1
+                trial.set_user_attr(_NUMBER, number)
                 trial.set_user_attr(_BY, by)
+                trial.set_user_attr(_STRATEGY, _strategy_json(strategy))
+                self._frozen[number] = self._study.get_trials(deepcopy=False)[trial.number]
                 self.seen.add(strategy.overrides)
-                return Proposal(trial.number, strategy, by)
+                return Proposal(number, strategy, by)
             trial.set_user_attr(_SKIPPED, "tried before")
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         raise Exhausted(f"no untried strategy was found in {attempt + 1} draws; the space seems to be exhausted")
@@ -86,22 +92,19 @@ class Study:
 
     def record(self, trial: Trial) -> None:
         """Makes a trial finished."""
-        import optuna
-
-        frozen = self._study.get_trials(deepcopy=False)[trial.number]
-        self._study._storage.set_trial_user_attr(frozen._trial_id, _RECORD, trial_json(trial))
+        self._study._storage.set_trial_user_attr(self._frozen[trial.number]._trial_id, _RECORD, trial_json(trial))
         self._tell(trial)
         self.trials.append(trial)
         self.seen.add(trial.strategy.overrides)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def _tell(self, trial: Trial) -> None:
         import optuna
 
+        number = self._frozen[trial.number].number
         if trial.complete:
-            self._study.tell(trial.number, [trial.figures[o.name] for o in self.objectives], skip_if_finished=True)
+            self._study.tell(number, [trial.figures[o.name] for o in self.objectives], skip_if_finished=True)
         else:
-            self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+            self._study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def recover(self, finished: Callable[[int, Strategy], Trial | None]) -> list[int]:
         """Settles what a killed search left behind; returns the numbers of the trials that are lost and will be tried again.
@@ -121,7 +124,8 @@ class Study:
                 self._study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
                 continue
             strategy = _strategy_from(attributes[_STRATEGY])
-            found = finished(frozen.number, strategy)
+            number = attributes[_NUMBER]
+            found = finished(number, strategy)
             if found is not None:
                 self.record(found)
                 continue
@@ -129,7 +133,7 @@ class Study:
             self._study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
             self._study.enqueue_trial(frozen.params)
             self.seen.discard(strategy.overrides)
-            lost.append(frozen.number)
+            lost.append(number)
         self.trials.sort(key=lambda t: t.number)
         return lost
 
@@ -182,7 +186,9 @@ def open_study(
         else:
             for key, value in wanted.items():
                 study.set_user_attr(key, value)
-            study.set_metric_names([o.name for o in objectives])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names([o.name for o in objectives])  # optuna-dashboard shows them
     except SQLAlchemyError as error:
         raise UserError(f"the study's storage {storage} cannot be used: {str(error).splitlines()[0]}") from error
     return Study(study, objectives, fingerprint)
