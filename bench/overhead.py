@@ -42,7 +42,9 @@ def trial_overhead(folder: Path) -> list[float]:
         spent = trial.user_attrs["record"]["seconds"]
         total = (following.datetime_start - trial.datetime_start).total_seconds()
         overheads.append(total - spent["compress"] - spent["evaluate"])
-        print(f"trial {trial.number}: {total:.2f} s, compress {spent['compress']:.2f}, evaluate {spent['evaluate']:.2f}")
+        print(
+            f"trial {trial.number}: {total:.2f} s, compress {spent['compress']:.2f}, evaluate {spent['evaluate']:.2f}"
+        )
     return overheads
 
 
@@ -57,7 +59,9 @@ def evaluation(folder: Path) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        help_s = max(seconds(lambda: command("search.py", "--help")), seconds(lambda: command("search.py", "--cfg", "job")))
+        help_s = max(
+            seconds(lambda: command("search.py", "--help")), seconds(lambda: command("search.py", "--cfg", "job"))
+        )
         results = [
             Result("help_s", help_s, 1.0, "lower"),
             Result("trial_overhead_s", statistics.median(trial_overhead(folder)), 0.5, "lower"),

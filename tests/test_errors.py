@@ -185,7 +185,11 @@ class TestStudy:
     from winnow.types import Objective
 
     OBJECTIVES = (Objective("accuracy", True), Objective("size_bytes", False))
-    FINGERPRINT: ClassVar = {"model": {"name": "a", "sha256": "1"}, "benchmark": {"limit": 10}, "hardware": {"name": "cpu"}}
+    FINGERPRINT: ClassVar = {
+        "model": {"name": "a", "sha256": "1"},
+        "benchmark": {"limit": 10},
+        "hardware": {"name": "cpu"},
+    }
 
     def open(self, folder: Path, **changes: object):
         from winnow.search.study import open_study

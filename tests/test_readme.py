@@ -30,13 +30,27 @@ def test_the_readme_shows_commands() -> None:
 def test_each_command_composes(command, line: str) -> None:
     script, arguments = parts(line)
     if "--help" not in arguments:
-        arguments = [a for a in arguments if a not in ("--cfg", "job", "--resolve", "-m")] + ["--cfg", "job", "--resolve"]
+        arguments = [a for a in arguments if a not in ("--cfg", "job", "--resolve", "-m")] + [
+            "--cfg",
+            "job",
+            "--resolve",
+        ]
     ended = command(script, *arguments)
     assert ended.returncode == 0, ended.stderr
 
 
 def runs_here(line: str) -> bool:
-    elsewhere = ("torchrun", "FOLDER", "experiment=", "--", "hardware=", "wandb.mode=online", "benchmark=", "hours", "/")
+    elsewhere = (
+        "torchrun",
+        "FOLDER",
+        "experiment=",
+        "--",
+        "hardware=",
+        "wandb.mode=online",
+        "benchmark=",
+        "hours",
+        "/",
+    )
     return not any(word in line for word in elsewhere)
 
 

@@ -215,6 +215,7 @@ class Objective:
     name: str
     maximize: bool
     unit: str = ""
+    resolution: float = 0.0  # relative difference below which two values count as equal on the front
 
     @property
     def direction(self) -> str:

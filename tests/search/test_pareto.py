@@ -32,6 +32,19 @@ def test_the_front_is_what_nothing_dominates() -> None:
     assert len({tuple(trials[n].figures.values()) for n in kept}) == len(kept)  # equal points stand there once
 
 
+def test_differences_below_the_resolution_are_none() -> None:
+    size = Objective("size_bytes", False, "bytes", resolution=0.001)
+    trials = [trial(0, 0.9, 2_853_712), trial(1, 0.8, 2_853_707), trial(2, 0.7, 2_800_000)]
+    assert pareto.front(trials, OBJECTIVES) == (0, 1, 2)
+    assert pareto.front(trials, (OBJECTIVES[0], size)) == (0, 2)
+    speed = Objective("decode_tokens_per_s", True, resolution=0.02)
+    fast = [
+        Trial(i, Strategy(), {"accuracy": a, "decode_tokens_per_s": s})
+        for i, (a, s) in enumerate([(0.9, 100), (0.8, 100.5), (0.7, 120)])
+    ]
+    assert pareto.front(fast, (OBJECTIVES[0], speed)) == (0, 2)
+
+
 def test_failed_trials_are_never_on_the_front_and_add_no_volume() -> None:
     trials = [trial(0, 0.9, 10), trial(1, 0, 0, Reason.CRASHED), trial(2, 0.8, 5)]
     assert pareto.front(trials, OBJECTIVES) == (0, 2)

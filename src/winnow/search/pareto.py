@@ -16,14 +16,25 @@ def points(trials: Sequence[Trial], objectives: Sequence[Objective]) -> np.ndarr
     return np.array(rows, dtype=float).reshape(len(rows), len(objectives))
 
 
+def snapped(values: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
+    """The values with positive columns of a resolution on a logarithmic grid of that step, so that near-equal ones are equal."""
+    values = values.copy()
+    for column, objective in enumerate(objectives):
+        size = np.abs(values[:, column])
+        if objective.resolution and (size > 0).all():
+            values[:, column] = np.sign(values[:, column]) * np.round(np.log(size) / np.log1p(objective.resolution))
+    return values
+
+
 def front(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[int, ...]:
-    """Numbers of the complete trials that no other dominates; of equal points the first."""
+    """Numbers of the complete trials that no other dominates, differences below an objective's resolution aside; of equal
+    points the first."""
     import moocore
 
     complete = [t for t in trials if t.complete]
     if not complete:
         return ()
-    keep = moocore.is_nondominated(points(complete, objectives), maximise=False, keep_weakly=False)
+    keep = moocore.is_nondominated(snapped(points(complete, objectives), objectives), maximise=False, keep_weakly=False)
     return tuple(t.number for t, kept in zip(complete, keep, strict=True) if kept)
 
 

@@ -129,19 +129,26 @@ def _preload(node: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _first(space: Space, config: DictConfig) -> list[Strategy]:
-    """Each method of the slots in `first_slots` alone, at its defaults: a rough front before the policy begins."""
+    """Each method of the slots in `first_slots` alone, at its defaults and at every choice of its first knob.
+
+    A rough front, ends included, before the policy begins.
+    """
     slots = {Slot[name.upper()] for name in config.first_slots}
     found = []
     for method in space.methods:
-        if method.slot in slots:
-            defaults = {d.key: OmegaConf.select(config, d.key) for d in method.dimensions}
-            knobs = {
-                d.key: defaults[d.key] if not d.choices or defaults[d.key] in d.choices else d.choices[0]
-                for d in method.dimensions
-                if all(defaults.get(k, v) == v for k, v in d.when.items())
-            }
-            found.append(Strategy((method.name,), knobs))
-    return found
+        if method.slot not in slots:
+            continue
+        values = {d.key: OmegaConf.select(config, d.key) for d in method.dimensions}
+        defaults = {
+            d.key: values[d.key] if not d.choices or values[d.key] in d.choices else d.choices[0]
+            for d in method.dimensions
+            if all(values.get(k, v) == v for k, v in d.when.items())
+        }
+        main = method.dimensions[0] if method.dimensions else None
+        found.append(Strategy((method.name,), defaults))
+        for choice in main.choices if main else ():
+            found.append(Strategy((method.name,), {**defaults, main.key: choice}))
+    return list({s.overrides: s for s in found}.values())
 
 
 def _shared(config: DictConfig, typed: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from winnow.model import manifest
 from winnow.search import child
 from winnow.types import Reason
 
@@ -44,7 +46,12 @@ def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[
                 folder / "log.txt",
             )
             seconds[step] = result["seconds"]
-            if step == "evaluate":
+            if step == "compress":
+                shutil.copyfile(artifact / manifest.NAME, folder / manifest.NAME)  # stays when the weights go
+            else:
+                for path in list(metrics.iterdir()):
+                    path.replace(folder / path.name)
+                metrics.rmdir()
                 outcome |= {"figures": result["figures"], "sources": result["sources"]}
     except child.Failed as failed:
         outcome |= {"reason": failed.reason.value, "message": failed.message, "figures": {}, "sources": {}}
