@@ -155,6 +155,12 @@ class LM:
             self._tokenizer = load_tokenizer(self.path, self.loading)
         return self._tokenizer
 
+    def sha256(self) -> str | None:
+        """Of the folder's weights and configuration; a hub model's commit; None for a model in memory only."""
+        from winnow.model import manifest
+
+        return self.manifest.get("sha256") or (manifest.identity(self.path) if self.path else None)
+
     def changed(self, model: PreTrainedModel) -> LM:
         """The same lineage with other weights in memory, not on disk yet."""
         return LM(model=model, tokenizer=self.tokenizer, manifest=self.manifest, loading=self.loading, name=self.name)
@@ -169,6 +175,14 @@ class Run:
     device: str = "cpu"
     log: Callable[[str], None] = print
     calibration: Calibration = field(default_factory=lambda: Calibration())
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to train on: the loss is on the completion, and on all of a document without a prompt."""
+
+    prompt: str
+    completion: str
 
 
 @dataclass(frozen=True)

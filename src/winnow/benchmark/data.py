@@ -26,11 +26,11 @@ def read(files: Mapping[str, Sequence[str]], **_: Any) -> dict[str, Any]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, or the one row of a text file."""
+    """The rows of a `.jsonl` file, or the one row of any other, which is text."""
     text = path.read_text(encoding="utf-8")
     if not text.strip():
         raise UserError(f"{path} is empty; it should hold a benchmark's items")
-    if path.suffix == ".txt":
+    if path.suffix != ".jsonl":
         return [{"text": text}]
     found = []
     for number, line in enumerate(text.split("\n"), 1):

@@ -95,7 +95,7 @@ def restrict_files(readable: list[str], scratch: str) -> None:
     abi = _check(libc.syscall(LANDLOCK_CREATE, None, 0, 1), "Landlock")
     handled = RIGHTS_BY_ABI[min(abi, max(RIGHTS_BY_ABI))]
     ruleset = _check(libc.syscall(LANDLOCK_CREATE, ctypes.byref(ctypes.c_uint64(handled)), 8, 0), "Landlock rules")
-    rules = {path: READ_FILE | READ_DIR for path in readable} | {"/dev/null": READ_FILE | WRITE_FILE | TRUNCATE}
+    rules = dict.fromkeys(readable, READ_FILE | READ_DIR) | {"/dev/null": READ_FILE | WRITE_FILE | TRUNCATE}
     for path, rights in (rules | {scratch: handled & ~1}).items():  # never the right to execute
         if not os.path.exists(path):  # noqa: PTH110 (no pathlib here: it is slow to import)
             continue

@@ -73,10 +73,10 @@ class Spec:
 
 
 def find(data_dir: str, pattern: str) -> list[Path]:
-    """The files that `pattern` means below `data_dir`; `data_dir` itself where it is a file."""
+    """The files that `pattern` means below `data_dir`; for `*` that is `data_dir` itself where it is a file."""
     root = Path(data_dir).expanduser().resolve()
     if root.is_file():
-        return [root]
+        return [root] if pattern == "*" else []
     if "*" not in pattern:
         return [root / pattern] if (root / pattern).is_file() else []
     return sorted(p for p in root.glob(pattern) if p.suffix in (".jsonl", ".txt") and p.is_file())

@@ -48,6 +48,10 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
             )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    for module in model.modules():
+        # a forward on a processor with AVX512-BF16 would repack the weights for speed, and they could not be saved any more
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()  # type: ignore[no-any-return]
 
 

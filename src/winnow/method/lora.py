@@ -44,7 +44,7 @@ class Lora(Checked):
             raise MissingExtra("peft", "peft") from None
         import torch
 
-        from winnow.model.packing import linears
+        from winnow.model.packing import cast_weights, linears
         from winnow.recovery.corpus import training_documents
         from winnow.recovery.data import Documents, encode
         from winnow.recovery.fit import fit
@@ -65,7 +65,8 @@ class Lora(Checked):
             target_modules=sorted(linears(lm.model)),
             task_type="CAUSAL_LM",
         )
-        model = peft.get_peft_model(lm.model.float(), adapter)
+        cast_weights(lm.model, torch.float32)
+        model = peft.get_peft_model(lm.model, adapter)
         masks = mask_zeros(model)
         data = Documents(rows, lm.tokenizer.pad_token_id, self.tokens_per_batch, run.seed)
         schedule = Schedule(self.learning_rate, self.steps, warmup=0.05, weight_decay=0.0)
@@ -76,7 +77,8 @@ class Lora(Checked):
             if name in masks:
                 linear.weight.data.mul_(masks[name])
         lm.manifest["_notes"] = {"loss": loss}
-        return lm.changed(merged.to(dtype))
+        cast_weights(merged, dtype)
+        return lm.changed(merged)
 
 
 def mask_zeros(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -63,6 +63,6 @@ def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
     """Applies the stages and writes the artifact to `output`, whole or not at all; returns it as an LM on disk."""
     from winnow.model.save import save
 
-    base = {"name": lm.name, **lm.manifest.get("base", {})}
-    lm.manifest.setdefault("base", base)
+    if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
+        lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256()}, "stages": []}
     return save(apply(lm, stages, run), output)

@@ -36,6 +36,7 @@ class Pretrain(Checked):
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch
 
+        from winnow.model.packing import cast_weights
         from winnow.recovery.corpus import training_documents
         from winnow.recovery.data import Documents, encode
         from winnow.recovery.fit import fit
@@ -48,4 +49,5 @@ class Pretrain(Checked):
         schedule = Schedule(self.learning_rate, self.steps, optimizer=self.optimizer)
         loss = fit(lm.model, data, schedule, run, precision=self.precision, checkpoint_minutes=self.checkpoint_minutes)
         run.log(f"pretrain: loss {loss:.4f} over the last tenth of {self.steps} steps")
-        return lm.changed(lm.model.to(getattr(torch, self.save_dtype)))
+        cast_weights(lm.model, getattr(torch, self.save_dtype))
+        return lm.changed(lm.model)

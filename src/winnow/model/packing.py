@@ -22,6 +22,12 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{n}."}
 
 
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters in place; unlike `model.to(dtype)`, buffers such as RoPE's frequencies keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def attach_scheme(model: PreTrainedModel, bits: int, group_size: int) -> None:
     """Declares `bits`-bit symmetric groups along the input dimension for every linear layer of the blocks.
 
@@ -59,13 +65,16 @@ def _has_progress(function: Any) -> bool:
 
 
 def quantize_linear(linear: Any, scale_og: torch.Tensor) -> None:
-    """Rounds the weights to the grid of `scale_og` [out, groups] and keeps the scales for packing."""
+    """Rounds the weights to the grid of `scale_og` [out, groups]; keeps integers and scales for packing."""
     from compressed_tensors.quantization import QuantizationStatus
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 
-    args = linear.quantization_scheme.weights
-    scale_og = scale_og.to(linear.weight.dtype)
-    linear.weight.data = fake_quantize(linear.weight.data, scale_og, None, args)
+    dtype = linear.weight.dtype
+    scale_og = scale_og.to(dtype)
+    # in single precision: quotients and products in bfloat16 are off by up to half a step of an 8-bit grid
+    args, scale = linear.quantization_scheme.weights, scale_og.float()
+    linear.integers = quantize(linear.weight.data.float(), scale, None, args, dtype=torch.int8)
+    linear.weight.data = dequantize(linear.integers, scale, None, args, dtype=torch.float32).to(dtype)
     linear.weight_scale.data.copy_(scale_og)
     linear.quantization_status = QuantizationStatus.FROZEN
 
@@ -78,6 +87,14 @@ def pack(model: PreTrainedModel) -> Any:
     """Packs the integers in place; returns the compressor whose `update_config(folder)` must follow `save_pretrained`."""
     from compressed_tensors.compressors import ModelCompressor
 
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    linear: Any
+    for linear in linears(model).values():
+        # the compressor rounds the weights again: give it them unrounded, so that the very same integers come out
+        args = linear.quantization_scheme.weights
+        linear.weight.data = dequantize(linear.integers, linear.weight_scale.float(), None, args, dtype=torch.float32)
+        del linear.integers
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     return compressor

@@ -64,6 +64,11 @@ def save(lm: LM, output: Path) -> LM:
     from winnow.model import packing
     from winnow.model.load import quiet
 
+    for name, parameter in lm.model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"{name} was repacked for this processor by a forward pass; load the model again to save it"
+            )
     with whole_folder(output) as scratch:
         compressor = packing.pack(lm.model) if packing.is_packable(lm.model) else None
         with quiet():

@@ -6,11 +6,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from winnow.recovery.data import Document
-from winnow.types import UserError
+from winnow.types import Document, UserError
 
 TEXT_FIELDS = ("text", "content")
 PAIRS = (("prompt", "completion"), ("question", "answer"))
+
+
+def check_source(source: str) -> None:
+    """Raises UserError if there is no such source."""
+    if source != "nano" and not Path(source).is_file():
+        raise UserError(f"calibration.source={source}: no such file; give `nano`, or the path of a .jsonl or .txt file")
 
 
 def training_documents(source: str, seed: int | None = None) -> Iterator[Document]:
@@ -27,9 +32,8 @@ def training_documents(source: str, seed: int | None = None) -> Iterator[Documen
         for item in training_items(TRAIN_SEED if seed is None else seed):
             yield Document(item.prompt, item.completion)
         return
+    check_source(source)
     path = Path(source)
-    if not path.is_file():
-        raise UserError(f"calibration.source={source}: no such file; give `nano`, or the path of a .jsonl or .txt file")
     with path.open(encoding="utf-8") as lines:
         if path.suffix == ".txt":
             for paragraph in lines.read().split("\n\n"):

@@ -16,13 +16,9 @@ import lightning
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from winnow.types import Document
+
 IGNORED = -100  # the label that cross entropy passes over
-
-
-@dataclass(frozen=True)
-class Document:
-    prompt: str
-    completion: str
 
 
 @dataclass(frozen=True)

@@ -99,26 +99,13 @@ def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict
     assert isinstance(model, dict) and isinstance(benchmark, dict)
     kept = {k: v for k, v in model.items() if k in ("name", "dtype", "attention")}
     return {
-        "model": {**kept, "sha256": model_hash(lm)},
+        "model": {**kept, "sha256": lm.sha256()},
         "benchmark": {k: v for k, v in benchmark.items() if not str(k).startswith("_")},
         "hardware": dict(hardware),
         "calibration": OmegaConf.to_container(config.calibration, resolve=True),
         "seed": config.seed,
         "versions": manifest.versions(),
     }
-
-
-def model_hash(lm: LM) -> str:
-    """SHA-256 of a folder's content (from its manifest where it has one); a hub model's commit, or its id."""
-    from winnow.model import manifest
-
-    assert lm.path is not None
-    folder = Path(lm.path)
-    if folder.is_dir():
-        return str(lm.manifest.get("sha256") or manifest.content_hash(folder))
-    from transformers import AutoConfig
-
-    return str(getattr(AutoConfig.from_pretrained(lm.path), "_commit_hash", None) or lm.path)
 
 
 def _preload(node: Mapping[str, Any]) -> tuple[str, ...]:
@@ -144,10 +131,9 @@ def _first(space: Space, config: DictConfig) -> list[Strategy]:
             for d in method.dimensions
             if all(values.get(k, v) == v for k, v in d.when.items())
         }
-        main = method.dimensions[0] if method.dimensions else None
         found.append(Strategy((method.name,), defaults))
-        for choice in main.choices if main else ():
-            found.append(Strategy((method.name,), {**defaults, main.key: choice}))
+        for main in method.dimensions[:1]:
+            found += [Strategy((method.name,), {**defaults, main.key: choice}) for choice in main.choices]
     return list({s.overrides: s for s in found}.values())
 
 
