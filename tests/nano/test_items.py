@@ -35,13 +35,11 @@ def test_training_differs_with_the_seed_and_repeats() -> None:
     assert first == again != other
 
 
-def test_a_dial_makes_items_harder_and_says_when_there_are_too_few() -> None:
+def test_a_dial_makes_items_easier() -> None:
     easy = Dial(max_start=3, max_step=2, max_steps=1)
     assert max(len(i.completion) for i in benchmark_items("nano_gsm8k", 50, easy)) < max(
         len(i.completion) for i in benchmark_items("nano_gsm8k", 50)
     )
-    with pytest.raises(ValueError, match="only .* different items"):
-        benchmark_items("nano_commonsenseqa", 10**5)
 
 
 def test_files_are_written_where_wanted(tmp_path) -> None:  # type: ignore[no-untyped-def]
