@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.benchmark.test_score import harness
 
+from tests.benchmark.test_score import harness
 from winnow.benchmark import samples
 from winnow.benchmark.harness import PRELOAD, Harness, quiet
 from winnow.nano.model import untrained
@@ -17,8 +18,13 @@ from winnow.types import LM, Probe, Run
 
 
 @pytest.fixture(scope="module")
-def lm() -> LM:
-    return untrained(32, 64, 2, 2, 256, seed=0)
+def lm() -> Iterator[LM]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads of so small a model wait for each other, above all on a busy machine
+    yield untrained(32, 64, 2, 2, 256, seed=0)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

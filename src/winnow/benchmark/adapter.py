@@ -61,13 +61,17 @@ class Adapter(HFLM):
 
     def _encode_one(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context:
-            return self._encode_pair(context, continuation)
+            start, rest = self._encode_pair(context, continuation)
+            return start, rest
         return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+            requests, disable_tqdm=True, override_bs=override_bs
+        )
+        return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of each text after the prefix token, every token of it predicted once.

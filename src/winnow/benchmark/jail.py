@@ -30,7 +30,7 @@ import struct
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 # What a single-process Python program needs. Not here, so refused: fork, exec, kill, sockets, ptrace, mounts, chmod and
 # other changes by path that Landlock does not see, io_uring, setting limits.
@@ -63,6 +63,7 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on 
 READ_FILE, READ_DIR, WRITE_FILE, TRUNCATE = 1 << 2, 1 << 3, 1 << 1, 1 << 14
 RIGHTS_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 REPORT_BYTES = 4096
+PIPE = 3  # the file descriptor on which a fork reports
 FILE_BYTES, OPEN_FILES = 1 << 20, 64
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -118,17 +119,16 @@ def restrict_calls(program: bytes) -> None:
     _check(libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
 
 
-def isolate(request: dict[str, Any], scratch: str, report: int) -> int:
-    """Gives up everything, as the module says; returns the file descriptor of the pipe."""
+def isolate(request: dict[str, Any], scratch: str) -> None:
+    """Gives up everything, as the module says, but the pipe."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(report, 3)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    os.closerange(4, max(256, report + 1, null + 1))
+    os.closerange(PIPE + 1, max(256, null + 1))
     os.chdir(scratch)
     os.environ.clear()
-    os.environ["TMPDIR"] = scratch
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch
     seconds = max(1, round(request["seconds"]))
     limits = {
         resource.RLIMIT_AS: (request["memory_bytes"],) * 2, resource.RLIMIT_CPU: (seconds, seconds + 1),
@@ -138,25 +138,27 @@ def isolate(request: dict[str, Any], scratch: str, report: int) -> int:
         resource.setrlimit(limit, values)
     restrict_files(request["readable"], scratch)
     restrict_calls(request["filter"])
-    return 3
 
 
-def run_program(program: str, token: bytes, request: dict[str, Any], scratch: str, report: int) -> None:
-    """In the fork: isolates itself, runs the program, reports; does not return."""
-    try:
-        report = isolate(request, scratch, report)
-    except BaseException as error:
-        os.write(report, json.dumps({"outcome": "unisolated", "message": str(error)}).encode())
-        os._exit(1)
+def run_program(program: str, token: bytes, request: dict[str, Any], scratch: str, report: int) -> NoReturn:
+    """In the fork: isolates itself, runs the program, reports."""
     said = token
     try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "program"})  # noqa: S102
-    except MemoryError:
-        said = b'{"outcome": "memory", "message": "MemoryError"}'  # no more than this may be left to allocate
-    except BaseException as error:
-        said = describe(error)
-    os.write(report, said[:REPORT_BYTES])
-    os._exit(0)
+        os.dup2(report, PIPE)
+        try:
+            isolate(request, scratch)
+        except BaseException as error:
+            os.write(PIPE, json.dumps({"outcome": "unisolated", "message": str(error)}).encode())
+            os._exit(1)  # nothing of the program has been run
+        try:
+            exec(compile(program, "<program>", "exec"), {"__name__": "program"})  # noqa: S102
+        except MemoryError:
+            said = b'{"outcome": "memory", "message": "MemoryError"}'  # no more than this may be left to allocate
+        except BaseException as error:
+            said = describe(error)
+        os.write(PIPE, said[:REPORT_BYTES])
+    finally:
+        os._exit(0)  # never back into the parent's code
 
 
 def describe(error: BaseException) -> bytes:

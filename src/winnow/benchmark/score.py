@@ -143,7 +143,7 @@ def score(
     for suffix, task, made in jobs:
         judge(task, made, spec.filter)
         for one in made if suffix else ():
-            extras[one.question.doc_hash][suffix] = float(one.metrics[spec.metric])
+            extras[one.question.doc_hash][suffix] = float(one.metrics[str(spec.metric)])
     return [
         sample for suffix, task, made in jobs if not suffix for sample in _samples(adapter, spec, task, made, extras)
     ]
@@ -155,7 +155,8 @@ def _samples(
     for one in asked:
         doc, first = one.question.doc, one.instances[0]
         extra: dict[str, Any] = dict(extras.get(one.question.doc_hash, {}))
-        prediction, target, log_likelihoods = "", str(task.doc_to_target(doc)), ()
+        prediction, target = "", str(task.doc_to_target(doc))
+        log_likelihoods: tuple[float, ...] = ()
         correct: bool | None = None
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             text = first.args[0]

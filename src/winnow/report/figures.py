@@ -142,7 +142,8 @@ def axes_of(summary: Summary) -> tuple[Axis, ...]:
     """Every figure of the study: the objectives first, in their order, then the others by name."""
     complete = [t for t in summary.trials if t.complete]
     objectives = {o.name: o for o in summary.objectives}
-    others = sorted({name for t in complete for name in t.figures} - set(objectives))
+    aside = ("_stderr", "_requests", "items")  # they say how sure or how many, not how good
+    others = sorted({n for t in complete for n in t.figures if not n.endswith(aside)} - set(objectives))
     names = [*objectives, *others]
     shared = Counter(map(label_of, names))
     axes = []
