@@ -104,7 +104,11 @@ def test_the_same_command_goes_on_and_another_benchmark_is_refused(outputs: Path
 def test_ctrl_c_ends_it_soon_and_it_goes_on_later(tmp_path: Path) -> None:
     words = ["search.py", *SEARCH, f"outputs={tmp_path}", "wandb.mode=disabled"]
     search = subprocess.Popen(
-        [sys.executable, *words, "budget.trials=50"], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, *words, "budget.trials=50"],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert search.stderr is not None
     for line in search.stderr:  # until a second trial is under way

@@ -40,7 +40,9 @@ def test_an_artifact_loads_again_and_computes_what_it_did_before(name: str, tmp_
     saved = save(compressed, tmp_path / "artifact")
     again = pretrained(str(tmp_path / "artifact"))
     for module in again.model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # its faster kernel rounds differently: not what is tested here
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # its faster kernel rounds differently: not what is tested here
             module.support_avx512bf16_for_cpu = False
     torch.testing.assert_close(logits(again), before, rtol=0, atol=0)
     assert saved.manifest == again.manifest

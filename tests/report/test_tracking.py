@@ -42,6 +42,7 @@ def test_one_run_a_trial_and_no_more_when_repeated(
     summary: Summary, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
+    threads = threading.active_count()  # other tests' libraries may have left some
     begun = replace(summary, trials=summary.trials[:3])
     assert Tracker("offline", folder=tmp_path, log=said.append).mirror(begun) == 4
     assert runs(tmp_path) == expected(begun)
@@ -65,7 +66,7 @@ def test_one_run_a_trial_and_no_more_when_repeated(
     assert said == []
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
     assert multiprocessing.active_children() == []
 
 

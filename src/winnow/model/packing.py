@@ -86,7 +86,6 @@ def is_packable(model: nn.Module) -> bool:
 def pack(model: PreTrainedModel) -> Any:
     """Packs the integers in place; returns the compressor whose `update_config(folder)` must follow `save_pretrained`."""
     from compressed_tensors.compressors import ModelCompressor
-
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
     linear: Any
