@@ -52,6 +52,12 @@ def test_each_experiment_composes(path: Path) -> None:
     OmegaConf.resolve(composed("train", f"experiment={path.stem}"))
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("path", sorted((CONF / "debug").glob("*.yaml")), ids=lambda p: p.stem)
+def test_each_debug_option_composes_with_each_command(path: Path, command: str) -> None:
+    OmegaConf.resolve(composed(command, f"debug={path.stem}"))
+
+
 def test_no_yaml_is_left_out() -> None:
     """A YAML in a folder that nothing above composes would rot unseen."""
     known = {*GROUPS, "experiment", "debug", "hydra"}

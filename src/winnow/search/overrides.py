@@ -9,8 +9,8 @@ from typing import Any
 
 from winnow.types import Knob, Strategy, UserError
 
-COMPRESS_KEYS = ("model", "calibration", "seed", "hardware")
-EVALUATE_KEYS = ("model", "benchmark", "hardware", "seed")
+COMPRESS_KEYS = ("experiment", "debug", "model", "calibration", "seed", "hardware")
+EVALUATE_KEYS = ("experiment", "debug", "model", "benchmark", "hardware", "seed")
 
 
 @dataclass(frozen=True)
