@@ -21,6 +21,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from winnow.model.save import is_disk_full
 from winnow.types import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -70,7 +71,7 @@ def _end(name: str, error: BaseException) -> NoReturn:
 
 def is_mistake(error: Exception) -> bool:
     """Whether the command line is to blame: our own errors, Hydra's, and whatever Hydra lets slip while it reads it."""
-    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException) or is_disk_full(error):
         return True
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     return bool({"hydra", "omegaconf"} & set(Path(innermost).parts))
@@ -80,6 +81,8 @@ def explain(error: BaseException) -> str:
     """One message for a person: what is wrong, which option it is about, and a way out."""
     if isinstance(error, UserError):
         return str(error)
+    if is_disk_full(error):
+        return f"the disk is full ({error}); free some space, or choose another place with outputs=; nothing finished is lost"
     text = str(error)
     cause = error.__cause__
     if cause is not None and str(cause) not in text:

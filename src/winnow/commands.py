@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from winnow import build
 from winnow.hardware.lock import sharing
 from winnow.method.pipeline import compress as run_pipeline
+from winnow.model.save import remove_empty
 from winnow.types import Figures
 
 
@@ -29,10 +30,13 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     try:
         with sharing(hardware.device, log):
             artifact = run_pipeline(lm, stages, build.run(cfg, scratch, log), output)
-    except Exception:
-        _remove_if_empty(scratch)  # a training's checkpoints stay, so that the same command goes on from them
+    except BaseException:
+        if not any(
+            scratch.rglob("*.ckpt")
+        ):  # a training's checkpoints stay, so that the same command goes on from them
+            _remove(scratch)
         raise
-    shutil.rmtree(scratch, ignore_errors=True)
+    _remove(scratch)
     assert artifact.path is not None
     return Path(artifact.path)
 
@@ -75,6 +79,7 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
     return metrics
 
 
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.rglob("*.ckpt")):
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove(scratch: Path) -> None:
+    """Removes a scratch folder, and `scratch/` and the outputs' folder if nothing else lies in them."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    remove_empty(scratch.parent, until=scratch.absolute().parents[2])

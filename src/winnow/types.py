@@ -157,9 +157,9 @@ class LM:
 
     def sha256(self) -> str | None:
         """Of the folder's weights and configuration; a hub model's commit; None for a model in memory only."""
-        from winnow.model import manifest
+        from winnow.model.load import identity
 
-        return self.manifest.get("sha256") or (manifest.identity(self.path) if self.path else None)
+        return self.manifest.get("sha256") or (identity(self.path) if self.path else None)
 
     def changed(self, model: PreTrainedModel) -> LM:
         """The same lineage with other weights in memory, not on disk yet."""

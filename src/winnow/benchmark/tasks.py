@@ -6,19 +6,15 @@ items come under an unchanged task through a YAML that includes it and replaces 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import os
-import socket
 import tempfile
-import urllib.parse
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from winnow.benchmark.spec import Spec, find, missing
+from winnow.model.hub import offline_if_unreachable
 from winnow.types import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -155,29 +151,6 @@ def from_hub(spec: Spec, manager: Any, name: str) -> Any:
         raise UserError(
             f"benchmark {spec.name} is not on disk and there is no network; give benchmark.data_dir=FOLDER with {wanted}"
         ) from None
-
-
-@contextlib.contextmanager
-def offline_if_unreachable() -> Iterator[None]:
-    """The hub's libraries in offline mode where its name does not resolve: else they try for half a minute."""
-    import datasets.config
-    import huggingface_hub.constants as hub
-
-    switches = (hub, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")
-    before = [getattr(module, name) for module, name in switches]
-    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    try:
-        if not proxied:
-            host = urllib.parse.urlsplit(hub.ENDPOINT)
-            socket.getaddrinfo(host.hostname, host.port or 443)
-    except OSError:
-        for module, name in switches:
-            setattr(module, name, True)
-    try:
-        yield
-    finally:
-        for (module, name), value in zip(switches, before, strict=True):
-            setattr(module, name, value)
 
 
 def _is_unreachable(error: BaseException | None) -> bool:

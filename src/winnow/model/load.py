@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from winnow.model import manifest
+from winnow.model.hub import offline_if_unreachable
 from winnow.types import LM, Loading, MissingExtra, UserError
 
 if TYPE_CHECKING:
@@ -149,6 +150,16 @@ def _decompress(model: PreTrainedModel) -> None:
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
 
+def identity(path: str) -> str:
+    """What a model is known by: the hash of a folder's content, or the commit of a hub model (its id, if that is unknown)."""
+    if Path(path).is_dir():
+        return manifest.content_hash(Path(path))
+    from transformers import AutoConfig
+
+    with quiet(), _plain_errors(path):
+        return str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", None) or path)
+
+
 def load_tokenizer(path: str, loading: Loading) -> PreTrainedTokenizerBase:
     """The tokenizer; one without a pad token pads with its end-of-text token (the mask hides it)."""
     from transformers import AutoTokenizer
@@ -166,7 +177,8 @@ def _plain_errors(path: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     try:
-        yield
+        with contextlib.nullcontext() if Path(path).is_dir() else offline_if_unreachable():
+            yield
     except errors.GatedRepoError as error:
         raise UserError(f"model.path={path} needs a login: accept its licence on the hub and set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:

@@ -51,15 +51,6 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def identity(path: str) -> str:
-    """What a model is known by: the hash of a folder's content, or the commit of a hub model (its id, if that is unknown)."""
-    if Path(path).is_dir():
-        return content_hash(Path(path))
-    from transformers import AutoConfig
-
-    return str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", None) or path)
-
-
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; empty where there is none (a model that winnow did not write).
 

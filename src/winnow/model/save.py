@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from winnow.model import manifest as manifests
 from winnow.types import LM, UserError
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
     """A scratch folder beside `output` that takes its name when the block ends well, and vanishes when it does not.
 
     Raises:
         UserError: the disk is full, or the place cannot be written.
     """
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
     scratch = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         scratch.mkdir(parents=True)
@@ -33,6 +34,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        remove_empty(output.parent, until=existing)
         if is_disk_full(error):
             raise UserError(
                 f"output={output}: the disk is full; free some space or choose another place with output= or outputs="
@@ -42,10 +44,20 @@ def whole_folder(output: Path) -> Iterator[Path]:
         raise
 
 
+def remove_empty(folder: Path, until: Path) -> None:
+    """Removes a folder and its parents as long as they are empty, up to and without `until`."""
+    folder = folder.absolute()
+    with contextlib.suppress(OSError):  # a mount point, say
+        while folder != until and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error, of Python or of the safetensors library, says that no space is left."""
     number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    words = ("No space left on device", "database or disk is full")  # safetensors; SQLite
+    return number in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words)
 
 
 def _sync(folder: Path) -> None:

@@ -5,6 +5,7 @@ Nothing here knows Hydra: the sweeper passes in `launch`, which runs one trial.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -80,7 +81,8 @@ class Search:
                     break
                 self._trial(proposal)
         except BaseException as error:
-            self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody may be waiting
+            with contextlib.suppress(OSError):  # on a full disk, say, the first error is the one to show
+                self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody may be waiting
             if isinstance(error, KeyboardInterrupt):
                 self.log(f"search: interrupted; the same command goes on with study {self.study.name}")
             raise

@@ -46,6 +46,7 @@ def search(
     lm, hardware, benchmark = build.model(config), build.hardware(config), build.benchmark(config)
     hardware.check()
     wanted = objectives(list(config.objectives), getattr(benchmark, "scores", lambda: ())())
+    held = fingerprint(config, lm, hardware.fingerprint())
     preload = sorted({module for name in config.method for module in _preload(config.method[name])})
     child.start_server(preload)
 
@@ -53,7 +54,7 @@ def search(
     storage = str(config.storage or f"sqlite:///{folder / 'study.db'}")
     if storage.startswith("sqlite:///"):
         _make(folder)
-    study = open_study(config.study, storage, wanted, fingerprint(config, lm, hardware.fingerprint()))
+    study = open_study(config.study, storage, wanted, held)
     _make(folder)
     _write_spec(folder, lm)
 

@@ -216,7 +216,7 @@ def _differences(held: Any, wanted: Any, key: str = "") -> list[str]:
         found = []
         for name in [*held, *(k for k in wanted if k not in held)]:
             found += _differences(
-                held.get(name), wanted.get(name), f"{key}.{name}".removeprefix(".fingerprint.").strip(".")
+                held.get(name), wanted.get(name), f"{key}.{name}".strip(".").removeprefix("fingerprint.")
             )
         return found
     if key == "objectives" and held != wanted:
