@@ -8,6 +8,7 @@ import socket
 import sys
 import urllib.parse
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -16,7 +17,7 @@ def offline_if_unreachable() -> Iterator[None]:
     import huggingface_hub.constants as hub
 
     # datasets keeps a switch of its own; it is only there to be set if something has imported it
-    modules = [hub, *([sys.modules["datasets.config"]] if "datasets.config" in sys.modules else [])]
+    modules: list[Any] = [hub, *([sys.modules["datasets.config"]] if "datasets.config" in sys.modules else [])]
     before = [module.HF_HUB_OFFLINE for module in modules]
     proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     try:
