@@ -6,6 +6,7 @@ A `cfg` stops here: what comes out are values and objects of `winnow`.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -57,12 +58,15 @@ def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
         raise
 
 
-def _defined_in_winnow(target: str) -> bool:
-    import importlib
+def target_of(path: str) -> Any:
+    """The class or function that a `_target_` names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
-    module, _, name = target.rpartition(".")
+
+def _defined_in_winnow(target: str) -> bool:
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = target_of(target)
     except (ImportError, AttributeError):
         return False
     return getattr(found, "__module__", "").startswith("winnow.")

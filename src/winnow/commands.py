@@ -31,9 +31,8 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
         with sharing(hardware.device, log):
             artifact = run_pipeline(lm, stages, build.run(cfg, scratch, log), output)
     except BaseException:
-        if not any(
-            scratch.rglob("*.ckpt")
-        ):  # a training's checkpoints stay, so that the same command goes on from them
+        # a training's checkpoints stay, so that the same command goes on from them
+        if not any(scratch.rglob("*.ckpt")):
             _remove(scratch)
         raise
     _remove(scratch)

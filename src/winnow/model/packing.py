@@ -52,16 +52,8 @@ def attach_scheme(model: PreTrainedModel, bits: int, group_size: int) -> None:
         ignore=ignored,
         format="pack-quantized",
     )
-    apply_quantization_config(model, config, show_progress=False) if _has_progress(apply_quantization_config) else (
-        apply_quantization_config(model, config)
-    )
+    apply_quantization_config(model, config, show_progress=False)
     model.apply(disable_quantization)  # the weights hold quantized values themselves; no work is left for the forward
-
-
-def _has_progress(function: Any) -> bool:
-    import inspect
-
-    return "show_progress" in inspect.signature(function).parameters
 
 
 def quantize_linear(linear: Any, scale_og: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ Nothing here knows Hydra: the sweeper passes in `launch`, which runs one trial.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import time
@@ -119,7 +120,7 @@ class Search:
         outcome = self.launch(proposal.number, proposal.strategy)
         trial = self._made(proposal.number, proposal.strategy, outcome, proposal.proposed_by)
         seconds = {**trial.seconds, "total": round(time.perf_counter() - begun, 3)}
-        self.study.record(_replace(trial, seconds=seconds))
+        self.study.record(dataclasses.replace(trial, seconds=seconds))
         summary = self.study.summary()
         self.views.trial(self.study.trials[-1], summary)
         self._forget_weights(summary.front)
@@ -168,9 +169,3 @@ class Search:
             artifact = self._folder(trial.number) / "artifact"
             if artifact.is_dir() and not (self.keep == "front" and trial.number in front):
                 shutil.rmtree(artifact, ignore_errors=True)
-
-
-def _replace(trial: Trial, **changes: Any) -> Trial:
-    import dataclasses
-
-    return dataclasses.replace(trial, **changes)

@@ -6,13 +6,13 @@ Narrowed on the command line with Hydra's own sweep grammar: `method.rtn.bits=ch
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from winnow.build import target_of
 from winnow.types import Knob, Slot, Strategy, UserError, knobs_of
 
 NONE = "none"  # the choice of no method for a slot
@@ -135,8 +135,7 @@ def read_space(methods: Mapping[str, Mapping[str, Any]], narrowed: Mapping[str, 
     """
     found, used = [], set()
     for name, node in methods.items():
-        module, _, attribute = str(node["_target_"]).rpartition(".")
-        stage = getattr(importlib.import_module(module), attribute)
+        stage = target_of(node["_target_"])
         prefix = f"method.{name}."
         dimensions = []
         for knob_name, knob in knobs_of(stage).items():

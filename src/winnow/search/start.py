@@ -47,7 +47,8 @@ def search(
     hardware.check()
     wanted = objectives(list(config.objectives), getattr(benchmark, "scores", lambda: ())())
     held = fingerprint(config, lm, hardware.fingerprint())
-    preload = sorted({module for name in config.method for module in _preload(config.method[name])})
+    stages = [build.target_of(config.method[name]["_target_"]) for name in config.method]
+    preload = sorted({module for stage in stages for module in stage.preload})
     child.start_server(preload)
 
     folder = Path(config.outputs) / config.study
@@ -107,13 +108,6 @@ def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict
         "seed": config.seed,
         "versions": manifest.versions(),
     }
-
-
-def _preload(node: Mapping[str, Any]) -> tuple[str, ...]:
-    import importlib
-
-    module, _, name = str(node["_target_"]).rpartition(".")
-    return tuple(getattr(getattr(importlib.import_module(module), name), "preload", ()))
 
 
 def _first(space: Space, config: DictConfig) -> list[Strategy]:
