@@ -160,6 +160,19 @@ def test_a_missing_library_names_its_extra(
         stage_of(method)(pretrained(str(tiny)), run_in)
 
 
+@pytest.mark.parametrize("quantizer", ["rtn", "nf4", "int8"])
+@pytest.mark.parametrize("second", [None, "wanda", "nf4"])
+def test_a_quantized_model_is_not_compressed_again(tiny: Path, tmp_path: Path, run_in, quantizer: str, second) -> None:
+    from tests.method.test_methods import stage_of
+    from winnow.method.pipeline import compress
+
+    first = compress(pretrained(str(tiny)), {quantizer: stage_of(quantizer)}, run_in, tmp_path / "first")
+    stages = {second: stage_of(second)} if second else {}
+    with pytest.raises(UserError, match=r"first is quantized already .* made of \(tiny\)"):
+        compress(pretrained(str(first.path)), stages, run_in, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
 def test_a_full_disk_leaves_nothing_half_written(monkeypatch, tiny: Path, tmp_path: Path) -> None:
     from winnow.model.save import save
 

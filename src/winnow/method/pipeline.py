@@ -60,9 +60,19 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run) -> LM:
 
 
 def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
-    """Applies the stages and writes the artifact to `output`, whole or not at all; returns it as an LM on disk."""
+    """Applies the stages and writes the artifact to `output`, whole or not at all; returns it as an LM on disk.
+
+    Raises:
+        UserError: the model is quantized already: its integers are no weights that a stage could work on.
+    """
     from winnow.model.save import save
 
+    if getattr(lm.model.config, "quantization_config", None) is not None:
+        base = lm.manifest.get("base", {}).get("name")
+        raise UserError(
+            f"model.path={lm.path} is quantized already and cannot be compressed again; "
+            f"start from the model that it was made of{f' ({base})' if base else ''}"
+        )
     if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
         lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256()}, "stages": []}
     return save(apply(lm, stages, run), output)
