@@ -42,6 +42,7 @@ def outcome(text: str, seconds: float = 3.0) -> Outcome:
         ('import os; os.write(3, b\'{"outcome": "passed"}\'); os._exit(0)', Outcome.FAILED),
         ("import os; os.write(1, b'passed'); os.close(3); os._exit(0)", Outcome.FAILED),
         ("import os; os.write(3, b'x' * 100_000); os._exit(0)", Outcome.FAILED),
+        ("import os; os.close(3)\nwhile True: pass", Outcome.FAILED),
         # takes too much
         ("data = bytearray(4 << 30)", Outcome.MEMORY),
         ("x = ['a']\nwhile True: x = x + x", Outcome.MEMORY),

@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import resource
+import select
 import selectors
 import shutil
 import signal
@@ -205,6 +206,15 @@ def start(program: str, request: dict[str, Any], root: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def ended(pid: int, seconds: float = 1.0) -> bool:
+    """Whether a child is dead or dies within `seconds`: its pipe is closed a moment before its end."""
+    process = os.pidfd_open(pid)
+    try:
+        return bool(select.select([process], [], [], seconds)[0])
+    finally:
+        os.close(process)
+
+
 def serve(request: dict[str, Any], root: str) -> list[tuple[str, str]]:
     """Runs all programs, as many at once as there are workers; results in their order."""
     waiting = list(enumerate(request["programs"]))[::-1]
@@ -228,8 +238,10 @@ def serve(request: dict[str, Any], root: str) -> list[tuple[str, str]]:
                     continue
             elif not late:
                 continue
-            os.kill(child["pid"], signal.SIGKILL)  # whatever it said, it has ended
+            closed = not late and not ended(child["pid"])  # it gave up its pipe and goes on: it can pass no more
+            os.kill(child["pid"], signal.SIGKILL)
             _, status, usage = os.wait4(child["pid"], 0)
+            status = 0 if closed else status  # our own signal is not the system's
             cpu = usage.ru_utime + usage.ru_stime
             results[index] = verdict(child["data"], child["token"], status, cpu, late, request)
             poll.unregister(child["reading"])
