@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from winnow.model.plan import Plan
+
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: shown as one line, exit code 2, nothing written."""
@@ -25,6 +27,10 @@ class MissingExtra(UserError):
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed; install it with: pip install 'winnow[{extra}]'")
+
+
+class Unservable(UserError):
+    """An artifact that its runtime cannot load, or that does not work when it is loaded."""
 
 
 class Slot(enum.IntEnum):
@@ -90,6 +96,12 @@ class Checked:
     """Base of stages: a knob out of its range is an error at construction, before anything heavy happens."""
 
     preload: ClassVar[tuple[str, ...]] = ()  # slow imports, which a search's fork server makes once for all trials
+    perplexity_bound: ClassVar[float] = 1.1  # at its defaults it keeps the embedded model within this ratio of its own
+    aggressive: ClassVar[Mapping[str, Any]] = {}  # the knobs that compress most, for docs/methods.md
+
+    def predict(self, plan: Plan) -> Plan:
+        """What the stage makes of a model, from shapes alone; here: nothing that bytes would show."""
+        return plan
 
     def __post_init__(self) -> None:
         name = type(self).__name__.lower()
@@ -134,6 +146,7 @@ class LM:
         self.manifest: dict[str, Any] = dict(manifest or {})
         self.loading = loading or Loading()
         self.name = name or (Path(self.path).name if self.path else "model")
+        self.final = False  # True: `path` holds the very files to save
         self._model = model
         self._tokenizer = tokenizer
 
@@ -164,6 +177,13 @@ class LM:
     def changed(self, model: PreTrainedModel) -> LM:
         """The same lineage with other weights in memory, not on disk yet."""
         return LM(model=model, tokenizer=self.tokenizer, manifest=self.manifest, loading=self.loading, name=self.name)
+
+    def stored(self, folder: str | Path) -> LM:
+        """The same lineage with its weights as files in `folder`, in the form in which they will be saved."""
+        tokenizer, manifest = self.tokenizer, self.manifest
+        lm = LM(folder, tokenizer=tokenizer, manifest=manifest, loading=self.loading, name=self.name)
+        lm.final = True
+        return lm
 
 
 @dataclass(frozen=True)
@@ -201,6 +221,8 @@ class Stage(Protocol):
     slot: ClassVar[Slot]
 
     def __call__(self, lm: LM, run: Run) -> LM: ...
+
+    def predict(self, plan: Plan) -> Plan: ...
 
 
 @runtime_checkable
@@ -270,6 +292,7 @@ class Reason(enum.StrEnum):
     TIMEOUT = "timeout"
     CRASHED = "crashed"  # the process died
     ERROR = "error"  # an exception
+    UNSERVABLE = "unservable"  # the artifact does not load, or does not work
     NOT_FINITE = "not_finite"  # an objective is NaN or infinite
     DISK_FULL = "disk_full"
     LOST = "lost"  # the search itself was killed while the trial ran

@@ -59,7 +59,7 @@ def test_every_matrix_of_the_blocks_reaches_the_sparsity(tiny, run_in, stage) ->
 
 def test_wanda_scores_by_the_norms_that_reach_each_layer(tiny, run_in) -> None:
     """The first block's query projection against eq. 1 of the paper, computed from a plain forward with a hook."""
-    from winnow.method.calibrate import calibration_batches
+    from winnow.model.calibration import calibration_batches
 
     lm = pretrained(str(tiny))
     query = lm.model.model.layers[0].self_attn.q_proj

@@ -62,11 +62,12 @@ class Wanda(_Pruning):
     """Zeroes, in each output row, the weights with the smallest |weight| x norm of its input (eq. 1), block by block."""
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.method.calibrate import calibration_batches, decoder_blocks, walk_blocks
+        from winnow.method.blocks import decoder_blocks, walk_blocks
+        from winnow.model.calibration import calibration_batches
 
         batches, digest = calibration_batches(lm, run)
         count = len(decoder_blocks(lm.model))
-        for index, block, replay in walk_blocks(lm.model, batches):
+        for index, block, replay in walk_blocks(lm.model, batches, run.device):
             with _input_norms(block) as norms:
                 replay()
             for linear, norm_i in norms.items():

@@ -13,6 +13,8 @@ from winnow.types import LM, Checked, Run, Slot, knob
 if TYPE_CHECKING:
     import torch
 
+    from winnow.model.plan import Plan
+
 
 @dataclass(frozen=True)
 class RTN(Checked):
@@ -27,6 +29,9 @@ class RTN(Checked):
 
     bits: int = knob(4, choices=(2, 3, 4, 8))
     group_size: int = knob(64, choices=(32, 64, 128))
+
+    def predict(self, plan: Plan) -> Plan:
+        return plan.grouped(self.bits, self.group_size)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.model.packing import attach_scheme, linears, quantize_linear

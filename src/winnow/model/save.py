@@ -73,20 +73,12 @@ def save(lm: LM, output: Path) -> LM:
 
     The model in memory is spent: packing its weights is done in place.
     """
-    from winnow.model import packing
-    from winnow.model.load import quiet
-
-    for name, parameter in lm.model.named_parameters():
-        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
-            raise RuntimeError(
-                f"{name} was repacked for this processor by a forward pass; load the model again to save it"
-            )
     with whole_folder(output) as scratch:
-        compressor = packing.pack(lm.model) if packing.is_packable(lm.model) else None
-        with quiet():
-            lm.model.save_pretrained(scratch)
-        if compressor is not None:
-            compressor.update_config(scratch)
+        if lm.final:
+            assert lm.path is not None
+            shutil.copytree(lm.path, scratch, dirs_exist_ok=True)
+        else:
+            _write_weights(lm, scratch)
         lm.tokenizer.save_pretrained(scratch)
         manifest = {
             **lm.manifest,
@@ -97,3 +89,19 @@ def save(lm: LM, output: Path) -> LM:
         }
         manifests.write(scratch, manifest)
     return LM(output, manifest=manifest, loading=lm.loading, name=lm.name)
+
+
+def _write_weights(lm: LM, folder: Path) -> None:
+    from winnow.model import packing
+    from winnow.model.load import quiet
+
+    for name, parameter in lm.model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"{name} was repacked for this processor by a forward pass; load the model again to save it"
+            )
+    compressor = packing.pack(lm.model) if packing.is_packable(lm.model) else None
+    with quiet():
+        lm.model.save_pretrained(folder)
+    if compressor is not None:
+        compressor.update_config(folder)

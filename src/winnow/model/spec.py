@@ -166,7 +166,7 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
     from transformers import AutoConfig
 
     whole = AutoConfig.from_pretrained(config) if isinstance(config, str | Path) else config
-    model = _on_meta(whole)
+    model = on_meta(whole)
     text = whole.get_text_config(decoder=True)
     dtype = dtype or str(getattr(text, "dtype", None) or "bfloat16").removeprefix("torch.")
     if dtype not in _DTYPE_BYTES:
@@ -205,7 +205,8 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
     )
 
 
-def _on_meta(config: PretrainedConfig) -> nn.Module:
+def on_meta(config: PretrainedConfig) -> nn.Module:
+    """The model that a configuration describes, without weights; not quantized whatever the configuration says."""
     import torch
     from transformers import AutoModelForCausalLM
 

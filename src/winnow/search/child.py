@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from winnow.types import MissingExtra, Reason, UserError
+from winnow.types import MissingExtra, Reason, Unservable, UserError
 
 PRELOAD = ("torch", "transformers", "lm_eval", "winnow.search.preload")  # for every trial
 _POLL_S = 0.25
@@ -130,6 +130,8 @@ def classify(error: BaseException) -> Reason:
         return Reason.DISK_FULL
     if isinstance(error, MissingExtra | ModuleNotFoundError):
         return Reason.MISSING
+    if isinstance(error, Unservable):
+        return Reason.UNSERVABLE
     if isinstance(error, UserError):
         return Reason.INVALID
     text = f"{type(error).__name__}: {error}"
