@@ -103,9 +103,9 @@ def benchmark(cfg: DictConfig) -> Probe:
 def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
     from winnow.recovery.corpus import check_source
 
-    check_source(str(cfg.calibration.source))
-    folder.mkdir(parents=True, exist_ok=True)
     calibration = Calibration(**OmegaConf.to_container(cfg.calibration, resolve=True))  # type: ignore[arg-type]
+    check_source(calibration)
+    folder.mkdir(parents=True, exist_ok=True)
     return Run(folder=folder, seed=cfg.seed, device=cfg.hardware.device, log=log, calibration=calibration)
 
 

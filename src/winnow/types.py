@@ -207,11 +207,17 @@ class Document:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that methods calibrate on and recover with: a training split, never a benchmark's test items."""
+    """Text that methods calibrate on and recover with: a training split, never a benchmark's test items.
 
-    source: str = "nano"  # "nano", or a JSONL or text file
+    `winnow.recovery.corpus` says which sources there are.
+    """
+
+    source: str = "nano"
     samples: int = 128
     max_length: int = 512
+    split: str = "train"  # of a data set of the hub
+    subset: str | None = None  # of a data set of the hub: its configuration
+    data_dir: str | None = None  # where the files of a benchmark lie
 
 
 @runtime_checkable

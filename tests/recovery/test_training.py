@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from winnow.model.load import pretrained
-from winnow.recovery.corpus import training_documents
+from winnow.recovery.corpus import documents
 from winnow.recovery.data import IGNORED, Document, Documents, batches, collate, encode
 from winnow.recovery.module import Schedule, token_loss
-from winnow.types import Run, UserError
+from winnow.types import Calibration, Run
 
 
 def test_the_loss_is_the_mean_over_target_tokens() -> None:
@@ -67,8 +67,7 @@ def test_a_training_that_is_cut_off_goes_on_bit_for_bit(tiny: Path, tmp_path: Pa
 
     def train(folder: Path, cut_after: int | None = None) -> dict[str, torch.Tensor]:
         lm = pretrained(str(tiny), dtype="float32")
-        texts = training_documents("nano")
-        rows = encode([next(texts) for _ in range(200)], lm.tokenizer, 64)
+        rows = encode(documents(Calibration(), 200, seed=0), lm.tokenizer, 64)
         data = Documents(rows, lm.tokenizer.pad_token_id, 256, seed=0)
         folder.mkdir(exist_ok=True)
         steps = 0
@@ -90,14 +89,3 @@ def test_a_training_that_is_cut_off_goes_on_bit_for_bit(tiny: Path, tmp_path: Pa
     assert (tmp_path / "cut" / "checkpoints" / "last.ckpt").exists()
     resumed = train(tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_documents_come_from_files_too(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "plain"}\n{"question": "q", "answer": "a"}\n{"prompt": "p", "completion": "c"}\n'
-    )
-    found = list(training_documents(str(tmp_path / "a.jsonl")))
-    assert found == [Document("", "plain"), Document("Question: q\nAnswer:", " a"), Document("p", "c")]
-    (tmp_path / "b.jsonl").write_text('{"title": "x", "body": "y"}\n')
-    with pytest.raises(UserError, match="it has the fields title, body"):
-        list(training_documents(str(tmp_path / "b.jsonl")))

@@ -7,11 +7,10 @@ On a pruned model the update is masked while it trains and when it is merged, so
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Checked, MissingExtra, Run, Slot, UserError, knob
+from winnow.types import LM, Checked, MissingExtra, Run, Slot, knob
 
 if TYPE_CHECKING:
     import torch
@@ -45,18 +44,14 @@ class Lora(Checked):
         import torch
 
         from winnow.model.packing import cast_weights, linears
-        from winnow.recovery.corpus import training_documents
+        from winnow.recovery.corpus import documents
         from winnow.recovery.data import Documents, encode
         from winnow.recovery.fit import fit
         from winnow.recovery.module import Schedule
 
         # four times what the steps need at the calibration length, so that a document is seen once
         wanted = max(64, self.steps * self.tokens_per_batch // 16)
-        rows = encode(
-            list(itertools.islice(training_documents(run.calibration.source), wanted)), lm.tokenizer, self.max_length
-        )
-        if not rows:
-            raise UserError(f"calibration.source={run.calibration.source} is empty")
+        rows = encode(documents(run.calibration, wanted, run.seed), lm.tokenizer, self.max_length)
         torch.manual_seed(run.seed)  # the adapters' initial weights
         dtype = lm.model.dtype
         adapter = peft.LoraConfig(

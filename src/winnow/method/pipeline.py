@@ -59,11 +59,18 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run) -> LM:
     return lm
 
 
+def check_finite(lm: LM) -> None:
+    """Raises UserError if a weight is NaN or infinite: every figure of what is made of it would be worthless."""
+    for name, parameter in lm.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"model.path={lm.path}: {name} holds NaN or infinity; the model is damaged, get it anew")
+
+
 def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
     """Applies the stages and writes the artifact to `output`, whole or not at all; returns it as an LM on disk.
 
     Raises:
-        UserError: the model is quantized already: its integers are no weights that a stage could work on.
+        UserError: the model is quantized already: its integers are no weights that a stage could work on; or it is damaged.
     """
     from winnow.model.save import save
 
@@ -73,6 +80,7 @@ def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
             f"model.path={lm.path} is quantized already and cannot be compressed again; "
             f"start from the model that it was made of{f' ({base})' if base else ''}"
         )
+    check_finite(lm)
     if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
         lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256()}, "stages": []}
     return save(apply(lm, stages, run), output)

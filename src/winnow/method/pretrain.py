@@ -5,7 +5,6 @@ python train.py experiment=nano
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,14 +36,14 @@ class Pretrain(Checked):
         import torch
 
         from winnow.model.packing import cast_weights
-        from winnow.recovery.corpus import training_documents
+        from winnow.recovery.corpus import documents
         from winnow.recovery.data import Documents, encode
         from winnow.recovery.fit import fit
         from winnow.recovery.module import Schedule
 
         run.log(f"pretrain: drawing {self.documents:,} documents")
-        documents = list(itertools.islice(training_documents(run.calibration.source), self.documents))
-        rows = encode(documents, lm.tokenizer, self.max_length)
+        drawn = documents(run.calibration, self.documents, run.seed)
+        rows = encode(drawn, lm.tokenizer, self.max_length)
         data = Documents(rows, lm.tokenizer.pad_token_id, self.tokens_per_batch, run.seed)
         schedule = Schedule(self.learning_rate, self.steps, optimizer=self.optimizer)
         loss = fit(lm.model, data, schedule, run, precision=self.precision, checkpoint_minutes=self.checkpoint_minutes)

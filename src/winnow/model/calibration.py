@@ -1,4 +1,7 @@
-"""Calibration: seeded token batches from a training split, the same for every method of a study."""
+"""Calibration: seeded token batches of training documents, the same ones for every method of a study.
+
+    python compress.py method=[gptq] calibration.source=gsm8k calibration.data_dir=FOLDER calibration.samples=256
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,33 @@ import itertools
 
 import torch
 
-from winnow.types import LM, Run, UserError
+from winnow.types import LM, Run
 
 BATCH_TOKENS = 4096
+_latest: dict[tuple[object, ...], tuple[list[torch.Tensor], str]] = {}  # of this process: methods in a pipeline share it
 
 
 def calibration_batches(lm: LM, run: Run) -> tuple[list[torch.Tensor], str]:
     """Token ids [rows, T] of `run.calibration.samples` documents, equal lengths together so that nothing is padded.
 
-    Returns the batches and a SHA-256 over all ids, which the manifest keeps.
+    Returns the batches, in main memory, and a SHA-256 over all ids, which the manifest keeps.
+
+    Raises:
+        UserError: the source is missing or empty, has rows without text, or a benchmark's test items among them.
     """
-    from winnow.recovery.corpus import training_documents
+    from winnow.recovery.corpus import documents
     from winnow.recovery.data import encode
 
-    wanted = run.calibration.samples
-    documents = list(itertools.islice(training_documents(run.calibration.source), wanted))
-    if not documents:
-        raise UserError(f"calibration.source={run.calibration.source} is empty")
-    rows = sorted((row.ids for row in encode(documents, lm.tokenizer, run.calibration.max_length)), key=len)
-    digest = hashlib.sha256(repr(rows).encode()).hexdigest()
-    batches = []
-    for length, group in itertools.groupby(rows, key=len):
-        size = max(1, BATCH_TOKENS // length)
-        same = list(group)
-        batches += [torch.tensor(same[i : i + size], device=run.device) for i in range(0, len(same), size)]
-    return batches, digest
+    tokenizer = lm.tokenizer
+    key = (run.calibration, run.seed, tokenizer.name_or_path, len(tokenizer))
+    if key not in _latest:
+        found = documents(run.calibration, run.calibration.samples, run.seed)
+        rows = sorted((row.ids for row in encode(found, tokenizer, run.calibration.max_length)), key=len)
+        batches = []
+        for length, group in itertools.groupby(rows, key=len):
+            same, size = list(group), max(1, BATCH_TOKENS // length)
+            batches += [torch.tensor(same[i : i + size]) for i in range(0, len(same), size)]
+        _latest.clear()
+        _latest[key] = batches, hashlib.sha256(repr(rows).encode()).hexdigest()
+    batches, sha256 = _latest[key]
+    return list(batches), sha256
