@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: search test lint bench clean
+.PHONY: search test test-all lint bench clean
 
 # a front in minutes: a quarter of the items, short recoveries, and no new trial after four and a half minutes
 search: $(READY)
@@ -12,13 +12,17 @@ search: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# every method on every shape of model
+test-all: $(READY)
+	$(BIN)/python -m pytest --all-shapes
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(READY)
-	@for bench in $(filter-out bench/common.py,$(wildcard bench/*.py)); do $(BIN)/python $$bench || exit 1; done
+	@for bench in $(filter-out bench/common.py bench/direct.py,$(wildcard bench/*.py)); do $(BIN)/python $$bench || exit 1; done
 
 # torch comes first, at its pinned version: a range would fetch gigabytes of CUDA packages onto a machine without a GPU
 $(READY): pyproject.toml constraints.txt

@@ -9,6 +9,12 @@ from winnow.cli import command, say
 
 @command("compress")
 def main(cfg: DictConfig) -> None:
+    if cfg.dry_run:
+        from winnow.report.dry_run import compress_table
+
+        print(compress_table(cfg))
+        return
+
     from winnow import commands
 
     artifact = commands.compress(cfg, log=say)

@@ -14,6 +14,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-shapes", action="store_true", help="every method on every shape of model, not one a family")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
@@ -80,3 +84,20 @@ def run_in(tmp_path: Path) -> Any:
 
     (tmp_path / "run").mkdir()
     return Run(tmp_path / "run", log=lambda line: None, calibration=Calibration(samples=16, max_length=128))
+
+
+@pytest.fixture(scope="session")
+def nano_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as a GGUF file in single precision, in a folder as `method=[gguf]` leaves it."""
+    for library in ("llama_cpp", "gguf"):
+        pytest.importorskip(library, reason=f"{library} is not installed: pip install 'winnow[gguf]'")
+    from winnow.model.gguf.export import export
+    from winnow.nano.model import trained
+
+    folder = tmp_path_factory.mktemp("gguf") / "nano"
+    folder.mkdir()
+    lm = trained(dtype="float32")
+    export(lm, folder / "model-F32.gguf", "F32")
+    lm.model.config.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder

@@ -83,9 +83,12 @@ def stages(cfg: DictConfig) -> dict[str, Stage]:
     return made
 
 
-def model(cfg: DictConfig) -> LM:
-    """The base model, not in memory yet; that its files exist and may be read is checked."""
-    lm: LM = instantiate(cfg.model, "model")
+def model(cfg: DictConfig, weights: bool = True) -> LM:
+    """The base model, not in memory yet; that its files exist and may be read is checked.
+
+    Without `weights` it is only asked for its configuration, and need not have more.
+    """
+    lm: LM = instantiate(cfg.model, "model", **({} if weights else {"weights": False}))
     return lm
 
 
@@ -115,7 +118,7 @@ def output(cfg: DictConfig, command: str, lm: LM, parts: Mapping[str, Any]) -> P
         return Path(cfg.output)
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    ignored = ("outputs", "output")
+    ignored = ("outputs", "output", "dry_run")
     relevant = json.dumps({k: v for k, v in settings.items() if k not in ignored}, sort_keys=True)
     digest = hashlib.sha256(relevant.encode()).hexdigest()[:8]
     return Path(cfg.outputs) / command / "-".join([lm.name, *parts, digest])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     hardware = build.hardware(cfg)
     stages = build.stages(cfg)
     lm = build.model(cfg)
+    # in main memory, whatever the device: stages bring to it what they work on, a block at a time
+    lm.loading = dataclasses.replace(lm.loading, device="cpu")
     hardware.check()
     output = build.output(cfg, command, lm, stages)
     scratch = build.scratch(cfg, output)
@@ -43,6 +46,8 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
 def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
     """Scores and measures `cfg.model` as it lies on disk; writes `metrics.json` and `samples.parquet`, and returns the metrics."""
     from winnow.hardware.meters import Meters
+    from winnow.hardware.runtime import serving
+    from winnow.hardware.runtime.check import check
     from winnow.model import manifest
     from winnow.model.save import whole_folder
 
@@ -50,23 +55,23 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
     lm = build.model(cfg)
     benchmark = build.benchmark(cfg)
     hardware.check()
-    figures, seconds = Figures(), {}
+    figures, seconds = Figures(), dict[str, float]()
     output = build.output(cfg, "evaluate", lm, {str(cfg.benchmark.name): benchmark})
-    with whole_folder(output) as folder:
+    with whole_folder(output) as folder, contextlib.ExitStack() as opened:
         run = build.run(cfg, folder, log)
-        # scoring may share the device with other work; the meters wait until they have it alone
-        for name, probe, hold in (
-            ("benchmark", benchmark, sharing(hardware.device, log)),
-            ("meters", Meters(hardware), contextlib.nullcontext()),
-        ):
-            started = time.perf_counter()
-            with hold:
-                figures.merge(probe(lm, run))
-            seconds[name] = round(time.perf_counter() - started, 3)
+        with sharing(hardware.device, log):  # with other work; the meters wait until they have the device alone
+            with _timed(seconds, "load"):
+                served = opened.enter_context(serving(lm, hardware, log))
+                check(lm, served)  # before any score is paid for
+            with _timed(seconds, "benchmark"):
+                figures.merge(benchmark(lm, run))
+        with _timed(seconds, "meters"):
+            figures.merge(Meters(hardware)(lm, run))
         metrics = {
             "model": {"name": lm.name, "path": lm.path, "sha256": lm.manifest.get("sha256")},
             "benchmark": str(cfg.benchmark.name),
             "hardware": hardware.fingerprint(),
+            "runtime": served.name,
             "seed": cfg.seed,
             "figures": dict(figures),
             "sources": figures.sources,
@@ -76,6 +81,13 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     log(f"metrics: {output / 'metrics.json'}")
     return metrics
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 3)
 
 
 def _remove(scratch: Path) -> None:

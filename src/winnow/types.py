@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from winnow.hardware.runtime import Served
+    from winnow.hardware.work import Work
     from winnow.model.plan import Plan
 
 
@@ -103,6 +105,12 @@ class Checked:
         """What the stage makes of a model, from shapes alone; here: nothing that bytes would show."""
         return plan
 
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        """What applying it to a model of this plan costs; here: every weight is read and written once."""
+        from winnow.hardware.work import Work
+
+        return Work.streamed(plan)
+
     def __post_init__(self) -> None:
         name = type(self).__name__.lower()
         for field_name, knob_ in knobs_of(type(self)).items():
@@ -128,6 +136,7 @@ class LM:
     Attributes:
         path: the folder or hub id it was loaded from or saved to; None for a model that only exists in memory.
         manifest: where it comes from; written beside the weights when it is saved.
+        served: the runtime that has it open, for as long as one has (`winnow.hardware.runtime.serving`).
     """
 
     def __init__(
@@ -147,6 +156,7 @@ class LM:
         self.loading = loading or Loading()
         self.name = name or (Path(self.path).name if self.path else "model")
         self.final = False  # True: `path` holds the very files to save
+        self.served: Served | None = None
         self._model = model
         self._tokenizer = tokenizer
 
@@ -173,6 +183,11 @@ class LM:
         from winnow.model.load import identity
 
         return self.manifest.get("sha256") or (identity(self.path) if self.path else None)
+
+    def release(self) -> None:
+        """Lets go of the model in memory; it is read from `path` again when it is next asked for."""
+        if self.path is not None:
+            self._model = None
 
     def changed(self, model: PreTrainedModel) -> LM:
         """The same lineage with other weights in memory, not on disk yet."""
@@ -229,6 +244,8 @@ class Stage(Protocol):
     def __call__(self, lm: LM, run: Run) -> LM: ...
 
     def predict(self, plan: Plan) -> Plan: ...
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work: ...
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from winnow.hardware.device import Hardware
 from winnow.hardware.energy import EnergyMeter
 from winnow.hardware.latency import Timing
 from winnow.hardware.meters import Meters
+from winnow.hardware.runtime.transformers import Runtime
 from winnow.types import LM, MissingExtra, Probe, Run, UserError
 
 MEASURED = {
@@ -64,18 +65,18 @@ def test_the_probe_finds_all_figures(folder: Path, hardware: Hardware, tmp_path:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_request_has_its_exact_length_though_tokens_would_end_it(batch: int, make_llama: Any) -> None:
-    model = make_llama()
-    prompt = latency.prompt(model, batch, 5, seed=1)
-    assert prompt.shape == (batch, 5)
-    assert torch.equal(prompt, latency.prompt(model, batch, 5, seed=1))
-    assert not torch.equal(prompt, latency.prompt(model, batch, 5, seed=2))
-    timing = latency.request(model, prompt, 9)
+    served = Runtime(LM(model=make_llama()))
+    asked = latency.prompts(served.vocab_size, batch, 5, seed=1)
+    assert len(asked) == batch and {len(ids) for ids in asked} == {5}
+    assert asked == latency.prompts(served.vocab_size, batch, 5, seed=1)
+    assert asked != latency.prompts(served.vocab_size, batch, 5, seed=2)
+    timing = served.request(asked, 9)
     assert 0 < timing.first_s < timing.total_s
 
 
 def test_the_clock_leaves_the_tokens_alone(make_llama: Any) -> None:
     model = make_llama(eos_token_id=None)
-    prompt = latency.prompt(model, 2, 6, seed=0)
+    asked = latency.prompts(96, 2, 6, seed=0)
     kept = {}
     original = model.generate
 
@@ -84,8 +85,8 @@ def test_the_clock_leaves_the_tokens_alone(make_llama: Any) -> None:
         return kept["output"]
 
     model.generate = generate  # type: ignore[method-assign,assignment]
-    latency.request(model, prompt, 7)
-    ids = prompt
+    Runtime(LM(model=model)).request(asked, 7)
+    ids = torch.tensor(asked)
     with torch.inference_mode():
         for _ in range(7):  # the plain reference: no cache, the best token each time
             ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -104,11 +105,11 @@ def test_figures_follow_their_definitions() -> None:
 
 
 def test_more_time_gives_more_requests(hardware: Hardware, make_llama: Any) -> None:
-    model = make_llama()
-    prompt = latency.prompt(model, 1, 4, seed=0)
-    assert len(latency.time_requests(model, prompt, hardware)) == hardware.repeats
+    served = Runtime(LM(model=make_llama()))
+    asked = latency.prompts(served.vocab_size, 1, 4, seed=0)
+    assert len(latency.time_requests(served, asked, hardware)) == hardware.repeats
     longer = Hardware("cpu", output_tokens=4, repeats=1, seconds=1.0)
-    assert len(latency.time_requests(model, prompt, longer)) > 1
+    assert len(latency.time_requests(served, asked, longer)) > 1
 
 
 def test_a_workload_beyond_the_context_is_refused(folder: Path, tmp_path: Path) -> None:

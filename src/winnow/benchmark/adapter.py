@@ -2,11 +2,13 @@
 
 lm-eval scores each choice of a question by itself; here equal requests (the choices that TruthfulQA's two tasks share) are
 scored once, and texts are tokenised in one call instead of three for each. The tokens and the arithmetic are lm-eval's.
+`Requests` is what the models of all runtimes have in common: whatever serves a model, it is shown the same token ids.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from lm_eval import utils
@@ -14,24 +16,19 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 
-class Adapter(HFLM):
-    """A model in memory as lm-eval sees it.
+class Requests:
+    """From lm-eval's requests to token ids and back, for a subclass of lm-eval's `TemplateLM` with a tokenizer."""
 
-    Args:
-        model: a transformers causal language model; it is left as it is, in evaluation mode.
-        tokenizer: of that model; a copy of it is used.
-        batch_size: prompts at a time. Fixed: it moves scores by rounding.
-        max_gen_toks: upper limit of tokens to generate for an answer; None leaves that of each task.
-    """
+    tokenizer: Any
+    max_length: int
+    max_gen_toks: int
+    prefix_token_id: int
+    most_tokens: int  # of an answer
+    tok_encode: Callable[..., list[int]]
+    _encode_pair: Callable[[str, str], tuple[list[int], list[int]]]
+    _loglikelihood_tokens: Callable[..., list[tuple[float, bool]]]
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_gen_toks: int | None = None) -> None:
-        super().__init__(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            backend="causal",
-            batch_size=batch_size,
-            max_batch_size=None,
-        )
+    def limit_answers(self, max_gen_toks: int | None) -> None:
         self.most_tokens = min(max_gen_toks or self.max_length, self.max_length // 2)  # half is kept for the question
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -40,7 +37,7 @@ class Adapter(HFLM):
         unique = list(dict.fromkeys(pairs))
         encoded = self._encode_pairs(unique)
         whole = [(pair, *tokens) for pair, tokens in zip(unique, encoded, strict=True)]
-        found = dict(zip(unique, self._loglikelihood_tokens(whole), strict=True))
+        found = dict(zip(unique, self._loglikelihood_tokens(whole, disable_tqdm=True), strict=True))
         return [found[pair] for pair in pairs]
 
     def _encode_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -65,14 +62,6 @@ class Adapter(HFLM):
             return start, rest
         return [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
 
-    def _loglikelihood_tokens(
-        self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-            requests, disable_tqdm=True, override_bs=override_bs
-        )
-        return found
-
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of each text after the prefix token, every token of it predicted once.
 
@@ -90,17 +79,48 @@ class Adapter(HFLM):
             mine = [(None, *utils.make_disjoint_window(window)) for window in rolled]
             windows += mine
             counts.append(len(mine))
-        scores = iter(self._loglikelihood_tokens(windows))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=True))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def count_tokens(self, text: str) -> int:
         """How many tokens of a text are predicted."""
         return len(self.tok_encode(text, add_special_tokens=False))
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuations, each up to its first stop sequence."""
+    def limited(self, requests: list[Instance]) -> list[Instance]:
+        """The requests, their answers limited to `most_tokens`."""
         for request in requests:
             settings = request.args[1]
             settings["max_gen_toks"] = min(settings.get("max_gen_toks", self.max_gen_toks), self.most_tokens)
-        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return requests
+
+
+class Adapter(Requests, HFLM):
+    """A model in memory as lm-eval sees it.
+
+    Args:
+        model: a transformers causal language model; it is left as it is, in evaluation mode.
+        tokenizer: of that model; a copy of it is used.
+        batch_size: prompts at a time. Fixed: it moves scores by rounding.
+        max_gen_toks: upper limit of tokens to generate for an answer; None leaves that of each task.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_gen_toks: int | None = None) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            backend="causal",
+            batch_size=batch_size,
+            max_batch_size=None,
+        )
+        self.limit_answers(max_gen_toks)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = HFLM._loglikelihood_tokens(self, requests, True, override_bs)
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy continuations, each up to its first stop sequence; with the model's own generation settings."""
+        answers: list[str] = HFLM.generate_until(self, self.limited(requests), disable_tqdm=True)
         return answers

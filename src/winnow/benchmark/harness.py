@@ -20,9 +20,16 @@ from typing import Any, ClassVar
 
 from winnow.benchmark import figures, samples
 from winnow.benchmark.spec import Spec
+from winnow.hardware.runtime import serving
 from winnow.types import LM, Figures, Run, UserError
 
-PRELOAD = ["datasets", "lm_eval.tasks", "lm_eval.models.huggingface", "winnow.benchmark.adapter"]
+PRELOAD = [
+    "datasets",
+    "lm_eval.tasks",
+    "lm_eval.models.huggingface",
+    "winnow.benchmark.adapter",
+    "winnow.hardware.runtime.transformers",
+]
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,9 @@ class Harness:
         from winnow.benchmark.tasks import load
 
         scored = []
-        with quiet(), evaluating(lm):
-            from winnow.benchmark.adapter import Adapter
-
+        with quiet(), serving(lm, log=run.log) as served:
             tasks = [load(spec, self.data_dir, self.num_fewshot) for spec in self.specs]  # all found before any is run
-            adapter = Adapter(lm.model, lm.tokenizer, self.batch_size, self.max_gen_toks)
+            adapter = served.scorer(self.batch_size, self.max_gen_toks)
             for spec, (main, also) in zip(self.specs, tasks, strict=True):
                 started = time.perf_counter()
                 found = score(adapter, spec, main, also, self.limit, self.seed)
@@ -101,17 +106,6 @@ def _line(spec: Spec, found: list[samples.Sample], seconds: float) -> str:
     else:
         outcome = f"{values[spec.name]:.3f} ± {values[f'{spec.name}_stderr']:.3f}"
     return f"{spec.name}: {len(found)} items, {outcome}, {seconds:.1f} s"
-
-
-@contextlib.contextmanager
-def evaluating(lm: LM) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards in the one that it was in."""
-    training = lm.model.training
-    lm.model.eval()
-    try:
-        yield
-    finally:
-        lm.model.train(training)
 
 
 @contextlib.contextmanager

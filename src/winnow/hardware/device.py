@@ -17,6 +17,7 @@ from typing import Any
 from winnow.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+RUNTIMES = ("transformers", "vllm", "llama_cpp")  # modules of winnow.hardware.runtime
 WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; what codecarbon, too, takes for an unknown country
 
 
@@ -35,8 +36,10 @@ class Hardware:
         name: the option's own name, `hardware=<name>`.
         device: `cpu` or `cuda`.
         devices: how many of them a command may use; figures are for one process that uses them all.
+        runtime: what serves the model, and so what it is scored and measured through: one of `RUNTIMES`. A GGUF file is served
+            by llama.cpp instead of transformers, and the metrics say so.
         dtype: of weights that are not quantized; `auto` keeps that of the artifact.
-        threads: of the processor, for measuring; None leaves torch's choice.
+        threads: of the processor, for measuring; None leaves torch's choice. llama.cpp scores with them, too.
         memory_limit_bytes: per device; None is all that there is.
         carbon_g_per_kwh: grams of CO2 equivalent per kWh where the hardware stands.
         batch_size: for benchmarks.
@@ -45,11 +48,14 @@ class Hardware:
         warmup: requests before the first that counts.
         repeats, seconds: latency is measured over at least so many requests, and over more until the time is spent.
         energy_tokens: output tokens over which energy is metered, rounded up to whole requests.
+        tflops: of dense products in bfloat16 on one device, by its vendor; for forecasts of time alone, where a processor
+            is measured instead.
     """
 
     name: str
     device: str = "cpu"
     devices: int = 1
+    runtime: str = "transformers"
     dtype: str = "auto"
     threads: int | None = None
     memory_limit_bytes: int | None = None
@@ -62,14 +68,18 @@ class Hardware:
     repeats: int = 5
     seconds: float = 3.0
     energy_tokens: int = 256
+    tflops: float | None = None
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"hardware.device={self.device} is not known; it is cpu or cuda")
+        if self.runtime not in RUNTIMES:
+            raise UserError(f"hardware.runtime={self.runtime} is not known; it is one of {', '.join(RUNTIMES)}")
         if self.dtype not in DTYPES:
             raise UserError(f"hardware.dtype={self.dtype} is not known; it is one of {', '.join(DTYPES)}")
         least = {"devices": 1, "batch_size": 1, "latency_batch_size": 1, "prompt_tokens": 1, "repeats": 1}
         least |= {"output_tokens": 2, "energy_tokens": 1, "warmup": 0, "seconds": 0, "carbon_g_per_kwh": 0}
+        least |= {"tflops": 0} if self.tflops is not None else {}
         least |= {key: 1 for key in ("threads", "memory_limit_bytes") if getattr(self, key) is not None}
         for key, low in least.items():
             if getattr(self, key) < low:
@@ -113,6 +123,7 @@ class Hardware:
             "name": self.name,
             "device": self.device,
             "devices": self.devices,
+            "runtime": self.runtime,
             "dtype": self.dtype,
             "cpu": cpu_model(),
             "cores": available_cores(),

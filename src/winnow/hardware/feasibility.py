@@ -1,74 +1,235 @@
-"""Whether a model fits a device, before anything is loaded: pure arithmetic on a `ModelSpec` and a number of bytes."""
+"""Whether a pipeline can be made and served on given hardware, before anything is loaded: from the base's configuration alone.
+
+    feasibility(plan_of(lm), {"rtn": RTN()}, hardware, Calibration(), machine.measured(hardware, "bfloat16")).fits
+
+Sizes on disk follow from shapes and are good to 3 %. Memory is estimated, to some 20 % on a processor; time is rough.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from winnow.model.spec import WIDTHS, ModelSpec, gib
+from winnow.hardware.device import Hardware
+from winnow.hardware.machine import DISK_BYTES_PER_S, Machine
+from winnow.hardware.work import Work
+from winnow.model.plan import Plan, plan_of
+from winnow.report.figures import human
+from winnow.types import Calibration, Stage, UserError
+
+__all__ = ["HEADROOM", "Feasibility", "Step", "feasibility", "plan_of"]
 
 HEADROOM = 0.9  # of the memory: the rest is for the runtime's own buffers and for fragmentation
+_SHORTEST = 256  # tokens that a way out still offers
+_NARROWER = (8, 4, 3, 2)  # bits of the linear weights that it offers
+_SCALES = 0.25  # bits a weight: a 16-bit scale for each group of 64
+_IN_TRANSFORMERS = (8, 4)  # bits that transformers computes with; it unpacks anything else to 16 bits
 
-Work = Literal["run", "train", "lora"]
+
+@dataclass(frozen=True)
+class Step:
+    """A model on its way through a pipeline, and what making it of the one before takes; bytes.
+
+    Attributes:
+        name: of the stage; `base` for the first.
+        disk_bytes: of all files.
+        weights_bytes: in memory, as `hardware.runtime` holds them.
+        cache_bytes: keys and values of the served requests, at their longest.
+        serving_bytes: all of that, activations and, on a processor, the process itself.
+        host_peak_bytes: main memory while it is made: the process, the weights, and what the stage holds beside them.
+        device_peak_bytes: the same on a GPU; 0 on a processor.
+        seconds: rough, without the start of the process; None where the device's speed is not known.
+        reason: why it cannot be made or served, and what would be; empty where it can.
+    """
+
+    name: str
+    plan: Plan
+    disk_bytes: int
+    weights_bytes: int
+    cache_bytes: int
+    serving_bytes: int
+    host_peak_bytes: int
+    device_peak_bytes: int
+    seconds: float | None
+    making: str = ""  # why it cannot be made
+    serving: str = ""  # why it cannot be served
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(part for part in (self.making, self.serving) if part)
+
+    @property
+    def fits(self) -> bool:
+        return not self.reason
 
 
 @dataclass(frozen=True)
 class Feasibility:
-    """An estimate: `needed_bytes` of the `limit_bytes` there are, and a sentence that says so and names a way out."""
+    """A pipeline: the base, then the model after each stage."""
 
-    fits: bool
-    needed_bytes: int
-    limit_bytes: int
-    reason: str
+    steps: tuple[Step, ...]
+
+    @property
+    def last(self) -> Step:
+        return self.steps[-1]
+
+    @property
+    def host_peak_bytes(self) -> int:
+        return max(step.host_peak_bytes for step in self.steps)
+
+    @property
+    def device_peak_bytes(self) -> int:
+        return max(step.device_peak_bytes for step in self.steps)
+
+    @property
+    def seconds(self) -> float | None:
+        known = [step.seconds for step in self.steps if step.seconds is not None]
+        return sum(known) if len(known) == len(self.steps) else None
+
+    @property
+    def reason(self) -> str:
+        """Why the result cannot be had: a stage cannot be run here, or the result not served; empty where it can."""
+        parts = [f"{step.name}: {step.making}" for step in self.steps if step.making]
+        return "; ".join(parts + ([self.last.serving] if self.last.serving else []))
+
+    @property
+    def fits(self) -> bool:
+        return not self.reason
 
 
-def feasible(
-    spec: ModelSpec,
-    limit_bytes: int,
-    work: Work = "run",
-    bits: int = 16,
-    context: int | None = None,
-    batch: int = 1,
+def feasibility(
+    base: Plan, stages: Mapping[str, Stage], hardware: Hardware, calibration: Calibration, machine: Machine
 ) -> Feasibility:
-    """Whether one device of `limit_bytes` (`Hardware.memory_bytes()`) can do the work with this model.
-
-    Args:
-        work: `run` answers requests; `train` updates every weight with AdamW, in float32 whatever `bits`; `lora` trains
-            adapters over a base of `bits`.
-        bits: of the weights, one of `WIDTHS`.
-        context: tokens of a sequence; by default all that the model takes, 2,048 at most for training.
-        batch: sequences at once, on this device.
+    """The base and what each of the stages makes of it, in their order, on this hardware.
 
     Raises:
-        ValueError: `bits` is not one of `WIDTHS`.
+        UserError: a stage cannot be applied to a model of this shape, or the hardware's memory is not known.
     """
-    if bits not in WIDTHS:
-        raise ValueError(f"bits={bits} is not one of {', '.join(map(str, WIDTHS))}")
-    if context is None:
-        context = spec.context if work == "run" else min(spec.context, 2048)
-    usable = int(HEADROOM * limit_bytes)
-    needed = _needed(spec, work, bits, context, batch)
-    task = {"run": f"to run at {bits} bits", "train": "to train all weights", "lora": f"LoRA over {bits} bits"}[work]
-    sentence = f"{spec.name}, {task}, {batch} x {context:,} tokens: {gib(needed)} needed, {gib(usable)} usable"
-    if needed <= usable:
-        return Feasibility(True, needed, limit_bytes, f"{sentence} (estimated)")
-    return Feasibility(False, needed, limit_bytes, f"{sentence} (estimated); {_way_out(spec, work, context, usable)}")
+    if not hardware.memory_bytes():
+        raise UserError(
+            f"hardware={hardware.name} is not in this machine and its memory not known; set hardware.memory_limit_bytes"
+        )
+    largest = max(t.numel for t in base.tensors.values())
+    # every weight is looked at once, to be known as finite: a tensor at a time, its magnitudes and two masks
+    loading = Work(traffic_bytes=3 * base.memory_bytes, host_bytes=4 * largest)
+    steps = [_step("base", base, base, loading, hardware, machine)]
+    plan = base
+    for name, stage in stages.items():
+        work = stage.work(plan, calibration)
+        made = stage.predict(plan)
+        steps.append(_step(name, plan, made, work, hardware, machine))
+        plan = made
+    return Feasibility(tuple(steps))
 
 
-def _needed(spec: ModelSpec, work: Work, bits: int, context: int, batch: int) -> int:
-    if work == "run":
-        return spec.memory_to_run(bits, context, batch)
-    return spec.memory_to_train("full" if work == "train" else "lora", context, batch, bits)
+def _step(name: str, before: Plan, plan: Plan, work: Work, hardware: Hardware, machine: Machine) -> Step:
+    on_cpu = hardware.device == "cpu"
+    # weights are mapped from their file: what a stage changes in place takes no more than what it replaces
+    host = machine.process_bytes + before.memory_bytes + work.host_bytes
+    device = 0.0
+    if on_cpu:
+        host += work.device_bytes + work.hole_bytes + machine.kernels_bytes(work)
+    else:
+        device = work.moved_bytes + work.device_bytes
+    seconds = machine.seconds(work)
+    written = 0 if name == "base" else plan.disk_bytes
+    tokens = hardware.prompt_tokens + hardware.output_tokens
+    step = Step(
+        name=name,
+        plan=plan,
+        disk_bytes=plan.disk_bytes,
+        weights_bytes=_weights(plan, hardware),
+        cache_bytes=_cache(plan, hardware, tokens, hardware.latency_batch_size),
+        serving_bytes=_serving(plan, hardware, machine, tokens, hardware.latency_batch_size),
+        host_peak_bytes=math.ceil(host),
+        device_peak_bytes=math.ceil(device),
+        seconds=None if seconds is None else seconds + written / DISK_BYTES_PER_S,
+    )
+    return dataclasses.replace(
+        step, making=_not_made(step, work, hardware, machine), serving=_not_served(step, hardware, machine)
+    )
 
 
-def _way_out(spec: ModelSpec, work: Work, context: int, usable: int) -> str:
-    """What would fit instead: the same work with fewer bits or a shorter context, one sequence at a time."""
-    if work == "train":
-        return _way_out(spec, "lora", context, usable).replace("it fits", "LoRA fits")
-    tokens = context
-    while tokens >= 256:
-        for bits in (16, 8, 4, 3, 2):
-            if _needed(spec, work, bits, tokens, 1) <= usable:
-                return f"it fits at {bits} bits with 1 x {tokens:,} tokens"
-        tokens //= 2
-    return "no bit width fits: use a smaller model or a larger device"
+def _weights(plan: Plan, hardware: Hardware, bits: float | None = None) -> int:
+    """In memory: transformers unpacks what it has no kernels for, other runtimes compute with what is stored.
+
+    With the linear weights at `bits` instead, where that is given.
+    """
+    if bits:
+        others = sum(t.memory_bytes for t in plan.tensors.values() if not t.linear)
+        return others + math.ceil(plan.linear_parameters * (bits + _SCALES) / 8)
+    if plan.kind == "gguf" or hardware.runtime != "transformers":
+        return plan.weight_bytes
+    return plan.memory_bytes
+
+
+def _cache(plan: Plan, hardware: Hardware, tokens: int, batch: int) -> int:
+    """Of keys and values when the last token is answered; in a quantized cache the newest ones wait unquantized."""
+    n = plan.spec
+    if plan.cache_bits is None:
+        return n.kv_cache_bytes(tokens, batch)
+    waiting = min(plan.cache_residual, hardware.output_tokens, tokens)
+    return n.kv_cache_bytes(tokens - waiting, batch, plan.cache_bits) + n.kv_cache_bytes(waiting, batch)
+
+
+def _serving(
+    plan: Plan, hardware: Hardware, machine: Machine, tokens: int, batch: int, bits: float | None = None
+) -> int:
+    """Bytes to answer `batch` requests of `tokens` at once."""
+    n = plan.spec
+    process = machine.process_bytes if hardware.device == "cpu" else 0
+    return _weights(plan, hardware, bits) + _cache(plan, hardware, tokens, batch) + n.activation_bytes(tokens, batch) + process
+
+
+def _not_made(step: Step, work: Work, hardware: Hardware, machine: Machine) -> str:
+    """Why the stage cannot be run: empty if it can, or if nothing is known of the machine that it would run on."""
+    host_limit = hardware.memory_bytes() if hardware.device == "cpu" else machine.host_limit
+    asked = [(True, step.device_peak_bytes, hardware.memory_bytes()), (False, step.host_peak_bytes, host_limit)]
+    for on_gpu, needed, limit in asked:
+        if limit is None:
+            continue
+        usable = HEADROOM * limit
+        if needed > usable:
+            texts = work.device_bytes + (0 if on_gpu else work.host_bytes)
+            if work.flops and needed - texts <= usable:  # what is computed with texts grows with them
+                way = "take fewer or shorter texts (calibration.samples, max_length), or smaller batches"
+            else:
+                way = "take a smaller model or a machine with more memory"
+            what = "loading" if step.name == "base" else "making"
+            where = "on the GPU" if on_gpu else "of main memory"
+            return f"{what} it needs {_size(needed)} {where}, {_size(usable)} usable; {way}"
+    return ""
+
+
+def _not_served(step: Step, hardware: Hardware, machine: Machine) -> str:
+    usable = HEADROOM * hardware.memory_bytes()
+    if step.serving_bytes <= usable:
+        return ""
+    batch, tokens = hardware.latency_batch_size, hardware.prompt_tokens + hardware.output_tokens
+    return (
+        f"serving {batch} x {tokens:,} tokens needs {_size(step.serving_bytes)}, {_size(usable)} usable; "
+        f"{_way_out(step.plan, hardware, machine, usable)}"
+    )
+
+
+def _way_out(plan: Plan, hardware: Hardware, machine: Machine, usable: float) -> str:
+    """What would be served instead: with fewer bits, one request at a time, a shorter context, in this order."""
+    batch, tokens = hardware.latency_batch_size, hardware.prompt_tokens + hardware.output_tokens
+    possible = _NARROWER if hardware.runtime != "transformers" else _IN_TRANSFORMERS
+    narrower = [bits for bits in possible if _weights(plan, hardware, bits) < _weights(plan, hardware)]
+    while True:
+        for bits in (None, *narrower):
+            if _serving(plan, hardware, machine, tokens, batch, bits) <= usable:
+                return f"it fits {f'at {bits} bits ' if bits else ''}with {batch} x {tokens:,} tokens"
+        if batch > 1:
+            batch = 1
+        elif tokens // 2 >= _SHORTEST:
+            tokens //= 2
+        else:
+            return "no bit width fits: use a smaller model or a larger device"
+
+
+def _size(size: float) -> str:
+    return human("size_bytes", size)

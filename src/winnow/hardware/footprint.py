@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from winnow.hardware.device import visible_gpus
 from winnow.model import manifest
-from winnow.types import LM, UserError
+from winnow.types import LM, MissingExtra, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,30 +92,35 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 class PeakMemory:
     """Context manager around the work whose peak memory is wanted; `peak_bytes` afterwards.
 
-    CUDA: the allocator's peak, of all devices together, weights included. Processor: the peak resident set of this process
-    (libraries included: some hundred MB), counted from the start of the work where the kernel lets it be reset (Linux).
-    Elsewhere `since_start` is true: it is the peak since the process began, an upper bound.
+    CUDA: the allocator's peak, of all devices together, weights included; for runtimes that do not use torch's allocator, and
+    that take their memory when they start (`torch_allocator=False`), what NVML sees in use on the visible devices, whoever uses
+    it. Processor: the peak resident set of this process (libraries and mapped files included: some hundred MB), counted from the
+    start of the work where the kernel lets it be reset (Linux). Elsewhere `since_start` is true: it is the peak since the process
+    began, an upper bound.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, torch_allocator: bool = True) -> None:
         self.device = device
+        self.torch_allocator = torch_allocator
         self.peak_bytes = 0
         self.since_start = False
 
     def __enter__(self) -> Self:
-        if self.device == "cuda":
+        if self.device == "cuda" and self.torch_allocator:
             import torch
 
             for index in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(index)
-        else:
+        elif self.device != "cuda":
             self.since_start = not _reset_peak_resident()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.device == "cuda":
+        if self.device == "cuda" and not self.torch_allocator:
+            self.peak_bytes = _gpu_memory_in_use()
+        elif self.device == "cuda":
             import torch
 
             self.peak_bytes = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
@@ -129,6 +135,24 @@ def _reset_peak_resident() -> bool:
     except OSError:
         return False
     return True
+
+
+def _gpu_memory_in_use() -> int:
+    """Bytes in use on the GPUs that this process may use.
+
+    Raises:
+        MissingExtra: NVML's Python bindings are not installed.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        raise MissingExtra("nvidia-ml-py", "energy") from None
+    pynvml.nvmlInit()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in visible_gpus()]
+        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _peak_resident_bytes() -> int:

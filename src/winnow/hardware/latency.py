@@ -1,8 +1,6 @@
-"""Latency of whole requests through `model.generate`, as its users have it: time to first token, time per further token.
+"""Latency of whole requests, as the runtime answers them: time to first token, time per further token.
 
-`generate` and not a loop of our own: what a strategy changes may live in the generation settings (a quantized cache) and
-would be missed by one. A stopping criterion is the clock: it sees every token, costs microseconds, and, unlike streamers,
-works for batches. Every request yields exactly `output_tokens`: end-of-text tokens are masked until then.
+Every request yields exactly `output_tokens`, whatever tokens would end it.
 
 TTFT = request to first token; TPOT = (total - TTFT) / (output_tokens - 1); the definitions of vLLM's and NVIDIA's benches.
 """
@@ -10,17 +8,16 @@ TTFT = request to first token; TPOT = (total - TTFT) / (output_tokens - 1); the 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.hardware.statistics import median_interval, percentile
 from winnow.types import Figures, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
     from winnow.hardware.device import Hardware
+    from winnow.hardware.runtime import Served
 
 MOST_REPEATS = 1000
 
@@ -33,93 +30,37 @@ class Timing:
     total_s: float
 
 
-class _Clock:
-    """A stopping criterion that stops nothing and notes when the first token was there."""
-
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
-        self.first: float | None = None
-        self._never: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        import torch
-
-        if self.first is None:
-            if self.cuda:
-                torch.cuda.synchronize()
-            self.first = time.perf_counter()
-            self._never = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        assert self._never is not None
-        return self._never
-
-
-def prompt(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> Tensor:
-    """Random token ids [batch, tokens] on the model's device: the same for the same seed and vocabulary."""
+def prompts(vocab_size: int, batch: int, tokens: int, seed: int) -> list[list[int]]:
+    """Random token ids [batch][tokens]: the same for the same seed and vocabulary."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    ids_bt = torch.randint(model.config.get_text_config().vocab_size, (batch, tokens), generator=generator)
-    return ids_bt.to(model.device)
+    ids: list[list[int]] = torch.randint(vocab_size, (batch, tokens), generator=generator).tolist()
+    return ids
 
 
-def request(model: PreTrainedModel, prompt_bt: Tensor, output_tokens: int) -> Timing:
-    """Answers prompts [batch, time] greedily with exactly `output_tokens` each, and times it.
-
-    Raises:
-        RuntimeError: another number of tokens came out: the model's own `generate` does not keep to its arguments.
-    """
-    import torch
-    from transformers import StoppingCriteriaList
-
-    cuda = prompt_bt.is_cuda
-    clock = _Clock(cuda)
-    with torch.inference_mode():
-        if cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        output_bt = model.generate(  # type: ignore[operator]
-            input_ids=prompt_bt,
-            attention_mask=torch.ones_like(prompt_bt),
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            min_new_tokens=output_tokens,
-            max_new_tokens=output_tokens,
-            pad_token_id=0,  # never used: all end together
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )
-        if cuda:
-            torch.cuda.synchronize()
-        ended = time.perf_counter()
-    made = output_bt.shape[1] - prompt_bt.shape[1]
-    if made != output_tokens or clock.first is None:
-        raise RuntimeError(f"asked for {output_tokens} tokens, {type(model).__name__}.generate made {made}")
-    return Timing(first_s=clock.first - started, total_s=ended - started)
-
-
-def check_context(model: PreTrainedModel, hardware: Hardware) -> None:
+def check_context(context: int | None, hardware: Hardware) -> None:
     """That a request of the workload fits the model's context.
 
     Raises:
         UserError: it does not.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     wanted = hardware.prompt_tokens + hardware.output_tokens
-    if limit is not None and wanted > limit:
+    if context is not None and wanted > context:
         raise UserError(
             f"hardware.prompt_tokens={hardware.prompt_tokens} and hardware.output_tokens={hardware.output_tokens} "
-            f"make {wanted} tokens, the model's context is {limit}; set them lower"
+            f"make {wanted} tokens, the model's context is {context}; set them lower"
         )
 
 
-def time_requests(model: PreTrainedModel, prompt_bt: Tensor, hardware: Hardware) -> list[Timing]:
+def time_requests(served: Served, asked: Sequence[Sequence[int]], hardware: Hardware) -> list[Timing]:
     """Timings of `hardware.repeats` requests at least, and of more until `hardware.seconds` are spent."""
     timings: list[Timing] = []
     started = time.perf_counter()
     while len(timings) < hardware.repeats or (
         time.perf_counter() - started < hardware.seconds and len(timings) < MOST_REPEATS
     ):
-        timings.append(request(model, prompt_bt, hardware.output_tokens))
+        timings.append(served.request(asked, hardware.output_tokens))
     return timings
 
 

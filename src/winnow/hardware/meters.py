@@ -9,21 +9,19 @@ model takes about 4 s with `hardware=cpu`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from winnow.hardware import latency
 from winnow.hardware.device import Hardware
 from winnow.hardware.energy import EnergyMeter
-from winnow.hardware.footprint import PeakMemory, disk_bytes, weights_memory_bytes
+from winnow.hardware.footprint import disk_bytes
 from winnow.hardware.lock import alone
+from winnow.hardware.runtime import Served, serving
 from winnow.types import LM, Figures, Run
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
+Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -42,38 +40,39 @@ class Meters:
         hardware = self.hardware
         hardware.check()
         figures = Figures({"size_bytes": float(disk_bytes(lm))})
-        model = lm.model
-        model.eval()  # type: ignore[no-untyped-call]
-        latency.check_context(model, hardware)
-        with alone(hardware.device, run.log), _threads(hardware.threads):
-            prompt = latency.prompt(model, hardware.latency_batch_size, hardware.prompt_tokens, run.seed)
-            for _ in range(hardware.warmup):
-                latency.request(model, prompt, hardware.output_tokens)
-            figures.merge(self.memory(model, prompt))
-            figures.merge(self.latency(model, prompt, run.seed))
-            figures.merge(self.energy(model, prompt))
+        with serving(lm, hardware, run.log) as served:
+            latency.check_context(served.context, hardware)
+            with alone(hardware.device, run.log), _threads(hardware.threads):
+                asked = latency.prompts(
+                    served.vocab_size, hardware.latency_batch_size, hardware.prompt_tokens, run.seed
+                )
+                for _ in range(hardware.warmup):
+                    served.request(asked, hardware.output_tokens)
+                figures.merge(self.memory(served, asked))
+                figures.merge(self.latency(served, asked, run.seed))
+                figures.merge(self.energy(served, asked))
         return figures
 
-    def memory(self, model: PreTrainedModel, prompt: Tensor) -> Figures:
+    def memory(self, served: Served, asked: Prompts) -> Figures:
         """`weights_memory_bytes`, and `peak_memory_bytes` while one request is answered."""
-        with PeakMemory(self.hardware.device) as peak:
-            latency.request(model, prompt, self.hardware.output_tokens)
-        held = weights_memory_bytes(model)
+        with served.peak_memory() as peak:
+            served.request(asked, self.hardware.output_tokens)
+        held = served.weights_memory_bytes()
         return Figures({"weights_memory_bytes": float(held), "peak_memory_bytes": float(peak.peak_bytes)})
 
-    def latency(self, model: PreTrainedModel, prompt: Tensor, seed: int) -> Figures:
+    def latency(self, served: Served, asked: Prompts, seed: int) -> Figures:
         """Times of requests, with a bootstrap interval of their median."""
-        timings = latency.time_requests(model, prompt, self.hardware)
+        timings = latency.time_requests(served, asked, self.hardware)
         return latency.summarize(timings, self.hardware, seed)
 
-    def energy(self, model: PreTrainedModel, prompt: Tensor) -> Figures:
+    def energy(self, served: Served, asked: Prompts) -> Figures:
         """Energy and CO2 of 1,000 output tokens, their share of reading the prompts included."""
         hardware = self.hardware
         tokens_a_request = hardware.latency_batch_size * hardware.output_tokens
         requests = math.ceil(hardware.energy_tokens / tokens_a_request)
         with EnergyMeter(hardware.carbon_g_per_kwh, required=True, device=hardware.device) as energy:
             for _ in range(requests):
-                latency.request(model, prompt, hardware.output_tokens)
+                served.request(asked, hardware.output_tokens)
         per_1k = 1000 / (requests * tokens_a_request)
         figures = {"energy_wh_per_1k_tokens": energy.wh * per_1k, "co2_g_per_1k_tokens": energy.co2_g * per_1k}
         return Figures(figures, dict.fromkeys(figures, energy.source))
@@ -81,7 +80,7 @@ class Meters:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Lets torch use `count` threads meanwhile; None leaves its choice."""
+    """Lets torch use `count` threads meanwhile; None leaves its choice. (llama.cpp has its own, from when it was opened.)"""
     import torch
 
     before = torch.get_num_threads()

@@ -1,12 +1,14 @@
 """A walk over the decoder blocks with the inputs of each.
 
 The walk feeds every block what the (already compressed) blocks before it put out, so that a method sees the activations
-that the compressed model will really have. The model stays in main memory: one block at a time is on the device, and of the
-calibration batches the inputs of one block are held.
+that the compressed model will really have. The model stays in main memory: one block at a time is on the device, with one
+batch of its inputs; of the calibration batches the inputs of one block are held in main memory. With a checkpoint
+(`winnow.method.checkpoint`) a walk that died goes on at the block it had reached.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ from winnow.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from winnow.method.checkpoint import Checkpoint
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -37,31 +41,56 @@ Caught = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block other th
 
 @torch.no_grad()
 def walk_blocks(
-    model: PreTrainedModel, batches: Sequence[torch.Tensor], device: str = "cpu"
+    model: PreTrainedModel,
+    batches: Sequence[torch.Tensor],
+    device: str = "cpu",
+    checkpoint: Checkpoint | None = None,
 ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
     """For each block: its index, the block on `device`, and `replay()`, which runs all calibration batches through it.
 
     A method registers hooks, calls `replay`, and changes the block before it asks for the next one. `replay(see)` calls
-    `see(index of the batch, output [rows, T, hidden])` for each batch.
+    `see(index of the batch, output [rows, T, hidden])` for each batch. It ends with its block: the next has another.
+
+    With a checkpoint the blocks that an earlier run finished are put into place and not walked again; whatever a method
+    keeps of them beside their weights belongs into `checkpoint.state`.
     """
     blocks = decoder_blocks(model)
     home = next(model.parameters()).device
-    hidden, caught = _inputs(model, blocks, [batch.to(home) for batch in batches])
-    for index, block in enumerate(blocks):
-        block.to(device)
+    hidden, caught = block_inputs(model, blocks, [batch.to(home) for batch in batches])
+    if getattr(model.config, "num_kv_shared_layers", None):
+        checkpoint = None  # later blocks read keys and values that only a run through the earlier ones makes
+    done = checkpoint.done if checkpoint else 0
+    if checkpoint and done:
+        hidden = [state.to(home) for state in checkpoint.restore(blocks)]
+    for index, block in list(enumerate(blocks))[done:]:
+        run = functools.partial(block_outputs, block, hidden, caught[index], device)
+        try:
+            block.to(device)
+            yield index, block, functools.partial(_replay, run)
+            if index == len(blocks) - 1:
+                return  # nobody asks for what the last block puts out
+            for number, output in enumerate(run()):
+                hidden[number] = output.to(home)
+        finally:
+            block.to(home)
+        if checkpoint:
+            checkpoint.save(blocks, index + 1, hidden)
 
-        run = functools.partial(_outputs, block, hidden, caught[index], device)
-        yield index, block, functools.partial(_replay, run)
-        hidden = [output.to(home) for output in run()]
-        block.to(home)
 
-
-def _outputs(
+@torch.no_grad()
+def block_outputs(
     block: nn.Module, hidden: Sequence[torch.Tensor], caught: Sequence[Caught], device: str
 ) -> Iterator[torch.Tensor]:
-    for state, (args, kwargs) in zip(hidden, caught, strict=True):
-        result = block(state.to(device), *_to(args, device), **_to(kwargs, device))
-        yield result[0] if isinstance(result, tuple) else result
+    for state, extras in zip(hidden, caught, strict=True):
+        yield block_output(block, state, extras, device)
+
+
+def block_output(block: nn.Module, state: torch.Tensor, extras: Caught, device: str) -> torch.Tensor:
+    """What the block, on `device`, makes of the hidden states [rows, T, hidden] of one batch; gradients go through."""
+    args, kwargs = extras
+    result = block(state.to(device), *_to(args, device), **_to(kwargs, device))
+    output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 def _replay(
@@ -72,7 +101,7 @@ def _replay(
         see(number, output)
 
 
-def _inputs(
+def block_inputs(
     model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[list[Caught]]]:
     """The hidden states [rows, T, hidden] that enter the first block, and what else each block is called with, by batch.
@@ -88,6 +117,8 @@ def _inputs(
             if index == 0:
                 hidden.append(state)
             caught[index].append((args[1:], kwargs))
+            if index == len(blocks) - 1:
+                raise _AllCaught  # before the final norm, and the head where `base_model` is the whole model
             return state
 
         return forward
@@ -96,11 +127,53 @@ def _inputs(
         for index, block in enumerate(blocks):
             block.forward = catch(index)  # type: ignore[method-assign]
         for batch in batches:
-            model.base_model(input_ids=batch, use_cache=False)
+            with contextlib.suppress(_AllCaught):
+                model.base_model(input_ids=batch, use_cache=False)
     finally:
         for block in blocks:
             del block.forward
     return hidden, caught
+
+
+class _AllCaught(Exception):
+    """Ends a forward pass whose rest is of no interest."""
+
+
+def input_sums(
+    block: nn.Module,
+    replay: Callable[[], None],
+    start: Callable[[nn.Linear], torch.Tensor],
+    add: Callable[[torch.Tensor, torch.Tensor], None],
+) -> list[tuple[list[nn.Linear], torch.Tensor]]:
+    """What `add(sum, x [tokens, in])` makes in one replay of `start(linear)` for the inputs of a block's linear layers.
+
+    Layers that read the very same tensor, as query, key and value do, come together and share one sum. One that no token
+    reaches keeps what `start` gave.
+    """
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    leaders: dict[nn.Linear, nn.Linear] = {}  # of each layer, the first that read the same tensor
+    sums: dict[nn.Linear, torch.Tensor] = {}
+    latest: list[tuple[torch.Tensor, nn.Linear]] = []
+
+    def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, nn.Linear)
+        same = bool(latest) and latest[0][0] is args[0]
+        if leaders.setdefault(module, latest[0][1] if same else module) is module:
+            latest[:] = [(args[0], module)]
+            if module not in sums:
+                sums[module] = start(module)
+            add(sums[module], args[0].flatten(0, -2).float())
+
+    handles = [linear.register_forward_pre_hook(see) for linear in linears]
+    try:
+        replay()
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[nn.Linear, list[nn.Linear]] = {}
+    for linear in linears:
+        groups.setdefault(leaders.get(linear, linear), []).append(linear)
+    return [(members, sums[leader] if leader in sums else start(leader)) for leader, members in groups.items()]
 
 
 def _to(value: Any, device: str) -> Any:

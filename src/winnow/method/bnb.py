@@ -1,20 +1,31 @@
-"""8- and 4-bit weights by bitsandbytes: LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339) and NF4 with double
-quantization (Dettmers et al. 2023, arXiv:2305.14314, section 3).
+"""8- and 4-bit weights by bitsandbytes: `int8` (LLM.int8), `nf4` and `fp4`.
 
-Both are formats of transformers: the saved folder loads with plain `from_pretrained` where bitsandbytes is installed.
+All are formats of transformers: the saved folder loads with plain `from_pretrained` where bitsandbytes is installed.
 
     python compress.py method=[nf4]
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Checked, MissingExtra, Run, Slot, knob
+from winnow.types import LM, Calibration, Checked, MissingExtra, Run, Slot, knob
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan, Stored
+
+BLOCK = 64  # weights that share an 8-bit scale
+BLOCKS = 256  # blocks whose scales share a 32-bit one
+CODES_BYTES = 4 * 16 + 4 * 256  # the 16 values of a weight and the 256 of a scale, kept with every layer
+STATE_BYTES = 170  # its shape and type, as JSON
+BITS = 4 + 8 / BLOCK + 32 / (BLOCK * BLOCKS)  # 4.127
 
 
 def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
@@ -27,7 +38,6 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise MissingExtra("bitsandbytes", "bnb") from None
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from winnow.model.load import quiet
@@ -35,13 +45,10 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
     scratch = run.folder / "dense"
     try:
         with quiet():
-            dtype = lm.model.dtype
             lm.model.save_pretrained(scratch)
-            if dtype not in (torch.bfloat16, torch.float16):
-                dtype = torch.bfloat16  # LLM.int8 and NF4 compute in half precision
             model = AutoModelForCausalLM.from_pretrained(
                 scratch,
-                dtype=dtype,
+                dtype=_half(lm.model.dtype),
                 attn_implementation=lm.loading.attention,
                 quantization_config=BitsAndBytesConfig(**settings),
                 device_map={"": run.device},
@@ -55,33 +62,108 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
+def _half(dtype: torch.dtype) -> torch.dtype:
+    """What bitsandbytes computes in: half precision, the model's own if it has one."""
+    import torch
+
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
 @dataclass(frozen=True)
 class Int8(Checked):
-    """LLM.int8: vector-wise 8-bit products, with input features above `threshold` kept in 16 bits."""
+    """Vector-wise 8-bit products: a scale for each row of the weights and each token, with input features above `threshold`
+    kept in 16 bits.
+
+    Source: Dettmers et al. 2022, arXiv:2208.07339, section 3 (LLM.int8).
+    Calibration: none.
+    Cost: time of writing and reading the model once; main memory of the dense and of the quantized model. Derived from the
+        code.
+    Writes: safetensors, bitsandbytes' 8-bit layout.
+    Loaded by: transformers with bitsandbytes.
+    """
 
     slot: ClassVar[Slot] = Slot.QUANTIZE
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
+    perplexity_bound: ClassVar[float] = 1.005
 
     threshold: float = knob(6.0, low=0.0, high=100.0, search=False)  # section 3.2; 0 turns the decomposition off
+
+    def predict(self, plan: Plan) -> Plan:
+        def change(name: str, t: Stored) -> Stored:
+            size = t.numel + 4 * t.shape[0]  # a scale a row
+            return dataclasses.replace(t, disk_bytes=size + 1, memory_bytes=size, entries=3)  # and the layout's number
+
+        return plan.in_16_bits().with_linears(change)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        return Work.reloaded(plan, bits=8)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         return lm.changed(_reloaded(lm, run, load_in_8bit=True, llm_int8_threshold=self.threshold))
 
 
 @dataclass(frozen=True)
-class NF4(Checked):
-    """4-bit NormalFloat in blocks of 64, the blocks' scales quantized once more to 8 bits (0.127 bits a weight)."""
-
+class _FourBit(Checked):
     slot: ClassVar[Slot] = Slot.QUANTIZE
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
+    values: ClassVar[str]  # that the 16 codes stand for, as bitsandbytes calls them
+
+    def predict(self, plan: Plan) -> Plan:
+        def change(name: str, t: Stored) -> Stored:
+            blocks = math.ceil(t.numel / BLOCK)
+            size = math.ceil(t.numel / 2) + blocks + 4 * math.ceil(blocks / BLOCKS) + CODES_BYTES
+            return dataclasses.replace(t, disk_bytes=size + STATE_BYTES, memory_bytes=size, entries=6)
+
+        return plan.in_16_bits().with_linears(change)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        return Work.reloaded(plan, bits=BITS)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         model = _reloaded(
             lm,
             run,
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=self.values,
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=lm.model.dtype,
+            bnb_4bit_compute_dtype=_half(lm.model.dtype),
         )
         return lm.changed(model)
+
+
+@dataclass(frozen=True)
+class NF4(_FourBit):
+    """4-bit NormalFloat: each weight is one of 16 quantiles of the normal distribution, times the scale of its block of 64;
+    the scales are quantized once more to 8 bits (0.127 bits a weight).
+
+    Source: Dettmers et al. 2023, arXiv:2305.14314, section 3 (NF4, double quantization).
+    Calibration: none.
+    Cost: time of writing and reading the model once; main memory of the dense and of the quantized model. Derived from the
+        code.
+    Writes: safetensors, bitsandbytes' 4-bit layout.
+    Loaded by: transformers with bitsandbytes.
+    """
+
+    perplexity_bound: ClassVar[float] = 1.01
+    values: ClassVar[str] = "nf4"
+
+
+@dataclass(frozen=True)
+class FP4(_FourBit):
+    """4-bit floating point: each weight is a sign, two bits of exponent and one of mantissa, times the scale of its block of
+    64; scales as for `nf4`, which is the better choice for weights that are normally distributed.
+
+    Source: Dettmers et al. 2023, arXiv:2305.14314, section 4 (4-bit Float, compared with NF4); double quantization: section 3.
+    Calibration: none.
+    Cost: time of writing and reading the model once; main memory of the dense and of the quantized model. Derived from the
+        code.
+    Writes: safetensors, bitsandbytes' 4-bit layout.
+    Loaded by: transformers with bitsandbytes.
+    """
+
+    perplexity_bound: ClassVar[float] = 1.01
+    values: ClassVar[str] = "fp4"

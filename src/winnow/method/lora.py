@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Checked, MissingExtra, Run, Slot, knob
+from winnow.types import LM, Calibration, Checked, MissingExtra, Run, Slot, knob
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,13 @@ class Lora(Checked):
     tokens_per_batch: int = knob(2048, low=32, high=10_000_000, search=False)
     max_length: int = knob(512, low=8, high=1_000_000, search=False)
     precision: str = knob("bf16-mixed", choices=("32-true", "bf16-mixed"), search=False)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        trained = self.rank * sum(sum(t.shape) for t in plan.linears)
+        mixed = self.precision == "bf16-mixed"
+        return Work.trained(plan, calibration, self.steps, self.tokens_per_batch, trained, mixed)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         try:

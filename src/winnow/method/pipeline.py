@@ -10,9 +10,12 @@ import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.types import LM, Run, Stage, UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def check_order(stages: Mapping[str, Stage]) -> None:
@@ -34,6 +37,20 @@ def check_order(stages: Mapping[str, Stage]) -> None:
                 f"method=[{','.join(stages)}]: {second} ({after.slot.name.lower()}) cannot come after {first} "
                 f"({before.slot.name.lower()}), whose weights it would have to change; write method=[{right}]"
             )
+
+
+def check_dense(lm: LM, config: PretrainedConfig) -> None:
+    """Refuses a model that is quantized already, by its configuration.
+
+    Raises:
+        UserError: its integers are no weights that a stage could work on.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        base = lm.manifest.get("base", {}).get("name")
+        raise UserError(
+            f"model.path={lm.path} is quantized already and cannot be compressed again; "
+            f"start from the model that it was made of{f' ({base})' if base else ''}"
+        )
 
 
 def apply(lm: LM, stages: Mapping[str, Stage], run: Run) -> LM:
@@ -69,18 +86,21 @@ def check_finite(lm: LM) -> None:
 def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
     """Applies the stages and writes the artifact to `output`, whole or not at all; returns it as an LM on disk.
 
+    Then it is tried in the runtimes that there are for it; which of them serve it is added to its manifest.
+
     Raises:
         UserError: the model is quantized already: its integers are no weights that a stage could work on; or it is damaged.
     """
+    from winnow.hardware.runtime.check import tried
+    from winnow.model import manifest
     from winnow.model.save import save
 
-    if getattr(lm.model.config, "quantization_config", None) is not None:
-        base = lm.manifest.get("base", {}).get("name")
-        raise UserError(
-            f"model.path={lm.path} is quantized already and cannot be compressed again; "
-            f"start from the model that it was made of{f' ({base})' if base else ''}"
-        )
+    check_dense(lm, lm.model.config)
     check_finite(lm)
     if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
         lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256()}, "stages": []}
-    return save(apply(lm, stages, run), output)
+    saved = save(apply(lm, stages, run), output)
+    lm.release()  # so that there is one model in memory at a time
+    saved.manifest["runtimes"] = tried(saved, run.device, run.log)
+    manifest.write(output, saved.manifest)
+    return saved

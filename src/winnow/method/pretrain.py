@@ -6,9 +6,13 @@ python train.py experiment=nano
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from winnow.types import LM, Checked, Run, Slot, knob
+from winnow.types import LM, Calibration, Checked, Run, Slot, knob
+
+if TYPE_CHECKING:
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Pretrain(Checked):
     max_length: int = knob(256, low=8, high=1_000_000, search=False)
     save_dtype: str = knob("bfloat16", choices=("float32", "bfloat16", "float16"), search=False)
     checkpoint_minutes: float = knob(3.0, low=0.01, high=1e6, search=False)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        parameters = sum(t.numel for t in plan.tensors.values())
+        mixed = self.precision != "32-true"
+        return Work.trained(plan, calibration, self.steps, self.tokens_per_batch, parameters, mixed, adapters=False)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from winnow.types import LM, Checked, Run, Slot, knob
+from winnow.types import LM, Calibration, Checked, Run, Slot, knob
 
 if TYPE_CHECKING:
     import torch
 
+    from winnow.hardware.work import Work
     from winnow.model.plan import Plan
 
 
@@ -32,6 +33,11 @@ class RTN(Checked):
 
     def predict(self, plan: Plan) -> Plan:
         return plan.grouped(self.bits, self.group_size)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        return Work.streamed(plan).then(Work.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.model.packing import attach_scheme, linears, quantize_linear

@@ -1,6 +1,6 @@
 """Calibration: seeded token batches of training documents, the same ones for every method of a study.
 
-    python compress.py method=[gptq] calibration.source=gsm8k calibration.data_dir=FOLDER calibration.samples=256
+python compress.py method=[gptq] calibration.source=gsm8k calibration.data_dir=FOLDER calibration.samples=256
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from winnow.types import LM, Run
 
 BATCH_TOKENS = 4096
-_latest: dict[tuple[object, ...], tuple[list[torch.Tensor], str]] = {}  # of this process: methods in a pipeline share it
+_latest: dict[
+    tuple[object, ...], tuple[list[torch.Tensor], str]
+] = {}  # of this process: methods in a pipeline share it
 
 
 def calibration_batches(lm: LM, run: Run) -> tuple[list[torch.Tensor], str]:

@@ -7,23 +7,29 @@ trusts it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from winnow.model import manifest
+from winnow.model import lowrank, manifest
 from winnow.model.hub import offline_if_unreachable
-from winnow.types import LM, Loading, MissingExtra, UserError
+from winnow.types import LM, Loading, MissingExtra, Unservable, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_QUANTIZED_WITH = {"bitsandbytes": ("bitsandbytes", "bnb"), "compressed-tensors": ("compressed_tensors", "packed")}
+_QUANTIZED_WITH = {
+    "auto-round": ("auto_round", "autoround"),
+    "bitsandbytes": ("bitsandbytes", "bnb"),
+    "compressed-tensors": ("compressed_tensors", "packed"),
+}
+os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # auto_round reads it when it is imported
 
 
 def pretrained(
@@ -34,8 +40,11 @@ def pretrained(
     device: str = "cpu",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    weights: bool = True,
 ) -> LM:
     """A model by folder or hub id, not in memory yet; a folder is checked at once.
+
+    Without `weights` only its configuration will be read, and a folder need not hold more.
 
     Raises:
         UserError: no path, or a folder that holds no complete model (see `check_folder`).
@@ -45,14 +54,14 @@ def pretrained(
     loading = Loading(dtype, attention, device, trust_remote_code, allow_pickle)
     folder = Path(path)
     if folder.is_dir():
-        check_folder(folder, loading)
+        check_folder(folder, loading, weights)
         return LM(folder, manifest=manifest.read(folder), loading=loading, name=name or folder.resolve().name)
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/"):
         raise UserError(f"model.path={path}: no such folder")
     return LM(path, loading=loading, name=name or path.split("/")[-1])
 
 
-def check_folder(folder: Path, loading: Loading) -> None:
+def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> None:
     """Refuses a folder that transformers could not load, or that would run code from elsewhere.
 
     Raises:
@@ -65,13 +74,16 @@ def check_folder(folder: Path, loading: Loading) -> None:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"model.path={folder}: its config.json is damaged ({error}); copy the model again") from error
-    if settings.get("auto_map") and not loading.trust_remote_code:
+    own = (
+        settings.get("model_type") in lowrank.MODEL_TYPES
+    )  # loaded by the classes of this package, not by the folder's
+    if settings.get("auto_map") and not own and not loading.trust_remote_code:
         raise UserError(
             f"model.path={folder} brings its own code; if you have read it and trust it, set model.trust_remote_code=true"
         )
-    method = (settings.get("quantization_config") or {}).get("quant_method")
-    if method in _QUANTIZED_WITH:
-        _require(*_QUANTIZED_WITH[method])
+    if not need_weights:
+        return
+    _require_libraries(folder, settings)
     weights = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -82,7 +94,7 @@ def check_folder(folder: Path, loading: Loading) -> None:
     for file in weights:
         if _cut_short(file):
             raise UserError(f"model.path={folder} is half-written: {file.name} is cut short; copy or make it again")
-    if not weights:
+    if not weights and gguf_file(folder) is None:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
         if pickled and not loading.allow_pickle:
             raise UserError(
@@ -91,6 +103,31 @@ def check_folder(folder: Path, loading: Loading) -> None:
             )
         if not pickled:
             raise UserError(f"model.path={folder} is incomplete: it holds no weights (*.safetensors)")
+
+
+def gguf_file(folder: Path) -> Path | None:
+    """The GGUF file that is the weights of a folder, which llama.cpp serves and transformers does not load.
+
+    Raises:
+        UserError: there are several.
+    """
+    found = sorted(folder.glob("*.gguf")) if folder.is_dir() and not any(folder.glob("*.safetensors")) else []
+    if len(found) > 1:
+        raise UserError(
+            f"model.path={folder} holds {len(found)} GGUF files ({found[0].name}, {found[1].name}, ...); "
+            f"leave the one that is to be used"
+        )
+    return found[0] if found else None
+
+
+def _require_libraries(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises MissingExtra for what unpacks the weights, or the cache while the model generates, and is not installed."""
+    method = (settings.get("quantization_config") or {}).get("quant_method")
+    if method in _QUANTIZED_WITH:
+        _require(*_QUANTIZED_WITH[method])
+    generation = folder / "generation_config.json"
+    if generation.is_file() and '"hqq"' in generation.read_text(encoding="utf-8"):  # the cache's backend
+        _require("hqq", "kv")
 
 
 def _require(module: str, extra: str) -> None:
@@ -118,12 +155,22 @@ def _cut_short(file: Path) -> bool:
 
 
 def load_model(path: str, loading: Loading) -> PreTrainedModel:
-    """The model in memory, in evaluation mode, on its device."""
+    """The model in memory, in evaluation mode, on its device.
+
+    Raises:
+        UserError: it cannot be loaded; the message says why.
+    """
+    if gguf_file(Path(path)) is not None:
+        raise UserError(
+            f"model.path={path} is a GGUF file, which llama.cpp serves but no method works on; "
+            f"start from the model that it was made of"
+        )
     import torch
     from transformers import AutoModelForCausalLM
 
+    lowrank.register()
     dtype = loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype)
-    with quiet(), _plain_errors(path):
+    with quiet(), plain_errors(path):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -134,6 +181,8 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
         )
         if (Path(path) / "config.json").is_file():
             _decompress(model)
+        if loading.dtype == "auto" and model.device.type == "cpu":
+            _avoid_float16(model)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -150,21 +199,44 @@ def _decompress(model: PreTrainedModel) -> None:
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
 
+def _avoid_float16(model: PreTrainedModel) -> None:
+    """AutoRound's packed layers are tens of times slower in float16 than in bfloat16 on processors; their scales stay."""
+    import torch
+
+    from winnow.model.packing import cast_weights
+
+    settings = getattr(model.config, "quantization_config", None)
+    if model.dtype == torch.float16 and getattr(settings, "quant_method", None) == "auto-round":
+        cast_weights(model, torch.bfloat16)
+
+
 def identity(path: str) -> str:
     """What a model is known by: the hash of a folder's content, or the commit of a hub model (its id, if that is unknown)."""
     if Path(path).is_dir():
         return manifest.content_hash(Path(path))
     from transformers import AutoConfig
 
-    with quiet(), _plain_errors(path):
+    with quiet(), plain_errors(path):
         return str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", None) or path)
+
+
+def load_config(lm: LM) -> PretrainedConfig:
+    """The configuration of a model, its own to change: of the one in memory, else from its folder or the hub."""
+    from transformers import AutoConfig
+
+    if lm.path is None:
+        return copy.deepcopy(lm.model.config)
+    lowrank.register()
+    with quiet(), plain_errors(lm.path):
+        config: PretrainedConfig = AutoConfig.from_pretrained(lm.path, trust_remote_code=lm.loading.trust_remote_code)
+    return config
 
 
 def load_tokenizer(path: str, loading: Loading) -> PreTrainedTokenizerBase:
     """The tokenizer; one without a pad token pads with its end-of-text token (the mask hides it)."""
     from transformers import AutoTokenizer
 
-    with quiet(), _plain_errors(path):
+    with quiet(), plain_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -172,7 +244,7 @@ def load_tokenizer(path: str, loading: Loading) -> PreTrainedTokenizerBase:
 
 
 @contextlib.contextmanager
-def _plain_errors(path: str) -> Iterator[None]:
+def plain_errors(path: str) -> Iterator[None]:
     """Turns the hub's and the loader's errors into messages that name `model.path` and a way out."""
     from huggingface_hub import errors
 
@@ -205,7 +277,8 @@ def _plain_errors(path: str) -> Iterator[None]:
                 f"model.path={path} is neither a folder nor in the cache, and the hub cannot be reached "
                 f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')}); give a folder, or download it first"
             ) from error
-        raise UserError(f"model.path={path} cannot be loaded: {text.splitlines()[0]}") from error
+        kind = Unservable if Path(path).is_dir() else UserError
+        raise kind(f"model.path={path} cannot be loaded: {text.splitlines()[0]}") from error
 
 
 @contextlib.contextmanager

@@ -69,4 +69,6 @@ def read(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(manifest, indent=2, default=str) + "\n"
-    (folder / NAME).write_text(text, encoding="utf-8")
+    partial = folder / f".{NAME}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / NAME)

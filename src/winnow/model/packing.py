@@ -6,6 +6,7 @@ will hold, so a model scores the same before it is saved and after it is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +29,18 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def attach_scheme(model: PreTrainedModel, bits: int, group_size: int) -> None:
-    """Declares `bits`-bit symmetric groups along the input dimension for every linear layer of the blocks.
+def check_groups(model: nn.Module, group_size: int) -> None:
+    """Raises UserError if `group_size` does not divide the width of a linear layer of the blocks."""
+    for name, linear in linears(model).items():
+        if linear.in_features % group_size:
+            raise UserError(f"group_size={group_size} does not divide the width {linear.in_features} of {name}")
+
+
+def attach_scheme(model: PreTrainedModel, bits: int | Mapping[str, int], group_size: int) -> None:
+    """Declares symmetric groups along the input dimension for every linear layer of the blocks.
+
+    Args:
+        bits: of every layer, or of each by its name: then each width is a group of the configuration that names its layers.
 
     Raises:
         UserError: `group_size` does not divide the width of a layer.
@@ -42,31 +53,41 @@ def attach_scheme(model: PreTrainedModel, bits: int, group_size: int) -> None:
         disable_quantization,
     )
 
-    for name, linear in linears(model).items():
-        if linear.in_features % group_size:
-            raise UserError(f"group_size={group_size} does not divide the width {linear.in_features} of {name}")
-    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group_size)
+    check_groups(model, group_size)
+    if isinstance(bits, int):
+        targets = {bits: ["Linear"]}
+    else:
+        targets = {width: [n for n in linears(model) if bits[n] == width] for width in sorted(set(bits.values()))}
+    groups = {}
+    for number, (width, layers) in enumerate(targets.items()):
+        weights = QuantizationArgs(num_bits=width, type="int", symmetric=True, strategy="group", group_size=group_size)
+        groups[f"group_{number}"] = QuantizationScheme(targets=layers, weights=weights)
     ignored = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in linears(model)]
-    config = QuantizationConfig(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
-        ignore=ignored,
-        format="pack-quantized",
-    )
+    config = QuantizationConfig(config_groups=groups, ignore=ignored, format="pack-quantized")
     apply_quantization_config(model, config, show_progress=False)
     model.apply(disable_quantization)  # the weights hold quantized values themselves; no work is left for the forward
+
+
+def round_to_grid(weight_oi: torch.Tensor, scale: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The integers (or 8-bit floats) that weights round to on the grid of `scale`, and what these stand for.
+
+    The scale may be one a group [out, groups], a row [out, 1] or a block [rows, columns]; `args` says which.
+    """
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+
+    # in single precision: quotients and products in bfloat16 are off by up to half a step of an 8-bit grid
+    scale = scale.float()
+    integers = quantize(weight_oi.float(), scale, None, args, dtype=args.pytorch_dtype())
+    return integers, dequantize(integers, scale, None, args, dtype=torch.float32).to(weight_oi.dtype)
 
 
 def quantize_linear(linear: Any, scale_og: torch.Tensor) -> None:
     """Rounds the weights to the grid of `scale_og` [out, groups]; keeps integers and scales for packing."""
     from compressed_tensors.quantization import QuantizationStatus
-    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 
-    dtype = linear.weight.dtype
-    scale_og = scale_og.to(dtype)
-    # in single precision: quotients and products in bfloat16 are off by up to half a step of an 8-bit grid
-    args, scale = linear.quantization_scheme.weights, scale_og.float()
-    linear.integers = quantize(linear.weight.data.float(), scale, None, args, dtype=torch.int8)
-    linear.weight.data = dequantize(linear.integers, scale, None, args, dtype=torch.float32).to(dtype)
+    scale_og = scale_og.to(linear.weight.dtype)
+    args = linear.quantization_scheme.weights
+    linear.integers, linear.weight.data = round_to_grid(linear.weight.data, scale_og, args)
     linear.weight_scale.data.copy_(scale_og)
     linear.quantization_status = QuantizationStatus.FROZEN
 
@@ -76,16 +97,24 @@ def is_packable(model: nn.Module) -> bool:
 
 
 def pack(model: PreTrainedModel) -> Any:
-    """Packs the integers in place; returns the compressor whose `update_config(folder)` must follow `save_pretrained`."""
+    """Packs the weights in place; returns the compressor whose `update_config(folder)` must follow `save_pretrained`.
+
+    Layers without `integers` hold values on the grid of their scale, from which the integers are found again.
+    """
     from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.compressors.base import compress_module
+    from compressed_tensors.quantization import QuantizationStatus
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
+    compressor = ModelCompressor.from_pretrained_model(model)
     linear: Any
     for linear in linears(model).values():
         # the compressor rounds the weights again: give it them unrounded, so that the very same integers come out
-        args = linear.quantization_scheme.weights
-        linear.weight.data = dequantize(linear.integers, linear.weight_scale.float(), None, args, dtype=torch.float32)
-        del linear.integers
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
+        args, scale = linear.quantization_scheme.weights, linear.weight_scale.data
+        integers = vars(linear).pop("integers", None)
+        if integers is None:
+            integers, _ = round_to_grid(linear.weight.data, scale, args)
+        linear.weight.data = dequantize(integers, scale.float(), None, args, dtype=torch.float32)
+        compress_module(linear)  # at once: in single precision all of them would take twice the model
+    compressor.quantization_config.quantization_status = QuantizationStatus.COMPRESSED
     return compressor

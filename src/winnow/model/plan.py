@@ -7,18 +7,35 @@ A `Plan` is made on the meta device; each stage turns it into the plan of what i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+import json
 import math
+import struct
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.types import UserError
+from winnow.types import LM, UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from winnow.model.spec import ModelSpec
+
 ENTRY_BYTES = 110  # of a tensor in a safetensors header: its name, type, shape and offsets
+# what `save` writes beside the weights, and nothing else that a downloaded folder may hold
+_OTHER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -50,15 +67,19 @@ class Plan:
 
     Attributes:
         other_bytes: of the files that are not weights (tokenizer, configuration), as far as they are known.
-        cache_bits: of a quantized KV cache; None keeps the model's own type.
+        cache_bits: of a number in a quantized KV cache, scales included; None keeps the model's own type.
+        cache_residual: newest tokens that wait unquantized, at most.
         kind: of the weights' file, `safetensors` or `gguf`.
+        sparse: weights have been pruned; a stage that keeps zeros at zero has to hold masks.
     """
 
     config: PretrainedConfig
     tensors: Mapping[str, Stored]
     other_bytes: int = 0
-    cache_bits: int | None = None
+    cache_bits: float | None = None
+    cache_residual: int = 0
     kind: str = "safetensors"
+    sparse: bool = False
 
     @property
     def disk_bytes(self) -> int:
@@ -73,6 +94,31 @@ class Plan:
     @property
     def linear_parameters(self) -> int:
         return sum(t.numel for t in self.tensors.values() if t.linear)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights on disk; what a runtime holds that computes with them as they are stored."""
+        return sum(t.disk_bytes for t in self.tensors.values())
+
+    @property
+    def linears(self) -> list[Stored]:
+        """The weight matrices [out, in] of the blocks."""
+        return [t for t in self.tensors.values() if t.linear]
+
+    @property
+    def largest_block(self) -> list[Stored]:
+        """The tensors of the decoder block that takes most memory."""
+        blocks: dict[str, list[Stored]] = defaultdict(list)
+        for name, t in self.tensors.items():
+            before, _, rest = f".{name}".rpartition(".layers.")
+            if before:
+                blocks[rest.split(".")[0]].append(t)
+        return max(blocks.values(), key=lambda block: sum(t.memory_bytes for t in block), default=[])
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's numbers: layers, widths, cache."""
+        return _spec(type(self.config), self.config.to_json_string())
 
     def with_linears(self, change: Callable[[str, Stored], Stored]) -> Plan:
         """Another storage for each linear weight of the blocks; `change(name, stored)` gives it."""
@@ -92,9 +138,66 @@ class Plan:
 
         return self.with_linears(change)
 
+    def in_16_bits(self) -> Plan:
+        """The same where what is saved in single precision becomes bfloat16: formats that compute in half precision."""
+        if self.spec.dtype != "float32":
+            return self
+        config = copy.deepcopy(self.config)
+        config.dtype = "bfloat16"
+        return dataclasses.replace(self, config=config, tensors=dense_tensors(config))
+
     def reshaped(self, config: PretrainedConfig) -> Plan:
         """The plan of the same model with another configuration (fewer layers, narrower), stored densely."""
         return dataclasses.replace(self, config=config, tensors=dense_tensors(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _spec(kind: type[PretrainedConfig], settings: str) -> ModelSpec:
+    from winnow.model.spec import spec
+
+    return spec(kind(**json.loads(settings)))
+
+
+def plan_of(lm: LM) -> Plan:
+    """The plan of a model as it is, saved again unchanged; no weight is read.
+
+    Raises:
+        UserError: transformers knows no causal LM for its configuration, or there is none.
+    """
+    from winnow.model.load import load_config, plain_errors
+
+    config = load_config(lm)
+    if lm.loading.dtype != "auto":
+        dtype = lm.loading.dtype
+    else:
+        dtype = str(getattr(config, "dtype", None) or _dtype_of_file(lm) or "bfloat16").removeprefix("torch.")
+    config.dtype = dtype
+    with plain_errors(lm.path or lm.name):
+        return Plan(config, dense_tensors(config), other_bytes=_other_bytes(lm.path))
+
+
+def _dtype_of_file(lm: LM) -> str | None:
+    """The type of the first floating-point tensor in a local safetensors file, from its header."""
+    for file in sorted(Path(lm.path or "").glob("*.safetensors")) if lm.path and Path(lm.path).is_dir() else []:
+        with file.open("rb") as data:
+            header = json.loads(data.read(struct.unpack("<Q", data.read(8))[0]))
+        types = [entry.get("dtype") for entry in header.values()]
+        return next((_SAFETENSORS_DTYPES[t] for t in types if t in _SAFETENSORS_DTYPES), None)
+    return None
+
+
+def _other_bytes(path: str | None) -> int:
+    """Of the tokenizer's and the configuration's files, as far as they are on this machine."""
+    if path is None:
+        return 0
+    if Path(path).is_dir():
+        found = [Path(path) / name for name in _OTHER_FILES]
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = [try_to_load_from_cache(path, name) for name in _OTHER_FILES]
+        found = [Path(file) for file in cached if isinstance(file, str)]
+    return sum(file.stat().st_size for file in found if file.is_file())
 
 
 def dense_tensors(config: PretrainedConfig) -> dict[str, Stored]:

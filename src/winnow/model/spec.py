@@ -64,7 +64,7 @@ class ModelSpec:
     kv_cache_bytes_per_token: int
     lora_width: int
 
-    def kv_cache_bytes(self, context: int, batch: int = 1, bits: int | None = None) -> int:
+    def kv_cache_bytes(self, context: int, batch: int = 1, bits: float | None = None) -> int:
         """Bytes of keys and values of `batch` sequences of `context` tokens; `bits` of a quantized cache, else `dtype`."""
         if not self.cache_windows:
             return 0
@@ -79,9 +79,12 @@ class ModelSpec:
         Assumes attention that does not materialise its matrix, and logits of the last position only, in float32.
         """
         context = context or self.context
+        return self.size_bytes[bits] + self.kv_cache_bytes(context, batch) + self.activation_bytes(context, batch)
+
+    def activation_bytes(self, context: int, batch: int = 1) -> int:
+        """Of one layer while a prompt of `context` tokens is read, and the logits of its last position: an estimate."""
         widest = 4 * self.hidden_size + self.heads * self.head_dim + 3 * self.intermediate_size
-        activations = batch * context * widest * _DTYPE_BYTES[self.dtype] + 4 * batch * self.vocab_size
-        return self.size_bytes[bits] + self.kv_cache_bytes(context, batch) + activations
+        return batch * context * widest * _DTYPE_BYTES[self.dtype] + 4 * batch * self.vocab_size
 
     def memory_to_train(
         self,
@@ -165,6 +168,9 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
     """
     from transformers import AutoConfig
 
+    from winnow.model.lowrank import register
+
+    register()
     whole = AutoConfig.from_pretrained(config) if isinstance(config, str | Path) else config
     model = on_meta(whole)
     text = whole.get_text_config(decoder=True)

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def untrained(hidden_size: int, intermediate_size: int, layers: int, heads: int, max_length: int, seed: int) -> LM:
-    """A Llama with random weights and a tokenizer trained on the nano world."""
+def untrained(
+    hidden_size: int, intermediate_size: int, layers: int, heads: int, max_length: int, seed: int, weights: bool = True
+) -> LM:
+    """A Llama with random weights (without `weights`: none) and a tokenizer trained on the nano world."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +37,8 @@ def untrained(hidden_size: int, intermediate_size: int, layers: int, heads: int,
         dtype="float32",
     )
     torch.manual_seed(seed)
-    return LM(model=LlamaForCausalLM(config), tokenizer=tokenizer, name="nano")
+    with torch.device("cpu" if weights else "meta"):
+        return LM(model=LlamaForCausalLM(config), tokenizer=tokenizer, name="nano")
 
 
 def trained(path: str | None = None, **loading: Any) -> LM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from winnow.report.facts import base_of, counts, finite, front_of, headline, points, ratio
@@ -36,13 +37,17 @@ def front_table(summary: Summary) -> str:
             other = base.figures.get(axis.name) if base is not None and trial.number != base.number else None
             row += [axis.show(value), relative(axis, value, other)]
         rows.append(row)
+    return "\n".join([*lines, "", *aligned(rows, [side or ">" for _, side in heads])])
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest cell; `sides`: `<` or `>`; empty columns are left out."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
     for row in rows:
-        cells = zip(row, heads, widths, strict=True)
-        padded = [f"{text:{side or '>'}{width}}" for text, (_, side), width in cells if width]
-        lines.append("  ".join(padded).rstrip())
-    lines.insert(-len(rows), "")
-    return "\n".join(lines)
+        cells = zip(row, sides, widths, strict=True)
+        lines.append("  ".join(f"{text:{side}{width}}" for text, side, width in cells if width).rstrip())
+    return lines
 
 
 def relative(axis: Axis, value: float | None, base: float | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -49,6 +49,15 @@ class Method:
     name: str
     slot: Slot
     dimensions: tuple[Dimension, ...] = ()
+
+    def defaults(self, configured: Callable[[str], Any]) -> dict[str, Any]:
+        """Each knob at its configured value, or at the first choice where the space leaves that value out."""
+        values = {d.key: configured(d.key) for d in self.dimensions}
+        return {
+            d.key: values[d.key] if not d.choices or values[d.key] in d.choices else d.choices[0]
+            for d in self.dimensions
+            if all(values.get(k, v) == v for k, v in d.when.items())
+        }
 
 
 class Suggest(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import signal
@@ -43,9 +44,14 @@ def search(
     if config.keep not in KEEP:
         raise UserError(f"keep={config.keep} is not known; it is one of {', '.join(KEEP)}")
     budget = Budget(**config.budget)
-    lm, hardware, benchmark = build.model(config), build.hardware(config), build.benchmark(config)
-    hardware.check()
+    lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
     wanted = objectives(list(config.objectives), getattr(benchmark, "scores", lambda: ())())
+    if config.dry_run:
+        from winnow.report.dry_run import search_table
+
+        print(search_table(config, space, budget))
+        return
+    hardware.check()
     held = fingerprint(config, lm, hardware.fingerprint())
     stages = [build.target_of(config.method[name]["_target_"]) for name in config.method]
     preload = sorted({module for stage in stages for module in stage.preload})
@@ -120,12 +126,7 @@ def _first(space: Space, config: DictConfig) -> list[Strategy]:
     for method in space.methods:
         if method.slot not in slots:
             continue
-        values = {d.key: OmegaConf.select(config, d.key) for d in method.dimensions}
-        defaults = {
-            d.key: values[d.key] if not d.choices or values[d.key] in d.choices else d.choices[0]
-            for d in method.dimensions
-            if all(values.get(k, v) == v for k, v in d.when.items())
-        }
+        defaults = method.defaults(functools.partial(OmegaConf.select, config))
         found.append(Strategy((method.name,), defaults))
         for main in method.dimensions[:1]:
             found += [Strategy((method.name,), {**defaults, main.key: choice}) for choice in main.choices]

@@ -1,0 +1,120 @@
+"""transformers, in this process: the reference runtime.
+
+Requests go through `model.generate` and not through a loop of our own: what a strategy changes may live in the generation
+settings (a quantized cache) and would be missed by one. A stopping criterion is the clock: it sees every token, costs
+microseconds, and, unlike streamers, works for batches. End-of-text tokens are masked until the last token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from winnow.hardware.device import Hardware
+from winnow.hardware.footprint import PeakMemory, weights_memory_bytes
+from winnow.hardware.latency import Timing
+from winnow.types import LM
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def version(device: str) -> str | None:
+    return metadata.version("transformers")
+
+
+class Runtime:
+    """`lm.model`, in evaluation mode until it is closed."""
+
+    name = "transformers"
+
+    def __init__(self, lm: LM, hardware: Hardware | None = None) -> None:
+        self._lm = lm
+        self.model: Any = lm.model
+        self._training = self.model.training
+        self.model.eval()
+        config = self.model.config.get_text_config()
+        self.vocab_size = int(config.vocab_size)
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+
+    def scorer(self, batch_size: int, max_gen_toks: int | None = None) -> Any:
+        from winnow.benchmark.adapter import Adapter
+
+        return Adapter(self.model, self._lm.tokenizer, batch_size, max_gen_toks)
+
+    def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
+        import torch
+
+        ids_t = torch.tensor(ids, device=self.model.device)
+        with torch.inference_mode():
+            logits_tv = self.model(input_ids=ids_t[None], use_cache=False).logits[0, :-1].float()
+            targets_t1 = ids_t[1:, None].to(logits_tv.device)
+            found: list[float] = (logits_tv.gather(-1, targets_t1)[:, 0] - logits_tv.logsumexp(-1)).tolist()
+        return found
+
+    def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
+        """See `Served.request`.
+
+        Raises:
+            RuntimeError: another number of tokens came out: the model's own `generate` does not keep to its arguments.
+        """
+        import torch
+        from transformers import StoppingCriteriaList
+
+        prompt_bt = torch.tensor(prompts, device=self.model.device)
+        clock = _Clock(prompt_bt.is_cuda)
+        with torch.inference_mode():
+            started = clock.now()
+            output_bt = self.model.generate(
+                input_ids=prompt_bt,
+                attention_mask=torch.ones_like(prompt_bt),
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                min_new_tokens=output_tokens,
+                max_new_tokens=output_tokens,
+                pad_token_id=0,  # never used: all end together
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+            ended = clock.now()
+        made = output_bt.shape[1] - prompt_bt.shape[1]
+        if made != output_tokens or clock.first is None:
+            raise RuntimeError(f"asked for {output_tokens} tokens, {type(self.model).__name__}.generate made {made}")
+        return Timing(first_s=clock.first - started, total_s=ended - started)
+
+    def weights_memory_bytes(self) -> int:
+        return weights_memory_bytes(self.model)
+
+    def peak_memory(self) -> PeakMemory:
+        return PeakMemory(self.model.device.type)
+
+    def close(self) -> None:
+        self.model.train(self._training)
+
+
+class _Clock:
+    """A stopping criterion that stops nothing and notes when the first token was there."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        self.first: float | None = None
+        self._never: Tensor | None = None
+
+    def now(self) -> float:
+        """Seconds, once all work that the device was given is done."""
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        import torch
+
+        if self.first is None:
+            self.first = self.now()
+            self._never = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        assert self._never is not None
+        return self._never

@@ -1,0 +1,106 @@
+"""vLLM, in this process: offline, through its engine. It needs a CUDA device, and is no dependency: `pip install vllm`.
+
+lm-eval's own vLLM class opens the model and scores; the same engine answers the timed requests, stepped by hand so that the
+first token is seen. The engine takes its share of the device's memory when it starts, and gives it back when the process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from winnow.hardware.device import Hardware
+from winnow.hardware.footprint import PeakMemory, weights_memory_bytes
+from winnow.hardware.latency import Timing
+from winnow.types import LM, UserError
+
+
+def version(device: str) -> str | None:
+    if device == "cuda":
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version("vllm")
+    return None
+
+
+class Runtime:
+    """`lm.path`, a folder or hub id, in a vLLM engine.
+
+    Raises:
+        UserError: there is no CUDA device, vLLM is not installed, or the model only exists in memory.
+    """
+
+    name = "vllm"
+
+    def __init__(self, lm: LM, hardware: Hardware) -> None:
+        if version(hardware.device) is None:
+            raise UserError(
+                f"hardware.runtime=vllm needs vLLM and a CUDA device (here: hardware={hardware.name}, "
+                f"hardware.device={hardware.device}); pip install vllm and choose a GPU, or use hardware.runtime=transformers"
+            )
+        if lm.path is None:
+            raise UserError(f"hardware.runtime=vllm reads models from disk, and {lm.name} only exists in memory")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, with its weights
+        from winnow.benchmark.vllm import VLLMAdapter
+
+        self._scorer = VLLMAdapter(
+            pretrained=lm.path,
+            dtype=hardware.dtype,
+            trust_remote_code=lm.loading.trust_remote_code,
+            tensor_parallel_size=hardware.devices,
+            batch_size="auto",
+            enable_prefix_caching=False,  # a repeated request would skip its prompt
+        )
+        self._llm: Any = self._scorer.model
+        self._numbers = itertools.count()
+        settings = self._llm.llm_engine.model_config
+        self.vocab_size = int(settings.get_vocab_size())
+        self.context: int | None = int(settings.max_model_len)
+
+    def scorer(self, batch_size: int, max_gen_toks: int | None = None) -> Any:
+        self._scorer.limit_answers(max_gen_toks)
+        return self._scorer
+
+    def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+
+        asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        (answer,) = self._llm.generate([{"prompt_token_ids": list(ids)}], asked, use_tqdm=False)
+        found = zip(ids[1:], answer.prompt_logprobs[1:], strict=True)
+        return [float(logprobs[token].logprob) if token in logprobs else math.nan for token, logprobs in found]
+
+    def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
+        from vllm import SamplingParams
+
+        engine = self._llm.llm_engine
+        asked = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        begun: set[str] = set()
+        made = 0
+        first = None
+        started = time.perf_counter()
+        for ids in prompts:
+            engine.add_request(f"timed-{next(self._numbers)}", {"prompt_token_ids": list(ids)}, asked)
+        while engine.has_unfinished_requests():
+            for answer in engine.step():
+                begun.add(answer.request_id)
+                made += len(answer.outputs[0].token_ids) if answer.finished else 0
+            if first is None and len(begun) == len(prompts):
+                first = time.perf_counter()
+        total_s = time.perf_counter() - started
+        if first is None or made != len(prompts) * output_tokens:
+            raise RuntimeError(f"asked for {len(prompts)} x {output_tokens} tokens, vLLM made {made}")
+        return Timing(first_s=first - started, total_s=total_s)
+
+    def weights_memory_bytes(self) -> int:
+        return int(sum(self._llm.apply_model(weights_memory_bytes)))  # of each device's part
+
+    def peak_memory(self) -> PeakMemory:
+        return PeakMemory("cuda", torch_allocator=False)
+
+    def close(self) -> None:
+        del self._llm, self._scorer

@@ -1,0 +1,136 @@
+"""Lets a walk over the blocks that died go on at the block it had reached.
+
+Every few minutes the finished blocks and the hidden states that enter the next one are written to a folder, as safetensors;
+the files end in `.ckpt` so that a failed run's scratch folder is kept for the next. A block is written once; `walk.ckpt`, which
+says how far they are valid, is written last, and each file under another name first. A finished run's scratch folder is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from winnow.types import LM, Run
+
+SAVE_EVERY_S = 300.0
+
+
+class Checkpoint:
+    """The state of one walk in `folder`, which is taken up only by a run with the same fingerprint.
+
+    Attributes:
+        done: blocks that need not be walked again.
+        state: what a method keeps beside the weights, as JSON can hold it; filled from the folder.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, log: Callable[[str], None]) -> None:
+        self.folder, self.fingerprint, self.log = folder, fingerprint, log
+        self.done = 0
+        self.state: dict[str, Any] = {}
+        self._saved_at = time.monotonic()
+        self._broken = False
+        found = self._read()
+        if found is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            self.done, self.state = found["done"], found["state"]
+
+    @property
+    def _walk(self) -> Path:
+        return self.folder / "walk.ckpt"
+
+    def _block(self, index: int) -> Path:
+        return self.folder / f"block-{index}.ckpt"
+
+    def _read(self) -> dict[str, Any] | None:
+        """What the folder says of a walk like this one; None without one, or if a file of it is damaged."""
+        try:
+            with safe_open(self._walk, "pt") as file:
+                found: dict[str, Any] = json.loads(file.metadata()["walk"])
+            if found["fingerprint"] != self.fingerprint:
+                return None
+            for index in range(found["done"]):
+                with safe_open(self._block(index), "pt"):  # also compares the file's length with its header
+                    pass
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        return found
+
+    def restore(self, blocks: nn.ModuleList) -> list[torch.Tensor]:
+        """Puts the weights of the `done` blocks into place; returns the hidden states that enter the next one."""
+        for index in range(self.done):
+            blocks[index].load_state_dict(load_file(self._block(index)))
+        hidden = load_file(self._walk)
+        self.log(f"going on at block {self.done + 1} of {len(blocks)}")
+        return [hidden[str(number)] for number in range(len(hidden))]
+
+    def save(self, blocks: nn.ModuleList, done: int, hidden: Sequence[torch.Tensor]) -> None:
+        """Writes the first `done` blocks and what enters the next, if the last time is long enough ago.
+
+        Without room on the disk the run goes on without.
+        """
+        if self._broken or time.monotonic() - self._saved_at < SAVE_EVERY_S:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for index in range(self.done, done):
+                self._write(self._block(index), blocks[index].state_dict())
+            walk = {"fingerprint": self.fingerprint, "done": done, "state": self.state}
+            tensors = {str(number): state for number, state in enumerate(hidden)}
+            self._write(self._walk, tensors, {"walk": json.dumps(walk)})
+        except (OSError, SafetensorError) as error:
+            self.log(f"no checkpoint could be written ({error}); going on without")
+            self._broken = True
+            shutil.rmtree(self.folder, ignore_errors=True)  # the artifact may need the room
+            return
+        self.done, self._saved_at = done, time.monotonic()
+
+    @staticmethod
+    def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+        scratch = path.with_suffix(".partial")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+            scratch.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+
+
+def checkpoint_of(stage: Any, lm: LM, run: Run, calibration_sha256: str) -> Checkpoint:
+    """The checkpoint of a stage's walk over `lm`, under the run's folder.
+
+    Its fingerprint: the stage and its knobs, the calibration data, the seed, and the model before the walk.
+    """
+    name = type(stage).__name__.lower()
+    known = {
+        "stage": name,
+        "knobs": dataclasses.asdict(stage),
+        "calibration": calibration_sha256,
+        "seed": run.seed,
+        "base": lm.manifest.get("base"),
+        "weights": _checksum(lm.model),
+    }
+    fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    return Checkpoint(run.folder / "walk" / name, fingerprint, lambda line: run.log(f"{name}: {line}"))
+
+
+def _checksum(model: nn.Module) -> str:
+    """Tells models apart that earlier stages left: each parameter's name, shape, type and the sum of its bits as integers."""
+    digest = hashlib.sha256()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().view(integers[parameter.element_size()])
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {bits.sum().item()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,244 @@
+"""Depth pruning: whole decoder layers are left out; the artifact is an ordinary, shallower model.
+
+python compress.py method=[depth] method.depth.share=0.25
+python compress.py method=[depth,lora] method.depth.by=perplexity
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.types import LM, Checked, Run, Slot, UserError, knob
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from winnow.method.blocks import Caught
+    from winnow.model.plan import Plan
+
+PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configurations with an entry a layer
+
+
+@dataclass(frozen=True)
+class Depth(Checked):
+    """Drops the `share` of the decoder layers that matters least; those that are kept stay bit for bit as they were.
+
+    By `influence`, a layer matters as much as it turns its input: 1 - mean cosine similarity between the hidden states that
+    enter and leave it, all layers scored in one pass. By `perplexity`, layers go one after the other, each time the one
+    without which the calibration loss is lowest, all others scored again after each.
+
+    The number to drop is rounded, at least one, and at least one layer is kept. Lists with an entry a layer in the
+    configuration (Gemma-3's sliding and full attention, Qwen2's windows) lose the entries of the layers that go.
+
+    Source: influence: ShortGPT, arXiv:2403.03853, eq. 1; perplexity: Shortened LLaMA, arXiv:2402.02834, section 3.1, there
+        in one shot, here greedily.
+    Calibration: texts; the hidden states of all their tokens (influence), or the next-token loss of their answers, of whole
+        texts where there is no question (perplexity).
+    Cost: N / L parameters of the L layers at a time on the device, and the hidden states of the T calibration tokens in main
+        memory (from the code). influence: two forwards over them. perplexity: L / 2 forwards for each layer that goes, L + 1
+        times the hidden states, and the head on the device: for large models take few short texts (the paper: 10 of 128
+        tokens). Measured on the embedded model, 64 texts, one core: 2 s and 5 s a layer.
+    Writes: dense safetensors of the model's own architecture, with fewer layers.
+    Loaded by: transformers; vLLM; llama.cpp by method=[depth,gguf].
+    """
+
+    slot: ClassVar[Slot] = Slot.PRUNE
+    perplexity_bound: ClassVar[float] = 10.0
+    aggressive: ClassVar[dict[str, Any]] = {"share": 0.75}
+
+    share: float = knob(0.2, low=0.02, high=0.75, search_range=(0.1, 0.5))
+    by: str = knob("influence", choices=("influence", "perplexity"))
+
+    def predict(self, plan: Plan) -> Plan:
+        # which layers go is only known from data; those kept are all of one size
+        layers = plan.config.num_hidden_layers
+        return plan.reshaped(shallower(plan.config, range(layers - self._dropped(layers))))
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.method.blocks import decoder_blocks
+        from winnow.model.calibration import calibration_batches
+        from winnow.model.reshape import rebuilt
+
+        blocks = decoder_blocks(lm.model)
+        count = self._dropped(len(blocks))
+        shallower(lm.model.config, [0])  # refuses what cannot be done before anything heavy
+        if self.by == "perplexity" and not hasattr(lm.model.base_model, "norm"):
+            raise UserError(f"method.depth.by=perplexity does not know {type(lm.model).__name__}; take by=influence")
+        batches, digest = calibration_batches(lm, run)
+        if self.by == "influence":
+            scores = block_influences(lm.model, batches, run)
+            dropped = sorted(range(len(blocks)), key=lambda index: (scores[index], index))[:count]
+        else:
+            dropped = least_missed(lm.model, batches, answer_starts(lm, run), count, run)
+        kept = [index for index in range(len(blocks)) if index not in dropped]
+        run.log(f"depth: without layers {', '.join(map(str, sorted(dropped)))} of 0 to {len(blocks) - 1}")
+        config = shallower(lm.model.config, kept)
+        for index in sorted(dropped, reverse=True):
+            del blocks[index]
+        lm.manifest["_notes"] = {"calibration_sha256": digest, "dropped_layers": sorted(dropped)}
+        return lm.changed(rebuilt(lm.model, config))
+
+    def _dropped(self, layers: int) -> int:
+        if layers < 2:
+            raise UserError(f"method.depth.share={self.share}: the model has one layer only; leave method=[depth] out")
+        return min(max(round(self.share * layers), 1), layers - 1)
+
+
+def shallower(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+    """The configuration of the same model with only the layers `kept`, in ascending order.
+
+    Raises:
+        UserError: layers depend on one another.
+    """
+    from winnow.model.reshape import edited
+
+    if getattr(config, "num_kv_shared_layers", None):
+        raise UserError("method=[depth]: layers of this model share keys and values with others; none can be left out")
+    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    for name in PER_LAYER:
+        if getattr(config, name, None) is not None:
+            changes[name] = [getattr(config, name)[index] for index in kept]
+    if getattr(config, "max_window_layers", None) is not None:  # layers before this one see everything
+        changes["max_window_layers"] = sum(index < config.max_window_layers for index in kept)
+    return edited(config, **changes)
+
+
+def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], run: Run) -> list[float]:
+    """Of each block, 1 - the mean over all tokens of the cosine between its input and its output (ShortGPT, eq. 1)."""
+    import torch.nn.functional as F
+
+    from winnow.method.blocks import decoder_blocks, walk_blocks
+
+    count = len(decoder_blocks(model))
+    tokens = sum(batch.numel() for batch in batches)
+    influences = []
+    for index, block, replay in walk_blocks(model, batches, run.device):
+        cosines: list[float] = []
+
+        def compare(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,
+            cosines: list[float] = cosines,
+        ) -> None:
+            entered = args[0] if args else kwargs["hidden_states"]  # [rows, T, hidden]
+            left = output[0] if isinstance(output, tuple) else output
+            cosines.append(F.cosine_similarity(entered.double(), left.double(), dim=-1).sum().item())
+
+        handle = block.register_forward_hook(compare, with_kwargs=True)
+        try:
+            replay()
+        finally:
+            handle.remove()
+        influences.append(1 - sum(cosines) / tokens)
+        run.log(f"depth: block {index + 1} of {count}, influence {influences[-1]:.4f}")
+    return influences
+
+
+def answer_starts(lm: LM, run: Run) -> list[int]:
+    """Of each row of the calibration batches, one after another, the first position that the loss counts."""
+    from winnow.recovery.corpus import documents
+    from winnow.recovery.data import encode
+
+    found = encode(
+        documents(run.calibration, run.calibration.samples, run.seed), lm.tokenizer, run.calibration.max_length
+    )
+    return [row.answer_start for row in sorted(found, key=lambda row: len(row.ids))]  # the order of the batches
+
+
+def least_missed(
+    model: PreTrainedModel, batches: Sequence[torch.Tensor], starts: Sequence[int], count: int, run: Run
+) -> list[int]:
+    """The `count` blocks to drop, greedily: each time the one without which the loss over `batches` is lowest."""
+    from winnow.method.blocks import decoder_blocks
+
+    dropped: list[int] = []
+    for step in range(count):
+        losses = losses_without(model, batches, starts, dropped, run.device)
+        best = min(losses, key=lambda index: (losses[index], index))
+        dropped.append(best)
+        layers = len(decoder_blocks(model))
+        run.log(f"depth: {step + 1} of {count}: without layer {best} of {layers} the loss is {losses[best]:.4f}")
+    return dropped
+
+
+def losses_without(
+    model: PreTrainedModel,
+    batches: Sequence[torch.Tensor],
+    starts: Sequence[int],
+    dropped: Sequence[int],
+    device: str,
+) -> dict[int, float]:
+    """The mean next-token loss without the blocks `dropped` and without one more, for each of the others by its index.
+
+    All candidates pass through the blocks side by side, so that each block comes to the device once.
+    """
+    import torch
+
+    from winnow.method.blocks import block_inputs, decoder_blocks
+
+    blocks = decoder_blocks(model)
+    home = next(model.parameters()).device
+    with torch.no_grad():
+        whole, caught = block_inputs(model, blocks, [batch.to(home) for batch in batches])
+        without: dict[int, list[torch.Tensor]] = {}  # hidden states of each candidate, by batch
+        for index, block in enumerate(blocks):
+            if index in dropped:
+                continue
+            block.to(device)
+            without = {candidate: _through(block, state, caught[index], device) for candidate, state in without.items()}
+            without[index], whole = whole, _through(block, whole, caught[index], device)
+            block.to(home)
+        return {index: mean_loss(model, state, batches, starts, device) for index, state in sorted(without.items())}
+
+
+def _through(
+    block: nn.Module, states: Sequence[torch.Tensor], caught: Sequence[Caught], device: str
+) -> list[torch.Tensor]:
+    from winnow.method.blocks import block_outputs
+
+    return [output.to(states[0].device) for output in block_outputs(block, states, caught, device)]
+
+
+def mean_loss(
+    model: PreTrainedModel,
+    hidden: Sequence[torch.Tensor],
+    batches: Sequence[torch.Tensor],
+    starts: Sequence[int],
+    device: str,
+) -> float:
+    """Of the tokens from each row's start on, when the last block puts out `hidden` [rows, T, hidden] for `batches`.
+
+    Raises:
+        UserError: no row reaches its start.
+    """
+    import torch.nn.functional as F
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    home = hidden[0].device
+    norm, head, base = model.base_model.norm.to(device), model.get_output_embeddings().to(device), model.base_model
+    states = [row for batch in hidden for row in batch.split(1)]
+    rows = [row for batch in batches for row in batch.split(1)]
+    total, tokens = 0.0, 0
+    try:
+        for state, ids, start in zip(states, rows, starts, strict=True):
+            out = BaseModelOutputWithPast(last_hidden_state=norm(state.to(device)))
+            base.forward = lambda *args, out=out, **kwargs: out  # the model's own head, with its caps and scales
+            logits = model(input_ids=ids.to(device)).logits[0, start - 1 : -1].float()
+            total += F.cross_entropy(logits, ids[0, start:].to(device), reduction="sum").item()
+            tokens += len(logits)
+    finally:
+        del base.forward
+        norm.to(home)
+        head.to(home)
+    if not tokens:
+        raise UserError(
+            "method.depth.by=perplexity: every calibration text is cut before its answer; raise "
+            "calibration.max_length, or take method.depth.by=influence"
+        )
+    return total / tokens

@@ -1,0 +1,141 @@
+"""GGUF files for llama.cpp, quantized by llama.cpp itself.
+
+python compress.py method=[gguf] method.gguf.type=Q4_K_M
+python compress.py method=[gguf] method.gguf.dense=F16            # converted only
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.types import LM, Calibration, Checked, Run, Slot, knob
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
+
+TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+
+
+@dataclass(frozen=True)
+class GGUF(Checked):
+    """Writes `model-<type>.gguf`, with each tensor in the type that llama.cpp's mix of that name gives it.
+
+    Quantized are the matrices of the blocks, the embedding and the head; vectors stay in single precision. A row that is no
+    multiple of 256 wide gets a type of 32 weights a block instead of a k-quant (Q6_K becomes Q8_0, Q5_K Q5_1, Q4_K Q5_0, Q3_K
+    and Q2_K Q4_0), which is larger; one that is no multiple of 32 wide is refused. Q5_K, Q4_K
+    and Q2_K store a minimum a block, so pruned zeros do not stay zero. transformers does not load the file.
+
+    Source: llama.cpp, pull requests 1684 (k-quants) and 4861 (importance matrix); no paper. The quantizer that runs is the one
+        inside llama-cpp-python.
+    Calibration: with `imatrix`, the mean square of each input of each linear layer, collected block by block; it weighs the
+        rounding errors. Q8_0 and dense files take none.
+    Cost: the model in main memory, one block and its inputs on the device; scratch on disk of 2N bytes for N parameters (4N for
+        a model in single precision). Two passes over the calibration tokens with `imatrix`; then a search for the scales of
+        each block of weights on the processor, O(N): measured on one core of an AMD EPYC, without and with `imatrix`, 62 and
+        102 ns a weight for Q4_K_M, 56 and 105 for Q5_K_M, 41 and 93 for Q2_K, 34 and 67 for Q3_K_M, 33 for Q6_K, 5 for Q8_0.
+    Writes: one GGUF file, with config.json and the tokenizer's files beside it.
+    Loaded by: llama.cpp (llama-cpp-python).
+    """
+
+    slot: ClassVar[Slot] = Slot.QUANTIZE
+    preload: ClassVar[tuple[str, ...]] = ("gguf", "llama_cpp")
+    perplexity_bound: ClassVar[float] = 1.01  # measured: 1.0003
+    aggressive: ClassVar[Mapping[str, Any]] = {"type": "Q2_K"}
+
+    type: str = knob("Q4_K_M", choices=TYPES)
+    imatrix: bool = knob(True, choices=(True, False))
+    dense: str | None = knob(None, choices=(None, "F16", "BF16", "F32"), search=False)  # instead of `type`
+
+    def predict(self, plan: Plan) -> Plan:
+        from winnow.model.gguf.architectures import family_of
+        from winnow.model.gguf.mix import Model, tensor_bytes, tensor_type
+
+        family, model = family_of(plan.config), Model.of(plan.config, plan.tensors)
+        tensors = {}
+        for name, t in plan.tensors.items():
+            size = tensor_bytes(tensor_type(self._stored, name, t.shape, model), t.shape)
+            tensors[name] = dataclasses.replace(t, disk_bytes=size, memory_bytes=size, entries=1)  # mapped as it is
+        vocabulary = family.token_bytes * plan.config.vocab_size
+        return dataclasses.replace(plan, tensors=tensors, other_bytes=plan.other_bytes + vocabulary, kind="gguf")
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        largest = max(t.numel for t in plan.tensors.values())
+        written = Work(
+            traffic_bytes=4 * plan.memory_bytes, host_bytes=8 * largest
+        )  # one tensor in single precision, twice
+        return Work.calibrated(plan, calibration).then(written) if self._calibrated else written
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.model.gguf import architectures, mix
+        from winnow.model.gguf.importance import collect
+        from winnow.model.gguf.native import require
+        from winnow.model.gguf.quantize import tensor_types
+
+        require()
+        architectures.family_of(lm.model.config)
+        weights = dict(lm.model.named_parameters())
+        for name, weight in weights.items():
+            mix.tensor_type(self._stored, name, tuple(weight.shape), mix.Model.of(lm.model.config, weights))
+
+        folder = run.folder / "gguf"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        target = folder / f"model-{self._stored}.gguf"
+        notes: dict[str, Any] = {}
+        importance = None
+        if self._calibrated:
+            importance, notes["calibration_sha256"] = collect(lm, run)
+        notes |= self._write(lm, run, target, importance)
+        notes["tensor_types"] = tensor_types(target)
+        config = copy.deepcopy(lm.model.config)
+        config.architectures = [type(lm.model).__name__]
+        config.save_pretrained(folder)
+        if lm.model.can_generate():
+            lm.model.generation_config.save_pretrained(folder)
+        agreement = notes.get("tokenizer_agreement", 0)
+        if agreement < 1:
+            run.log(
+                f"gguf: llama.cpp's own tokenizer gives the same ids for {agreement:.0%} of some sample texts; "
+                f"winnow feeds it those of transformers"
+            )
+        lm.manifest["_notes"] = notes
+        return lm.stored(folder)
+
+    @property
+    def _calibrated(self) -> bool:
+        return self.imatrix and not self.dense and self.type != "Q8_0"  # which rounds to nearest
+
+    @property
+    def _stored(self) -> str:
+        return self.dense or self.type
+
+    def _write(self, lm: LM, run: Run, target: Path, importance: dict[str, Any] | None) -> dict[str, Any]:
+        """The file at `target`; returns what to note of its vocabulary."""
+        import torch
+
+        from winnow.model.gguf.export import exact_type, export
+        from winnow.model.gguf.quantize import quantize
+
+        if self.dense:
+            run.log(f"gguf: writing {target.name}")
+            return export(lm, target, self.dense)
+        exact = exact_type(lm)
+        scratch = run.folder / f"exact-{exact}.gguf"
+        try:
+            run.log(f"gguf: writing the model as {exact}")
+            notes = export(lm, scratch, exact)
+            run.log(f"gguf: quantizing to {self.type}")
+            quantize(scratch, target, self.type, importance, torch.get_num_threads())
+        finally:
+            scratch.unlink(missing_ok=True)
+        return notes

@@ -1,0 +1,170 @@
+"""Bits per layer under a target for the average: more for the layers that the predictions hang on, fewer for the rest.
+
+python compress.py method=[mixed] method.mixed.bits=2.5
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.types import LM, Calibration, Checked, Run, Slot, UserError, knob
+
+if TYPE_CHECKING:
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
+
+WIDTHS = (2, 3, 4, 8)  # that compressed-tensors packs; without 3 a searched recipe can lose to a uniform one
+GRID = 1 << 16  # the most steps that a budget is divided into; nearly all shapes need fewer, and are solved exactly
+
+
+@dataclass(frozen=True)
+class Mixed(Checked):
+    """Gives each linear layer 2, 3, 4 or 8 bits so that the model's predictions move least at an average of `bits` bits.
+
+    The average is over the linear weights of the blocks and is never exceeded; scales come on top, one of 16 bits a group at
+    every width, so an average of 3 is as large as `rtn` at 3 bits and the same `group_size`. Weights are rounded to nearest.
+    Layers that servers fuse (queries, keys and values; gate and up) share a width.
+
+    Every width of every layer is scored once (see `winnow.method.sensitivity`); the scores are kept beside the scratch folders
+    of the runs (`outputs/scratch`), so another target for the same model and calibration is only a knapsack problem, solved
+    in milliseconds. What is found is then compared with the largest uniform recipe that is not larger, on the half of the
+    calibration data that was not used for scoring, and refused if it is the worse of the two.
+
+    Source: multiple-choice knapsack over second-order sensitivities, as in HAWQ-V2, arXiv:1911.03852, section 3 (there the
+        trace of the Hessian times the squared error; here the Fisher information along the error itself, arXiv:1412.1193).
+    Calibration: texts without labels; one half to score the layers, the other to compare with the uniform recipe.
+    Cost: for N parameters in L blocks and T tokens in either half (from the code): scoring is two forwards, one backward
+        and, for each of the 4 widths, the products of another forward, about 16 N T FLOP; comparing is 6 N T. On the
+        device one block, its 4 rounding errors and the activations of one batch: about 10 N / L bytes of weights; in main
+        memory the model and (L + 1) T hidden states. COST
+    Writes: compressed-tensors `pack-quantized`, one group of the configuration a width.
+    Loaded by: transformers with compressed-tensors; vLLM where its kernels take all the widths (older releases: 4 and 8
+        bits only).
+    """
+
+    slot: ClassVar[Slot] = Slot.QUANTIZE
+    preload: ClassVar[tuple[str, ...]] = ("compressed_tensors",)
+    perplexity_bound: ClassVar[float] = 1.02
+    aggressive: ClassVar[Mapping[str, Any]] = {"bits": 2.25}
+
+    bits: float = knob(3.0, low=2.0, high=8.0, search_range=(2.0, 4.5))
+    group_size: int = knob(64, choices=(32, 64, 128))
+
+    def predict(self, plan: Plan) -> Plan:
+        return plan.grouped(self.bits, self.group_size)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work, counted
+
+        seen, spec = counted(calibration), plan.spec
+        linears = [t for t in plan.largest_block if t.linear]
+        width = plan.memory_bytes / sum(t.numel for t in plan.tensors.values())
+        # all on half of the texts: two forwards, a backward to the inputs, a product for each width; then three forwards
+        passes = Work.calibrated(plan, calibration, passes=(3 + len(WIDTHS) + 3) / 2)
+        held = Work(
+            host_bytes=seen.tokens / 2 * spec.hidden_size * width * (spec.layers - 1)  # the inputs of all blocks
+            + 16 * calibration.max_length * spec.vocab_size,  # logits of a text, their softmax and gradient
+            matmuls=2 * passes.matmuls + 3 * seen.shapes,  # backward, in the two halves, and the head's
+            device_bytes=len(WIDTHS) * sum(t.memory_bytes for t in linears)
+            + 12 * max((t.numel for t in linears), default=0)  # one matrix while it is rounded
+            + 2 * seen.batch_tokens / 2 * width * (8 * spec.hidden_size + 4 * spec.intermediate_size),  # to go backward
+        )
+        return (passes + held).then(Work.packed(plan))
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.method.rtn import rtn_scale
+        from winnow.method.sensitivity import divergences, halves, unit_of
+        from winnow.model.calibration import calibration_batches
+        from winnow.model.packing import attach_scheme, check_groups, linears, quantize_linear
+
+        check_groups(lm.model, self.group_size)
+        if getattr(lm.model.config.get_text_config(decoder=True), "num_kv_shared_layers", None):
+            raise UserError(
+                "method=[mixed]: layers of this model share keys and values and cannot be scored; use method=[rtn]"
+            )
+        batches, digest = calibration_batches(lm, run)
+        scored, held_out = halves(batches)
+        if not held_out:
+            raise UserError("method=[mixed] compares recipes on half of the calibration data: calibration.samples >= 2")
+        layers = linears(lm.model)
+        sizes: dict[str, int] = {}
+        for name, linear in layers.items():
+            sizes[unit_of(name)] = sizes.get(unit_of(name), 0) + linear.weight.numel()
+        recipe = allocate(self._scores(lm, run, scored, digest, list(sizes)), sizes, self.bits)
+        average = sum(width * sizes[unit] for unit, width in recipe.items()) / sum(sizes.values())
+
+        uniform = max(width for width in WIDTHS if width <= self.bits)
+        widths = {name: recipe[unit_of(name)] for name in layers}
+        ours, theirs = divergences(
+            lm.model, held_out, [widths, dict.fromkeys(layers, uniform)], self.group_size, run.device
+        )
+        run.log(
+            f"mixed: {average:.3f} bits, {ours:.4f} nats a token from the model's predictions; {uniform} bits, {theirs:.4f}"
+        )
+        if ours > theirs:
+            raise UserError(
+                f"method.mixed.bits={self.bits:g}: the recipe found is worse than {uniform} bits everywhere ({ours:.4f} against "
+                f"{theirs:.4f} nats a token); use method=[rtn] method.rtn.bits={uniform} "
+                f"method.rtn.group_size={self.group_size}, or raise calibration.samples"
+            )
+        attach_scheme(lm.model, widths, self.group_size)
+        for name, linear in layers.items():
+            quantize_linear(linear, rtn_scale(linear.weight.data, widths[name], self.group_size))
+        lm.manifest["_notes"] = {
+            "calibration_sha256": digest,
+            "average_bits": round(average, 4),
+            "widths": recipe,
+            "divergence": {"mixed": ours, f"uniform_{uniform}": theirs},
+        }
+        return lm.changed(lm.model)
+
+    def _scores(
+        self, lm: LM, run: Run, batches: list[Any], digest: str, units: list[str]
+    ) -> dict[str, dict[int, float]]:
+        """Kept from an earlier run with the same weights, calibration, group size and seed; or made now, and kept."""
+        from winnow.method import sensitivity
+
+        known_by = sensitivity.key(lm.model, digest, self.group_size, run.seed, WIDTHS)
+        path = run.folder.parent / f"sensitivity-{known_by[:16]}.json"
+        scores = sensitivity.read(path, units, WIDTHS)
+        if scores is None:
+            scores = sensitivity.sensitivities(
+                lm.model, batches, WIDTHS, self.group_size, run.device, run.seed, run.log
+            )
+            sensitivity.write(path, scores)
+        else:
+            run.log(f"mixed: sensitivities as kept in {path}")
+        return scores
+
+
+def allocate(scores: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], bits: float) -> dict[str, int]:
+    """The width of each unit with the least sum of scores, at no more than `bits` bits a weight on average.
+
+    Dynamic programming over the budget beyond the least width, in steps of the sizes' common divisor (the multiple-choice
+    knapsack problem; Kellerer, Pferschy and Pisinger 2004, section 11.5). Where that would be more than `GRID` steps, costs
+    are rounded up to coarser ones: still never above the budget.
+    """
+    import numpy as np
+
+    least = WIDTHS[0]
+    budget = math.floor(sum(sizes.values()) * (bits - least) + 1e-6)
+    step = max(math.gcd(*sizes.values()), math.ceil(budget / GRID))
+    room = budget // step
+    best = np.zeros(room + 1)  # the least sum of the units so far, by what they may cost
+    chosen = {}
+    for unit, size in sizes.items():
+        options = np.full((len(WIDTHS), room + 1), np.inf)
+        for row, width in enumerate(WIDTHS):
+            cost = math.ceil((width - least) * size / step)
+            if cost <= room:
+                options[row, cost:] = best[: room + 1 - cost] + scores[unit][width]
+        chosen[unit] = options.argmin(0).astype(np.uint8)
+        best = options.min(0)
+    widths: dict[str, int] = {}
+    for unit in reversed(list(sizes)):
+        widths[unit] = WIDTHS[int(chosen[unit][room])]
+        room -= math.ceil((widths[unit] - least) * sizes[unit] / step)
+    return {unit: widths[unit] for unit in sizes}

@@ -1,0 +1,192 @@
+"""llm-compressor's modifiers, run over a model that lies in main memory, one decoder block at a time on the device.
+
+The library's own entry point is not used: it reads the model's configuration from the hub once more, replaces the model's
+`save_pretrained`, takes any accelerator that it finds whatever the user chose, and rounds every norm of Gemma-like models to
+the precision of 1 + weight. The parts below it are (its session, its pipelines, its modifiers), so the work is the same.
+
+Imported only where a model is compressed: the library alone takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from winnow.method.blocks import decoder_blocks
+from winnow.model.load import quiet
+from winnow.model.packing import linears, round_to_grid
+from winnow.types import LM, Run, UserError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
+# its own switch for silence, LLM_COMPRESSOR_LOG_DISABLED, leaves out a log level that GPTQ then fails to find
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
+# it looks for accelerators when it is imported: through the driver that would spoil CUDA in the children of a fork server
+with mock.patch.dict(os.environ, {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}):
+    import llmcompressor.pipelines.data_free.pipeline as data_free
+    import llmcompressor.pipelines.sequential.pipeline as sequential
+    from compressed_tensors.offload import disable_offloading, remove_dispatch, update_offload_parameter
+    from compressed_tensors.quantization import QuantizationStatus
+    from llmcompressor.args import DatasetArguments
+    from llmcompressor.core import create_session
+    from llmcompressor.modeling.offset_norm import NormCalibrationModule, norm_calibration_context
+    from llmcompressor.modifiers import Modifier
+    from llmcompressor.pipelines import CalibrationPipeline
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from loguru import logger
+
+
+def oneshot(lm: LM, run: Run, name: str, recipe: Sequence[Modifier], batches: Sequence[torch.Tensor] = ()) -> None:
+    """Applies the modifiers of `recipe` together and leaves in the linear layers what their integers stand for.
+
+    With `batches` [rows, T] of token ids, every block sees what the blocks before it put out after they were quantized.
+
+    Raises:
+        UserError: a layer's weights are not finite afterwards, its Hessian cannot be inverted, or its outputs are NaN.
+    """
+    model, blocks = lm.model, decoder_blocks(lm.model)
+    numbers = {block: index for index, block in enumerate(blocks)}
+    run.log(f"{name}: {len(blocks)} blocks; the library cannot go on in the middle: an interrupted run starts over")
+
+    def settle(modules: Sequence[nn.Module]) -> None:
+        _refuse_what_was_skipped(recipe, set(modules), name)
+        for block in (m for m in modules if m in numbers):
+            with disable_offloading(), torch.no_grad():
+                _round_block(block, name, numbers[block])
+            run.log(f"{name}: block {numbers[block] + 1} of {len(blocks)}")
+
+    # the batches are as they are wanted: no sampler, no collation, no padding and so no attention mask
+    loader: Any = DataLoader([{"input_ids": batch} for batch in batches], batch_size=None) if batches else None
+    arguments = DatasetArguments(sequential_targets=[type(blocks[0]).__name__])
+    with silent(), on_device(run.device), plain_norms(model), at_home_again(model), create_session() as session:
+        session.initialize(model=model, start=-1, recipe=[*recipe, _AfterBlock(act=settle)], calib_data=loader)
+        pipeline = CalibrationPipeline.from_modifiers(session.lifecycle.recipe.modifiers)
+        pipeline(model, loader, arguments)
+        session.finalize()
+    linear: Any
+    for linear in linears(model).values():
+        linear.quantization_status = QuantizationStatus.DECOMPRESSED  # as after loading: the forward rounds no weights
+
+
+class _AfterBlock(Modifier):
+    """Last in a recipe: calls `act` with the modules of each part of the model that the others are done with."""
+
+    act: Callable[[Sequence[nn.Module]], None]
+
+    def on_initialize(self, state: Any, **kwargs: Any) -> bool:
+        return True
+
+    def on_sequential_epoch_end(self, state: Any, event: Any, modules: list[nn.Module], **kwargs: Any) -> None:
+        self.act(modules)
+
+
+def _round_block(block: nn.Module, name: str, index: int) -> None:
+    """Puts the weights of a block on the grid of their scales, where GPTQ has put them already."""
+    linear: Any
+    for path, linear in block.named_modules():
+        if getattr(linear, "quantization_scheme", None) is None:
+            continue
+        weight, scale = linear.weight.data, linear.weight_scale.data
+        if not (weight.isfinite().all() and scale.isfinite().all()):  # integers would hide it
+            raise UserError(
+                f"{name}: {path} of block {index} is not finite any more; calibrate on text that the model knows "
+                f"(calibration.source), or load it with model.dtype=float32"
+            )
+        _, rounded = round_to_grid(weight, scale, linear.quantization_scheme.weights)
+        update_offload_parameter(linear, "weight", rounded)
+
+
+def _refuse_what_was_skipped(recipe: Sequence[Modifier], done: set[nn.Module], name: str) -> None:
+    """Makes errors of what the library only warns of: GPTQ rounds to nearest where a Hessian is not positive definite, and
+    AWQ leaves out layers that put out NaN."""
+    for modifier in recipe:
+        for path in getattr(modifier, "_rtn_fallback_module_names", []):
+            raise UserError(
+                f"{name}: the Hessian of {path} could not be inverted; raise method.{name}.damping or calibration.samples"
+            )
+        scaled = {metric["layer_name"] for metric in getattr(modifier, "_error_metrics", [])}
+        for mapping in getattr(modifier, "_resolved_mappings", []):
+            if mapping.smooth_layer in done and mapping.smooth_name not in scaled:
+                raise UserError(
+                    f"{name}: {mapping.parent_name} puts out NaN or nothing on the calibration text; take other text "
+                    f"(calibration.source), or load the model with model.dtype=float32"
+                )
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Keeps the library's progress bars, messages and warnings off the screen."""
+    import tqdm.std
+
+    bar = tqdm.std.tqdm.__init__
+    tracing = logging.getLogger("torch.fx._symbolic_trace")
+    level = tracing.level
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        bar(self, *args, **{**kwargs, "disable": True})
+
+    logger.disable("llmcompressor")
+    logger.disable("compressed_tensors")
+    tracing.setLevel(logging.ERROR)
+    try:
+        with quiet(), mock.patch.object(tqdm.std.tqdm, "__init__", hidden):
+            yield
+    finally:
+        tracing.setLevel(level)
+        logger.enable("llmcompressor")
+        logger.enable("compressed_tensors")
+
+
+@contextlib.contextmanager
+def on_device(name: str) -> Iterator[None]:
+    """The library works on the device that the user chose, and pins memory only for an accelerator that is there."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    with contextlib.ExitStack() as stack:
+        for pipeline in (data_free, sequential):
+            stack.enter_context(mock.patch.object(pipeline, "get_main_device", lambda: device))
+        if not torch.accelerator.is_available():
+            stack.enter_context(
+                mock.patch.object(IntermediatesCache, "_pin_intermediate", staticmethod(lambda value: None))
+            )
+        yield
+
+
+@contextlib.contextmanager
+def at_home_again(model: nn.Module) -> Iterator[None]:
+    """Takes off what moves the weights of each module to the device and back; they are in main memory all the time."""
+    own = {module for module in model.modules() if "forward" in vars(module)}
+    try:
+        yield
+    finally:
+        remove_dispatch(model)
+        for module in model.modules():  # a forward of their own is left to all; only quantized layers need one
+            if module not in own and getattr(module, "quantization_scheme", None) is None:
+                vars(module).pop("forward", None)
+
+
+@contextlib.contextmanager
+def plain_norms(model: nn.Module) -> Iterator[None]:
+    """Meanwhile norms that multiply by 1 + weight (Gemma) multiply by their weight, so that scales can be folded into it.
+
+    The library's stand-ins have 1 + weight in the model's type: every norm comes back rounded to that. Here they have it in
+    single precision, and a norm that no scale went into comes back as it was.
+    """
+    originals = dict(model.named_modules())
+    with norm_calibration_context(model):
+        stand_ins = {n: m for n, m in model.named_modules() if isinstance(m, NormCalibrationModule)}
+        before = {n: originals[n].weight.data.clone() for n in stand_ins}  # type: ignore[operator]
+        for name, module in stand_ins.items():
+            module.weight.data = 1 + before[name].float()
+        yield
+    for name, module in stand_ins.items():
+        if torch.equal(module.weight.data, 1 + before[name].float()):
+            originals[name].weight.data = before[name]

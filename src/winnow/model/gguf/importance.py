@@ -1,0 +1,61 @@
+"""The importance matrix: how much each input of a linear layer carries, as the mean of its square over calibration data.
+
+llama.cpp weighs the rounding error of each weight with it when it picks scales. The embedding and the head have none, as in
+llama.cpp's own tool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from winnow.types import LM, Run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SMALLEST = 1e-10  # an input that is always zero (its channel was pruned) must not leave a block without any weight
+
+
+def collect(lm: LM, run: Run) -> tuple[dict[str, np.ndarray], str]:
+    """The mean squares [in] of each linear layer's inputs by GGUF name, and the SHA-256 of the calibration data."""
+    from winnow.method.blocks import decoder_blocks, walk_blocks
+    from winnow.model.calibration import calibration_batches
+    from winnow.model.gguf.architectures import Names
+
+    names = Names(lm.model.config)
+    known = {module: name for name, module in lm.model.named_modules() if isinstance(module, nn.Linear)}
+    batches, digest = calibration_batches(lm, run)
+    tokens = sum(batch.numel() for batch in batches)
+    count = len(decoder_blocks(lm.model))
+    found: dict[str, np.ndarray] = {}
+    for index, block, replay in walk_blocks(lm.model, batches, run.device):
+        with _squares(block) as squares:
+            replay()
+        for linear, sum_i in squares.items():
+            mean = (sum_i / tokens).clamp_min(SMALLEST)
+            found[names[f"{known[linear]}.weight"]] = mean.float().cpu().numpy()
+        run.log(f"gguf: block {index + 1} of {count}")
+    return found, digest
+
+
+@contextmanager
+def _squares(block: nn.Module) -> Iterator[dict[nn.Linear, torch.Tensor]]:
+    """Sums of squares [in] of the inputs of each linear layer of a block, over all tokens that pass meanwhile."""
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    sums = {m: torch.zeros(m.in_features, dtype=torch.float64, device=m.weight.device) for m in linears}
+
+    def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, nn.Linear)
+        sums[module] += args[0].detach().float().square().flatten(0, -2).sum(0)
+
+    handles = [module.register_forward_pre_hook(add) for module in linears]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,70 @@
+"""Quantizes a GGUF file by llama.cpp's own quantizer, through its C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from winnow.model.gguf.native import require, silent
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def quantize(
+    source: Path, target: Path, file_type: str, importance: Mapping[str, np.ndarray] | None = None, threads: int = 1
+) -> None:
+    """Writes `target` from the unquantized `source`; `file_type` as llama.cpp names it: Q4_K_M, Q8_0, ...
+
+    Args:
+        importance: mean squared inputs [in] by tensor (see `importance.collect`).
+
+    Raises:
+        OSError: the file could not be written.
+        RuntimeError: llama.cpp could not; with its own words.
+    """
+    require()
+    import gguf
+    import llama_cpp
+    import numpy as np
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread = threads
+    params.ftype = gguf.LlamaFileType[f"MOSTLY_{file_type}"].value
+    # both live until the call is over: `params` holds bare pointers
+    vectors = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in (importance or {}).items()}
+    entries = _entries(vectors)
+    if vectors:
+        params.imatrix = entries
+    with silent() as errors:
+        code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+    if code:
+        full = shutil.disk_usage(target.parent).free < source.stat().st_size
+        target.unlink(missing_ok=True)
+        if "iostream" in " ".join(errors):
+            raise OSError(errno.ENOSPC if full else errno.EIO, "llama.cpp could not write", str(target))
+        raise RuntimeError(f"llama.cpp could not quantize to {file_type}: {' '.join(errors) or f'code {code}'}")
+
+
+def _entries(vectors: Mapping[str, np.ndarray]) -> ctypes.Array[ctypes.Structure]:
+    """llama.cpp's array of named vectors, which ends with one that has no name."""
+    import llama_cpp
+
+    entries = (llama_cpp.llama_model_imatrix_data * (len(vectors) + 1))()
+    for entry, (name, vector) in zip(entries, vectors.items(), strict=False):
+        entry.name = name.encode()
+        entry.data = vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = vector.size
+    return entries  # type: ignore[no-any-return]
+
+
+def tensor_types(path: Path) -> dict[str, int]:
+    """How many tensors of a GGUF file have which type."""
+    import gguf
+
+    return dict(sorted(Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors).items()))

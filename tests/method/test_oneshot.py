@@ -1,0 +1,311 @@
+"""gptq, awq, smoothquant and fp8: what is saved is what was computed, and the library's silent failures are not met."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.method.shapes import random_model
+from winnow.method import pipeline
+from winnow.method.oneshot import AWQ, FP8, GPTQ, SmoothQuant
+from winnow.method.prune import Wanda
+from winnow.method.rtn import RTN
+from winnow.model.load import pretrained
+from winnow.model.packing import linears
+from winnow.model.plan import Plan, dense_tensors
+from winnow.model.save import save
+from winnow.nano.items import held_out_text
+from winnow.nano.model import trained
+from winnow.types import LM, Calibration, MissingExtra, Run, Stage, UserError, knobs_of
+
+pytest.importorskip("llmcompressor")
+
+CASES: dict[str, Stage] = {
+    "gptq2": GPTQ(2, 128),
+    "gptq3": GPTQ(3, 32, act_order="none"),
+    "gptq4": GPTQ(4, 64, scale="mse"),
+    "gptq8": GPTQ(8, 64),
+    "awq2": AWQ(2, 64, grid=3),
+    "awq3": AWQ(3, 128, grid=3),
+    "smoothquant": SmoothQuant(),
+    "fp8": FP8(),
+    "fp8_block": FP8("block"),
+}
+SHAPES = ("qwen2", "gemma3_text", "mistral")
+CLOSE: dict[str, Stage] = {"gptq": GPTQ(8), "awq": AWQ(8, grid=5), "smoothquant": SmoothQuant(0.8)}  # to the base
+
+
+@torch.inference_mode()
+def logits(lm: LM) -> torch.Tensor:
+    ids = lm.tokenizer(["Question: Tom has 5 apples. Tom buys 7 more."], return_tensors="pt").input_ids
+    return lm.model(input_ids=ids).logits.float()
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def base(family: str) -> Path:
+        if family not in made:
+            made[family] = random_model(family, tmp_path_factory.mktemp("bases") / family)
+        return made[family]
+
+    return base
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Run:
+    (tmp_path / "run").mkdir()
+    return Run(tmp_path / "run", log=lambda line: None, calibration=Calibration(samples=16, max_length=64))
+
+
+def plan_of(folder: Path) -> Plan:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    others = sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".safetensors")
+    return Plan(config, dense_tensors(config), others)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_loaded_computes_what_was_saved_in_the_predicted_size(
+    name: str, base_of, quick, tmp_path: Path
+) -> None:
+    folder, stage = base_of("llama"), CASES[name]
+    made = pipeline.apply(pretrained(str(folder)), {name: stage}, quick)
+    before = logits(made)
+    saved = save(made, tmp_path / "artifact")
+    again = pretrained(str(tmp_path / "artifact"))
+    torch.testing.assert_close(logits(again), before, rtol=0, atol=0)
+    plan = stage.predict(plan_of(folder))
+    assert plan.disk_bytes == pytest.approx(saved.manifest["sizes"]["size_bytes"], rel=0.005)
+    loaded = sum(p.nbytes for p in again.model.parameters())
+    assert plan.memory_bytes == pytest.approx(loaded, rel=0.03)
+
+
+@pytest.mark.parametrize("name", CLOSE)
+@pytest.mark.parametrize("family", SHAPES)
+def test_other_shapes_keep_their_function_and_reload(family: str, name: str, base_of, quick, tmp_path: Path) -> None:
+    lm = pretrained(str(base_of(family)))
+    base = logits(lm)
+    made = pipeline.apply(lm, {name: CLOSE[name]}, quick)
+    before = logits(made)
+    assert (before - base).abs().mean() < 0.05 * base.abs().mean()
+    save(made, tmp_path / "artifact")
+    torch.testing.assert_close(logits(pretrained(str(tmp_path / "artifact"))), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "moved"),
+    [
+        (GPTQ(4), ()),
+        (AWQ(4, grid=3), ("pre_feedforward_layernorm",)),
+        (SmoothQuant(), ("input_layernorm", "pre_feedforward_layernorm")),
+    ],
+    ids=lambda value: type(value).__name__.lower() if isinstance(value, Stage) else "",
+)
+def test_norms_of_gemma_that_no_scale_goes_into_keep_every_bit(stage: Stage, moved: tuple[str, ...], base_of, quick):
+    before = {n: p.clone() for n, p in pretrained(str(base_of("gemma3_text"))).model.named_parameters()}
+    after = stage(pretrained(str(base_of("gemma3_text"))), quick).model
+    for name, parameter in after.named_parameters():
+        if name in before and ".self_attn." not in name and ".mlp." not in name:
+            changes = any(part in name for part in moved)
+            assert torch.equal(parameter, before[name]) != changes, name
+        elif "q_norm" in name or "k_norm" in name:
+            assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "stage", [GPTQ(3), AWQ(3, grid=3), SmoothQuant(), FP8()], ids=lambda s: type(s).__name__.lower()
+)
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_pruned_weights_stay_zero(stage: Stage, pattern: str, base_of, quick) -> None:
+    pruned = Wanda(pattern=pattern)(pretrained(str(base_of("llama"))), quick)
+    zeros = {name: linear.weight == 0 for name, linear in linears(pruned.model).items()}
+    made = stage(pruned, quick)
+    for name, linear in linears(made.model).items():
+        assert (linear.weight[zeros[name]] == 0).all(), name
+        assert zeros[name].float().mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.fixture
+def problem() -> dict[str, Any]:
+    """Arguments of GPTQ's rounding: two layers with correlated inputs, 3 bits, groups of 32."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 256, 96) @ torch.randn(2, 96, 96)
+    weights = torch.randn(2, 48, 96)
+    args = QuantizationArgs(num_bits=3, type="int", symmetric=True, strategy="group", group_size=32, actorder="static")
+    return {
+        "weights": weights,
+        "hessians": inputs.mT @ inputs / 256,
+        "scale": weights.unflatten(-1, (-1, 32)).abs().amax(-1) / 3.5,
+        "zero_point": torch.zeros(2, 48, 3),
+        "global_scale": None,
+        "quant_args": args,
+        "blocksize": 40,
+        "percdamp": 0.01,
+    }
+
+
+def copied(problem: dict[str, Any]) -> dict[str, Any]:
+    """Rounding works in place."""
+    return {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in problem.items()}
+
+
+@pytest.mark.parametrize("order", ["static", None])
+def test_without_zeros_it_is_the_librarys_rounding(problem: dict[str, Any], order: str | None) -> None:
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    from winnow.method.gptq_sparse import quantize_sparse
+
+    problem["quant_args"] = problem["quant_args"].model_copy(update={"actorder": order})
+    expected, expected_loss, _ = quantize_weight(**copied(problem))
+    found, found_loss, fallbacks = quantize_sparse(**copied(problem))
+    assert not fallbacks.any()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found_loss, expected_loss, rtol=1e-3, atol=0)
+
+
+def test_with_zeros_the_error_is_smaller_than_of_zeroing_afterwards(problem: dict[str, Any]) -> None:
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    from winnow.method.gptq_sparse import quantize_keeping_zeros
+
+    weights, hessians = problem["weights"], problem["hessians"].clone()
+    zeros = torch.rand_like(weights) < 0.5
+    weights.masked_fill_(zeros, 0)
+
+    def error(rounded: torch.Tensor) -> float:
+        difference = rounded - weights
+        return float(torch.einsum("noi,nij,noj->", difference, hessians, difference))
+
+    found = quantize_keeping_zeros(**copied(problem))[0]
+    afterwards = quantize_weight(**copied(problem))[0].masked_fill(zeros, 0)
+    assert (found[zeros] == 0).all()
+    assert error(found) < 0.8 * error(afterwards)
+
+
+@pytest.mark.parametrize("stage", [GPTQ(3), AWQ(4, grid=3)], ids=lambda s: type(s).__name__.lower())
+def test_the_same_seed_makes_the_same_bytes(stage: Stage, tiny: Path, quick, tmp_path: Path) -> None:
+    hashes = {
+        pipeline.compress(pretrained(str(tiny)), {"it": stage}, quick, tmp_path / str(i)).manifest["sha256"]
+        for i in range(2)
+    }
+    assert len(hashes) == 1
+
+
+@torch.inference_mode()
+def perplexity(lm: LM) -> float:
+    loss, tokens = 0.0, 0
+    for item in held_out_text(40):
+        ids = lm.tokenizer([item.completion], return_tensors="pt").input_ids
+        scores = lm.model(input_ids=ids).logits[0, :-1].float()
+        loss += torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    return math.exp(loss / tokens)
+
+
+def test_both_beat_rounding_to_nearest_at_two_bits(quick) -> None:
+    run = dataclasses.replace(quick, calibration=Calibration(samples=32, max_length=128))
+    plain = perplexity(RTN(2, 64)(trained(), run))
+    assert perplexity(GPTQ(2)(trained(), run)) < 0.9 * plain
+    assert perplexity(AWQ(2, grid=4)(trained(), run)) < 0.95 * plain
+
+
+def test_a_line_a_block_is_logged_and_nothing_is_printed(tiny: Path, quick, capfd: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    for stage in (GPTQ(4), AWQ(4, grid=3), SmoothQuant(), FP8()):
+        name = type(stage).__name__.lower()
+        lm = stage(pretrained(str(tiny)), dataclasses.replace(quick, log=lines.append))
+        assert lines[-2:] == [f"{name}: block 1 of 2", f"{name}: block 2 of 2"]
+        assert "starts over" in lines[-3] and len(lines) == 3
+        assert ("calibration_sha256" in lm.manifest.get("_notes", {})) == (name != "fp8")
+        lines.clear()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_awq_works_without_an_accelerator(tiny: Path, quick) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("there is one")
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    pin = vars(IntermediatesCache)["_pin_intermediate"]
+    AWQ(4, grid=3)(pretrained(str(tiny)), quick)
+    assert vars(IntermediatesCache)["_pin_intermediate"] is pin
+
+
+@pytest.mark.parametrize(
+    "stage", [GPTQ(3), AWQ(3, grid=3), SmoothQuant(), FP8()], ids=lambda s: type(s).__name__.lower()
+)
+def test_neither_asymmetric_nor_static_quantization_is_offered(stage: Stage, tiny: Path, quick, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    assert not {"symmetric", "dynamic"} & set(knobs_of(stage))
+    pipeline.compress(pretrained(str(tiny)), {"it": stage}, quick, tmp_path / "artifact")
+    config = json.loads((tmp_path / "artifact" / "config.json").read_text())["quantization_config"]
+    for group in config["config_groups"].values():
+        assert group["weights"]["symmetric"]
+        assert group["input_activations"] is None or group["input_activations"]["dynamic"] is True
+    with safe_open(tmp_path / "artifact" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "zero_point" in name]  # noqa: SIM118 (not a dict)
+
+
+@pytest.mark.parametrize("stage", [SmoothQuant(), FP8(), FP8("block")], ids=["smoothquant", "fp8", "fp8_block"])
+def test_activations_are_rounded_after_loading_too(stage: Stage, base_of, quick, tmp_path: Path) -> None:
+    pipeline.compress(pretrained(str(base_of("llama"))), {"it": stage}, quick, tmp_path / "artifact")
+    again = pretrained(str(tmp_path / "artifact"))
+    assert logits(again).isfinite().all()
+    linear = linears(again.model)["model.layers.0.mlp.up_proj"]
+    x = torch.randn(1, 3, linear.in_features, dtype=torch.bfloat16)
+    assert not torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight))
+
+
+@pytest.fixture
+def llama(base_of) -> Iterator[LM]:
+    yield pretrained(str(base_of("llama")))
+
+
+@pytest.mark.parametrize("stage", [AWQ(grid=3), SmoothQuant()], ids=lambda s: type(s).__name__.lower())
+def test_scales_are_not_moved_in_an_unknown_architecture(stage: Stage, llama: LM, quick) -> None:
+    llama.model.__class__ = type("StrangeForCausalLM", (type(llama.model),), {})
+    with pytest.raises(UserError, match=r"does not know which layers of StrangeForCausalLM feed which.*method=gptq"):
+        stage(llama, quick)
+
+
+def test_widths_that_do_not_fit_are_refused(tiny: Path, quick) -> None:
+    for stage in (GPTQ(group_size=128), AWQ(group_size=128)):
+        with pytest.raises(UserError, match=r"group_size=128 does not divide the width 64 of model\.layers\.0"):
+            stage(pretrained(str(tiny)), quick)
+    with pytest.raises(UserError, match=r"scales=block takes widths that are multiples of 128, not 64"):
+        FP8("block")(pretrained(str(tiny)), quick)
+
+
+@pytest.mark.parametrize(
+    "stage", [GPTQ(4), AWQ(4, grid=3), SmoothQuant(), FP8()], ids=lambda s: type(s).__name__.lower()
+)
+def test_what_is_not_finite_is_an_error(stage: Stage, llama: LM, quick) -> None:
+    linears(llama.model)["model.layers.1.mlp.down_proj"].weight.data[3, 5] = math.nan
+    with pytest.raises(UserError, match=r"down_proj"):
+        stage(llama, quick)
+
+
+def test_a_hessian_that_cannot_be_inverted_is_an_error(llama: LM, quick) -> None:
+    llama.model.model.layers[0].input_layernorm.weight.data[0] = math.inf
+    with pytest.raises(UserError, match=r"the Hessian of model\.layers\.0\.self_attn.* raise method\.gptq\.damping"):
+        GPTQ(4)(llama, quick)
+
+
+def test_a_missing_library_names_its_extra(llama: LM, quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for stage in (GPTQ(), AWQ(), SmoothQuant(), FP8()):
+        with pytest.raises(MissingExtra, match=r"pip install 'winnow\[llmcompressor\]'"):
+            stage(llama, quick)

@@ -1,0 +1,156 @@
+"""What does not work is found before any score is paid for: in evaluation, and when an artifact has been saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils import prune
+
+from winnow.hardware.runtime import serving
+from winnow.hardware.runtime.check import check
+from winnow.model.load import pretrained
+from winnow.nano.model import WEIGHTS, untrained
+from winnow.search.child import classify
+from winnow.types import LM, Checked, MissingExtra, Reason, Run, Slot, Unservable
+
+
+def checked(lm: LM) -> float:
+    with serving(lm) as served:
+        return check(lm, served)
+
+
+def nano() -> LM:
+    return pretrained(str(WEIGHTS))
+
+
+def pruned_without_remove(lm: LM) -> None:
+    """As `torch.nn.utils.prune` leaves it without `prune.remove`: saved, its weights have names that loading does not know."""
+    for module in list(lm.model.model.layers.modules()):
+        if isinstance(module, torch.nn.Linear):
+            prune.l1_unstructured(module, "weight", 0.5)
+
+
+def not_a_number(lm: LM) -> None:
+    lm.model.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
+
+
+def rows_shuffled(lm: LM) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in lm.model.model.layers.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data[torch.randperm(len(parameter), generator=generator)]
+
+
+BROKEN = {
+    pruned_without_remove: "its perplexity on plain text is",
+    not_a_number: "its logits are not finite",
+    rows_shuffled: "its perplexity on plain text is",
+}
+
+
+def test_what_works_passes() -> None:
+    assert checked(nano()) < 3
+    halved = nano()
+    for module in halved.model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            prune.l1_unstructured(module, "weight", 0.8)  # bad, but it works
+    assert 3 < checked(halved) < 1000
+    assert 900 < checked(untrained(64, 128, 2, 2, 64, seed=0)) < 1200  # a context shorter than the text
+
+
+@pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
+def test_what_is_broken_is_unservable(damage: Callable[[LM], None], tmp_path: Path) -> None:
+    lm = nano()
+    damage(lm)
+    lm.model.save_pretrained(tmp_path / "artifact")
+    lm.tokenizer.save_pretrained(tmp_path / "artifact")
+    with pytest.raises(Unservable, match=f"in transformers {BROKEN[damage]}") as caught:
+        checked(pretrained(str(tmp_path / "artifact")))
+    assert classify(caught.value) is Reason.UNSERVABLE
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("shapes do not match"), Unservable),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (MissingExtra("hqq", "kv"), MissingExtra),
+    ],
+)
+def test_the_model_is_blamed_for_what_it_is_to_blame_for(
+    error: Exception, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = nano()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(lm.model, "generate", fail)
+    with pytest.raises(expected):
+        checked(lm)
+
+
+def test_weights_that_do_not_fit_the_configuration_do_not_load(tmp_path: Path) -> None:
+    folder = tmp_path / "artifact"
+    nano().model.save_pretrained(folder)
+    nano().tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"hidden_size": 128}))
+    with pytest.raises(Unservable):
+        checked(pretrained(str(folder)))
+
+
+def test_evaluation_ends_with_one_line_and_exit_code_2(command: Callable[..., Any], tmp_path: Path) -> None:
+    lm = nano()
+    not_a_number(lm)
+    lm.model.save_pretrained(tmp_path / "artifact")
+    lm.tokenizer.save_pretrained(tmp_path / "artifact")
+    ended = command("evaluate", "model=local", f"model.path={tmp_path / 'artifact'}", "benchmark.limit=5")
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.strip() == f"evaluate.py: {tmp_path / 'artifact'}: in transformers its logits are not finite"
+    assert not (tmp_path / "outputs" / "evaluate").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoiled(Checked):
+    """A method whose artifact does not work."""
+
+    slot = Slot.PRUNE
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        rows_shuffled(lm)
+        return lm.changed(lm.model)
+
+
+def test_the_manifest_lists_the_runtimes_as_tried(tiny: Path, tmp_path: Path, run_in: Run) -> None:
+    import transformers
+
+    from winnow.method.pipeline import compress
+    from winnow.method.rtn import RTN
+
+    base = pretrained(str(tiny))
+    saved = compress(base, {"rtn": RTN(group_size=32)}, run_in, tmp_path / "artifact")
+    assert saved.manifest["runtimes"] == {"transformers": transformers.__version__}
+    assert pretrained(str(tmp_path / "artifact")).manifest == saved.manifest
+    assert base._model is None and saved._model is None  # neither is kept
+    assert not list((tmp_path / "artifact").glob(".*"))
+
+
+def test_an_artifact_that_nothing_serves_is_saved_and_says_so(tmp_path: Path, run_in: Run) -> None:
+    from winnow.method.pipeline import compress
+
+    lines: list[str] = []
+    run = dataclasses.replace(run_in, log=lines.append)
+    saved = compress(nano(), {"spoiled": Spoiled()}, run, tmp_path / "artifact")
+    (result,) = saved.manifest["runtimes"].values()
+    assert "fails: in transformers its perplexity on plain text is" in result and str(tmp_path) not in result
+    assert lines[-1] == f"{tmp_path / 'artifact'}: saved, but no runtime serves it"
+    with pytest.raises(Unservable):
+        checked(pretrained(str(saved.path)))
