@@ -114,8 +114,10 @@ class TestFromAConfigurationAlone:
     def test_what_does_not_fit_says_why_and_what_would(self, llama_8b: Path) -> None:
         found = self.table(llama_8b, "method=[rtn]", "hardware=rtx4090", "hardware.memory_limit_bytes=12000000000")
         assert cells(found, "rtn")[-1] == "no"
+        assert "base: serving 1 x 640 tokens needs 1" in found
+        assert "it fits at 8 bits (int8) with 1 x 640 tokens" in found
         assert "rtn(bits=4, group_size=64): serving 1 x 640 tokens needs 1" in found
-        assert "it fits at 8 bits with 1 x 640 tokens" in found
+        assert "it fits with hardware.runtime=vllm" in found
         assert "it does not fit" in found.splitlines()[-1]
 
     def test_a_model_without_a_tokenizer_is_calibrated_at_the_most(self, llama_8b: Path) -> None:

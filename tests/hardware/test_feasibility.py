@@ -77,7 +77,7 @@ def test_a_walk_over_the_blocks_has_two_of_them_on_the_device_at_most(llama_8b: 
 
 def test_the_reason_names_a_way_out(llama_8b: Plan) -> None:
     short = on(llama_8b, gpu(12)).reason
-    assert "needs 1" in short and "it fits at 8 bits with 1 x 4,096 tokens" in short
+    assert "needs 1" in short and "it fits at 8 bits (int8) with 1 x 4,096 tokens" in short
     batch = on(llama_8b, gpu(24, latency_batch_size=64)).reason
     assert "it fits at" in batch or "it fits with 1 x 4,096 tokens" in batch
     assert "with 1 x" in on(llama_8b, gpu(7.5)).reason

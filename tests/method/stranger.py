@@ -26,7 +26,7 @@ def answer(path: str, output: str, text: str) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # a faster kernel that rounds differently: not what is tested
             module.support_avx512bf16_for_cpu = False
-    ids = AutoTokenizer.from_pretrained(path)([text], return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(path, trust_remote_code=own_code)([text], return_tensors="pt").input_ids
     with torch.inference_mode():
         logits = model(input_ids=ids).logits.float()
     save_file({"logits": logits}, output)

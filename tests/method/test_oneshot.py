@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -105,93 +104,31 @@ def test_other_shapes_keep_their_function_and_reload(family: str, name: str, bas
 @pytest.mark.parametrize(
     ("stage", "moved"),
     [
-        (GPTQ(4), ()),
-        (AWQ(4, grid=3), ("pre_feedforward_layernorm",)),
-        (SmoothQuant(), ("input_layernorm", "pre_feedforward_layernorm")),
+        (GPTQ(4), set()),
+        (AWQ(2, grid=8), {"pre_feedforward_layernorm"}),
+        (SmoothQuant(), {"input_layernorm", "pre_feedforward_layernorm"}),
     ],
-    ids=lambda value: type(value).__name__.lower() if isinstance(value, Stage) else "",
+    ids=["gptq", "awq", "smoothquant"],
 )
-def test_norms_of_gemma_that_no_scale_goes_into_keep_every_bit(stage: Stage, moved: tuple[str, ...], base_of, quick):
-    before = {n: p.clone() for n, p in pretrained(str(base_of("gemma3_text"))).model.named_parameters()}
-    after = stage(pretrained(str(base_of("gemma3_text"))), quick).model
-    for name, parameter in after.named_parameters():
-        if name in before and ".self_attn." not in name and ".mlp." not in name:
-            changes = any(part in name for part in moved)
-            assert torch.equal(parameter, before[name]) != changes, name
-        elif "q_norm" in name or "k_norm" in name:
-            assert torch.equal(parameter, before[name]), name
+def test_norms_of_gemma_that_no_scale_goes_into_keep_every_bit(stage: Stage, moved: set[str], base_of, quick) -> None:
+    norms = {n: p.clone() for n, p in pretrained(str(base_of("gemma3_text"))).model.named_parameters() if "norm" in n}
+    after = dict(stage(pretrained(str(base_of("gemma3_text"))), quick).model.named_parameters())
+    changed = {name.split(".")[-2] for name, before in norms.items() if not torch.equal(after[name], before)}
+    assert changed == moved
 
 
 @pytest.mark.parametrize(
-    "stage", [GPTQ(3), AWQ(3, grid=3), SmoothQuant(), FP8()], ids=lambda s: type(s).__name__.lower()
+    ("stage", "pattern"),
+    [(GPTQ(3), "2:4"), (GPTQ(2), "unstructured"), (AWQ(3, grid=3), "2:4"), (SmoothQuant(), "2:4"), (FP8(), "2:4")],
+    ids=["gptq", "gptq-unstructured", "awq", "smoothquant", "fp8"],
 )
-@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-def test_pruned_weights_stay_zero(stage: Stage, pattern: str, base_of, quick) -> None:
-    pruned = Wanda(pattern=pattern)(pretrained(str(base_of("llama"))), quick)
+def test_pruned_weights_stay_zero(stage: Stage, pattern: str, tiny: Path, quick) -> None:
+    pruned = Wanda(pattern=pattern)(pretrained(str(tiny)), quick)
     zeros = {name: linear.weight == 0 for name, linear in linears(pruned.model).items()}
     made = stage(pruned, quick)
     for name, linear in linears(made.model).items():
         assert (linear.weight[zeros[name]] == 0).all(), name
         assert zeros[name].float().mean() == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.fixture
-def problem() -> dict[str, Any]:
-    """Arguments of GPTQ's rounding: two layers with correlated inputs, 3 bits, groups of 32."""
-    from compressed_tensors.quantization import QuantizationArgs
-
-    torch.manual_seed(0)
-    inputs = torch.randn(2, 256, 96) @ torch.randn(2, 96, 96)
-    weights = torch.randn(2, 48, 96)
-    args = QuantizationArgs(num_bits=3, type="int", symmetric=True, strategy="group", group_size=32, actorder="static")
-    return {
-        "weights": weights,
-        "hessians": inputs.mT @ inputs / 256,
-        "scale": weights.unflatten(-1, (-1, 32)).abs().amax(-1) / 3.5,
-        "zero_point": torch.zeros(2, 48, 3),
-        "global_scale": None,
-        "quant_args": args,
-        "blocksize": 40,
-        "percdamp": 0.01,
-    }
-
-
-def copied(problem: dict[str, Any]) -> dict[str, Any]:
-    """Rounding works in place."""
-    return {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in problem.items()}
-
-
-@pytest.mark.parametrize("order", ["static", None])
-def test_without_zeros_it_is_the_librarys_rounding(problem: dict[str, Any], order: str | None) -> None:
-    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-
-    from winnow.method.gptq_sparse import quantize_sparse
-
-    problem["quant_args"] = problem["quant_args"].model_copy(update={"actorder": order})
-    expected, expected_loss, _ = quantize_weight(**copied(problem))
-    found, found_loss, fallbacks = quantize_sparse(**copied(problem))
-    assert not fallbacks.any()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found_loss, expected_loss, rtol=1e-3, atol=0)
-
-
-def test_with_zeros_the_error_is_smaller_than_of_zeroing_afterwards(problem: dict[str, Any]) -> None:
-    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-
-    from winnow.method.gptq_sparse import quantize_keeping_zeros
-
-    weights, hessians = problem["weights"], problem["hessians"].clone()
-    zeros = torch.rand_like(weights) < 0.5
-    weights.masked_fill_(zeros, 0)
-
-    def error(rounded: torch.Tensor) -> float:
-        difference = rounded - weights
-        return float(torch.einsum("noi,nij,noj->", difference, hessians, difference))
-
-    found = quantize_keeping_zeros(**copied(problem))[0]
-    afterwards = quantize_weight(**copied(problem))[0].masked_fill(zeros, 0)
-    assert (found[zeros] == 0).all()
-    assert error(found) < 0.8 * error(afterwards)
 
 
 @pytest.mark.parametrize("stage", [GPTQ(3), AWQ(4, grid=3)], ids=lambda s: type(s).__name__.lower())
@@ -215,10 +152,10 @@ def perplexity(lm: LM) -> float:
 
 
 def test_both_beat_rounding_to_nearest_at_two_bits(quick) -> None:
-    run = dataclasses.replace(quick, calibration=Calibration(samples=32, max_length=128))
+    run = dataclasses.replace(quick, calibration=Calibration(samples=24, max_length=96))
     plain = perplexity(RTN(2, 64)(trained(), run))
     assert perplexity(GPTQ(2)(trained(), run)) < 0.9 * plain
-    assert perplexity(AWQ(2, grid=4)(trained(), run)) < 0.95 * plain
+    assert perplexity(AWQ(2, grid=3)(trained(), run)) < 0.95 * plain
 
 
 def test_a_line_a_block_is_logged_and_nothing_is_printed(tiny: Path, quick, capfd: pytest.CaptureFixture[str]) -> None:
@@ -270,8 +207,8 @@ def test_activations_are_rounded_after_loading_too(stage: Stage, base_of, quick,
 
 
 @pytest.fixture
-def llama(base_of) -> Iterator[LM]:
-    yield pretrained(str(base_of("llama")))
+def llama(tiny: Path) -> LM:
+    return pretrained(str(tiny))
 
 
 @pytest.mark.parametrize("stage", [AWQ(grid=3), SmoothQuant()], ids=lambda s: type(s).__name__.lower())
@@ -294,7 +231,7 @@ def test_widths_that_do_not_fit_are_refused(tiny: Path, quick) -> None:
 )
 def test_what_is_not_finite_is_an_error(stage: Stage, llama: LM, quick) -> None:
     linears(llama.model)["model.layers.1.mlp.down_proj"].weight.data[3, 5] = math.nan
-    with pytest.raises(UserError, match=r"down_proj"):
+    with pytest.raises(UserError, match=r"down_proj|model\.layers\.1\.mlp puts out NaN"):
         stage(llama, quick)
 
 

@@ -72,3 +72,17 @@ def test_a_model_of_an_unknown_kind_is_one_clear_message(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(UserError, match=r"model\.path=.* cannot be loaded"):
         plan_of(pretrained(str(tmp_path), weights=False))
+
+
+def test_a_plans_numbers_are_those_of_its_configuration(folder: Path) -> None:
+    from transformers import Gemma3Config
+
+    from winnow.model.plan import Plan
+    from winnow.model.spec import spec
+
+    config = pretrained(str(folder)).model.config
+    assert Plan(config, {}).spec == spec(config)
+    whole = Gemma3Config(
+        text_config={"num_hidden_layers": 2, "dtype": "bfloat16"}, vision_config={"num_hidden_layers": 1}
+    )
+    assert Plan(whole, {}).spec == spec(whole)

@@ -38,7 +38,7 @@ def test_the_grid_is_every_strategy_once() -> None:
     found = list(space_of().all(points=3))
     assert found[0] == Strategy()
     assert len({s.overrides for s in found}) == len(found)
-    prune = 1 + 2 * (3 + 2)  # none, or two methods with 3 sparsities or one of two patterns
+    prune = 1 + 2 * (3 * 3 + 2)  # none, or two methods with 3 sparsities in 3 allocations, or one of two patterns
     quantize = 1 + 4 * 3 + 1
     assert len(found) == prune * quantize
 

@@ -23,9 +23,9 @@ __all__ = ["HEADROOM", "Feasibility", "Step", "feasibility", "plan_of"]
 
 HEADROOM = 0.9  # of the memory: the rest is for the runtime's own buffers and for fragmentation
 _SHORTEST = 256  # tokens that a way out still offers
-_NARROWER = (8, 4, 3, 2)  # bits of the linear weights that it offers
+_NARROWER = {8: "", 4: "", 3: "", 2: ""}  # bits of the linear weights that it offers, and what makes them
+_IN_TRANSFORMERS = {8: " (int8)", 4: " (nf4)"}  # which transformers computes with; it unpacks anything else to 16 bits
 _SCALES = 0.25  # bits a weight: a 16-bit scale for each group of 64
-_IN_TRANSFORMERS = (8, 4)  # bits that transformers computes with; it unpacks anything else to 16 bits
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,12 @@ def _serving(
     """Bytes to answer `batch` requests of `tokens` at once."""
     n = plan.spec
     process = machine.process_bytes if hardware.device == "cpu" else 0
-    return _weights(plan, hardware, bits) + _cache(plan, hardware, tokens, batch) + n.activation_bytes(tokens, batch) + process
+    return (
+        _weights(plan, hardware, bits)
+        + _cache(plan, hardware, tokens, batch)
+        + n.activation_bytes(tokens, batch)
+        + process
+    )
 
 
 def _not_made(step: Step, work: Work, hardware: Hardware, machine: Machine) -> str:
@@ -217,12 +222,16 @@ def _not_served(step: Step, hardware: Hardware, machine: Machine) -> str:
 def _way_out(plan: Plan, hardware: Hardware, machine: Machine, usable: float) -> str:
     """What would be served instead: with fewer bits, one request at a time, a shorter context, in this order."""
     batch, tokens = hardware.latency_batch_size, hardware.prompt_tokens + hardware.output_tokens
+    packed = dataclasses.replace(hardware, runtime="vllm")
+    if hardware.device == "cuda" and _serving(plan, packed, machine, tokens, batch) <= usable:
+        return "transformers unpacks it: it fits with hardware.runtime=vllm, which computes with packed weights"
     possible = _NARROWER if hardware.runtime != "transformers" else _IN_TRANSFORMERS
     narrower = [bits for bits in possible if _weights(plan, hardware, bits) < _weights(plan, hardware)]
     while True:
         for bits in (None, *narrower):
             if _serving(plan, hardware, machine, tokens, batch, bits) <= usable:
-                return f"it fits {f'at {bits} bits ' if bits else ''}with {batch} x {tokens:,} tokens"
+                weights = f"at {bits} bits{possible[bits]} " if bits else ""
+                return f"it fits {weights}with {batch} x {tokens:,} tokens"
         if batch > 1:
             batch = 1
         elif tokens // 2 >= _SHORTEST:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096  # of a calibration batch at most, where it has not been counted
 # Measured. glibc keeps freed blocks below 32 MB, and what a forward pass throws away between what it keeps for the backward
-# pass is holes: this share of it, by bytes of an activation.
-_HOLES = {2: 0.5, 4: 1.5}
+# pass is holes: this share of what is kept in smaller blocks, by bytes of an activation.
+_HOLES = {2: 0.85, 4: 1.2}
+_HEAP_BLOCK = 32 * 2**20
+_TEXT_BYTES = 200  # measured, of a token while documents are tokenised and as a list
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,8 @@ class Work:
 
     @staticmethod
     def streamed(plan: Plan) -> Work:
-        """Every linear weight read and written once, a matrix at a time, in single precision."""
-        return Work(
-            traffic_bytes=2 * _bytes(plan.linears),
-            device_bytes=8 * _largest(plan.linears),
-            moved_bytes=_bytes(plan.largest_block),
-        )
+        """Every linear weight read and written once in main memory, a matrix at a time, in single precision."""
+        return Work(traffic_bytes=2 * _bytes(plan.linears), host_bytes=8 * _largest(plan.linears))
 
     @staticmethod
     def sorted(plan: Plan) -> Work:
@@ -146,7 +144,9 @@ class Work:
         narrowed = plan.linear_parameters * bits / 8
         return Work(
             traffic_bytes=4 * plan.memory_bytes + 2 * read,
-            host_bytes=plan.memory_bytes + read + narrowed,
+            host_bytes=plan.memory_bytes + read,
+            device_bytes=narrowed,
+            moved_bytes=plan.memory_bytes - read,
         )
 
     @staticmethod
@@ -200,6 +200,7 @@ class Work:
         steps: int,
         batch_tokens: int,
         trained_parameters: int,
+        documents: int,
         mixed: bool = True,
         adapters: bool = True,
     ) -> Work:
@@ -218,19 +219,21 @@ class Work:
         logits = n.vocab_size * (12 + (2 if mixed else 0))
         parameters = sum(t.numel for t in plan.tensors.values())
         copies = 2 * (plan.linear_parameters + n.vocab_size * n.hidden_size) if mixed else 0
+        seen = counted(calibration)
         kept = copies + batch_tokens * (n.layers * layer + logits)
+        in_heap = kept - (batch_tokens * logits if 4 * batch_tokens * n.vocab_size > _HEAP_BLOCK else 0)
         masks = 4 * plan.linear_parameters if plan.sparse and adapters else 0
         # forward, the inputs' gradient, and for what is trained the weights' gradient
         flops = 2 * batch_tokens * (2 * parameters + trained_parameters)
         in_single = 4 * parameters - plan.memory_bytes
         return Work(
             flops=steps * flops,
-            traffic_bytes=steps * (16 * trained_parameters + 2 * plan.memory_bytes),
-            host_bytes=in_single,
+            traffic_bytes=16 * parameters,
+            host_bytes=in_single + _TEXT_BYTES * documents * _mean_length(seen),
             device_bytes=12 * trained_parameters + masks + kept,
-            hole_bytes=_HOLES[e] * kept,
+            hole_bytes=_HOLES[e] * in_heap,
             moved_bytes=4 * parameters,
-            matmuls=min(steps, 2 * counted(calibration).shapes) * 3 * (_kinds(plan) * (3 if adapters else 1) + 1),
+            matmuls=min(steps, 2 * seen.shapes) * 3 * (_kinds(plan) * (3 if adapters else 1) + 1),
         )
 
 

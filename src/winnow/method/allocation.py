@@ -28,7 +28,7 @@ def histogram(score_oi: torch.Tensor) -> torch.Tensor:
 def outlier_share(scores: Sequence[torch.Tensor], m: float) -> float:
     """The share of a block's scores that are more than `m` times their mean (section 3.2, with eq. 1's |weight| x norm)."""
     count = sum(score.numel() for score in scores)
-    mean = sum(score.double().sum().item() for score in scores) / count
+    mean = sum(score.sum(dtype=torch.float64).item() for score in scores) / count
     return sum(int((score > m * mean).sum()) for score in scores) / count
 
 

@@ -16,13 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Checked, MissingExtra, Run, Slot, UserError, knob
+from winnow.types import LM, Calibration, Checked, MissingExtra, Run, Slot, UserError, knob
 
 if TYPE_CHECKING:
+    from winnow.hardware.work import Work
     from winnow.model.plan import Plan, Stored
 
 DRIVER = "winnow.method.autoround_driver"
 WORD = 32  # bits of the integers into which the auto_round format packs
+SEARCHED = 300  # scales that `iters=0` tries for a group
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class AutoRound(Checked):
     Source: Cheng et al. 2023, arXiv:2309.05516, section 3 (eq. 3 to 5, algorithm 1).
     Calibration: token batches of `calibration`, in rows as long as the longest document; `batch_size` rows an iteration.
     Cost: time about 6 N B per iteration for N parameters and B = batch_size x T tokens, and three passes of 2 N over all
-        tokens; device memory of one block, 16 bytes for each of its parameters, and the activations of B tokens; main memory
-        of the model and twice the hidden states of all tokens. All derived from the code.
+        tokens; device memory of one block, 20 bytes for each of its parameters, and the activations of B tokens; main memory
+        of the model and twice the hidden states of all tokens. All derived from the code. A run that dies goes on at the
+        block it had reached.
     Writes: safetensors, compressed-tensors `pack-quantized` or auto_round's GPTQ-like packing.
     Loaded by: transformers; vLLM (`llm_compressor`: 4 and 8 bits).
     """
@@ -66,6 +69,21 @@ class AutoRound(Checked):
             return dataclasses.replace(t, disk_bytes=size, memory_bytes=size, entries=3)  # weights, zero points, scales
 
         return plan.in_16_bits().with_linears(change)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work, counted
+
+        seen, walked = counted(calibration), Work.calibrated(plan, calibration, passes=3)
+        tokens = min(self.batch_size * calibration.max_length, seen.tokens)  # of an iteration
+        block = sum(t.numel for t in plan.largest_block if t.linear)
+        tuned = Work(
+            flops=self.iters * 6 * tokens * plan.linear_parameters,
+            traffic_bytes=(self.iters or SEARCHED) * 60 * plan.linear_parameters,
+            host_bytes=walked.host_bytes
+            + 4 * block,  # hidden states of the tuned blocks as well, the best rounding so far
+            device_bytes=20 * block + 2 * walked.device_bytes * tokens / seen.batch_tokens,
+        )
+        return (walked + tuned).then(Work.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         if importlib.util.find_spec("auto_round") is None:

@@ -79,9 +79,9 @@ class Checkpoint:
     def save(self, blocks: nn.ModuleList, done: int, hidden: Sequence[torch.Tensor]) -> None:
         """Writes the first `done` blocks and what enters the next, if the last time is long enough ago.
 
-        Without room on the disk the run goes on without.
+        Not after the last block, when there is nothing to go on with. Without room on the disk the run goes on without.
         """
-        if self._broken or time.monotonic() - self._saved_at < SAVE_EVERY_S:
+        if self._broken or done == len(blocks) or time.monotonic() - self._saved_at < SAVE_EVERY_S:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def checkpoint_of(stage: Any, lm: LM, run: Run, calibration_sha256: str) -> Chec
         "knobs": dataclasses.asdict(stage),
         "calibration": calibration_sha256,
         "seed": run.seed,
-        "base": lm.manifest.get("base"),
+        "config": lm.model.config.to_json_string(),
         "weights": _checksum(lm.model),
     }
     fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
@@ -127,7 +127,7 @@ def checkpoint_of(stage: Any, lm: LM, run: Run, calibration_sha256: str) -> Chec
 
 
 def _checksum(model: nn.Module) -> str:
-    """Tells models apart that earlier stages left: each parameter's name, shape, type and the sum of its bits as integers."""
+    """Over each parameter's name, shape, type and the sum of its bits as integers: quick, since all weights are read."""
     digest = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in model.named_parameters():

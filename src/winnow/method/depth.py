@@ -6,7 +6,7 @@ python compress.py method=[depth,lora] method.depth.by=perplexity
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -47,8 +47,8 @@ class Depth(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.PRUNE
-    perplexity_bound: ClassVar[float] = 10.0
-    aggressive: ClassVar[dict[str, Any]] = {"share": 0.75}
+    perplexity_bound: ClassVar[float] = 1.1
+    aggressive: ClassVar[Mapping[str, Any]] = {"share": 0.75}
 
     share: float = knob(0.2, low=0.02, high=0.75, search_range=(0.1, 0.5))
     by: str = knob("influence", choices=("influence", "perplexity"))

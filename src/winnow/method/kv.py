@@ -43,7 +43,8 @@ class KV(Checked):
         rounded by HQQ (Badri and Shaji 2023, mobiusml.github.io/hqq_blog). Windows: Longformer, arXiv:2004.05150, section 3.1.
     Calibration: none.
     Cost: none to make. Each layer's cache is unpacked whole at every step, and quantized anew every `residual` tokens: memory
-        falls, decoding gets slower. COST
+        falls, decoding gets slower. Embedded model, one core, 64 tokens after a prompt of 512: 2.94 MB of cache and 1.1 s
+        at 16 bits, 1.72 MB and 1.7 s at 8, 1.06 MB and 2.2 s at 4, 0.73 MB and 2.4 s at 2.
     Writes: `generation_config.json` (`cache_implementation`, `cache_config`), `config.json` (`sliding_window`); weights as they
         were.
     Loaded by: transformers, with hqq for `bits` under 16. vLLM reads the window, and ignores the cache's bits (it has

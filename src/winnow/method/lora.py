@@ -44,7 +44,12 @@ class Lora(Checked):
 
         trained = self.rank * sum(sum(t.shape) for t in plan.linears)
         mixed = self.precision == "bf16-mixed"
-        return Work.trained(plan, calibration, self.steps, self.tokens_per_batch, trained, mixed)
+        return Work.trained(plan, calibration, self.steps, self.tokens_per_batch, trained, self._documents, mixed)
+
+    @property
+    def _documents(self) -> int:
+        """Four times what the steps need at the calibration length, so that a document is seen once."""
+        return max(64, self.steps * self.tokens_per_batch // 16)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         try:
@@ -59,9 +64,7 @@ class Lora(Checked):
         from winnow.recovery.fit import fit
         from winnow.recovery.module import Schedule
 
-        # four times what the steps need at the calibration length, so that a document is seen once
-        wanted = max(64, self.steps * self.tokens_per_batch // 16)
-        rows = encode(documents(run.calibration, wanted, run.seed), lm.tokenizer, self.max_length)
+        rows = encode(documents(run.calibration, self._documents, run.seed), lm.tokenizer, self.max_length)
         torch.manual_seed(run.seed)  # the adapters' initial weights
         dtype = lm.model.dtype
         adapter = peft.LoraConfig(

@@ -7,6 +7,7 @@ python compress.py method=[lowrank,lora,gptq]
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -47,8 +48,8 @@ class LowRank(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.PRUNE
-    perplexity_bound: ClassVar[float] = 10.0
-    aggressive: ClassVar[dict[str, Any]] = {"share": 0.25}
+    perplexity_bound: ClassVar[float] = 3.2
+    aggressive: ClassVar[Mapping[str, Any]] = {"share": 0.05, "multiple": 16}
 
     share: float = knob(0.75, low=0.05, high=0.95, search_range=(0.3, 0.9))
     multiple: int = knob(64, choices=(16, 32, 64, 128), search=False)

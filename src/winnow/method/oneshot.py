@@ -69,9 +69,10 @@ class _Grouped(_OneShot):
 class GPTQ(_Grouped):
     """Rounds the weights column by column and makes up for each column's error in those still to come.
 
-    Weights that a stage before has pruned are zero again in the end. `scale` is the range of a group that its integers span: `minmax` all of
-    it, `mse` the part that rounds with the least error, `auto` `mse` at 3 bits or fewer. With `act_order=static` the columns
-    of the largest activations come first, at no cost when the model is used. An interrupted run starts over.
+    Weights that a stage before has pruned are zero again in the end. `scale` is the range of a group that its integers span:
+    `minmax` all of it, `mse` the part that rounds with the least error, `auto` `mse` at 3 bits or fewer. With
+    `act_order=static` the columns of the largest activations come first, at no cost when the model is used. An interrupted
+    run starts over.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1.
     Calibration: token batches of `calibration`, twice through each block: for the Hessian of each layer (X X^T of its

@@ -63,7 +63,8 @@ def oneshot(lm: LM, run: Run, name: str, recipe: Sequence[Modifier], batches: Se
             run.log(f"{name}: block {numbers[block] + 1} of {len(blocks)}")
 
     # the batches are as they are wanted: no sampler, no collation, no padding and so no attention mask
-    loader: Any = DataLoader([{"input_ids": batch} for batch in batches], batch_size=None) if batches else None
+    rows: Any = [{"input_ids": batch} for batch in batches]
+    loader = DataLoader(rows, batch_size=None) if batches else None
     arguments = DatasetArguments(sequential_targets=[type(blocks[0]).__name__])
     with silent(), on_device(run.device), plain_norms(model), at_home_again(model), create_session() as session:
         session.initialize(model=model, start=-1, recipe=[*recipe, _AfterBlock(act=settle)], calib_data=loader)

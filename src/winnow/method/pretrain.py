@@ -41,7 +41,9 @@ class Pretrain(Checked):
 
         parameters = sum(t.numel for t in plan.tensors.values())
         mixed = self.precision != "32-true"
-        return Work.trained(plan, calibration, self.steps, self.tokens_per_batch, parameters, mixed, adapters=False)
+        return Work.trained(
+            plan, calibration, self.steps, self.tokens_per_batch, parameters, self.documents, mixed, adapters=False
+        )
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch

@@ -91,7 +91,8 @@ def inverse_factor(hessian_ii: torch.Tensor, damping: float, name: str) -> torch
             continue
         factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
         if not failed and factor.isfinite().all():
-            return factor
+            found: torch.Tensor = factor
+            return found
     raise UserError(
         f"method.sparsegpt: the Hessian of the inputs of {name} cannot be inverted, even with damping={damping * 10**attempt:g}; "
         f"give more data (calibration.samples), or take method=[wanda]"

@@ -57,8 +57,8 @@ class Width(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.PRUNE
-    perplexity_bound: ClassVar[float] = 10.0
-    aggressive: ClassVar[dict[str, Any]] = {"mlp": 0.25, "heads": 0.5, "hidden": 0.5}
+    perplexity_bound: ClassVar[float] = 1.1
+    aggressive: ClassVar[Mapping[str, Any]] = {"mlp": 0.25, "heads": 0.25, "hidden": 0.25}
 
     mlp: float = knob(0.75, low=0.25, high=1.0)
     heads: float = knob(1.0, low=0.25, high=1.0)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from winnow.model import lowrank, manifest
 from winnow.model.hub import offline_if_unreachable
@@ -188,11 +189,9 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
 
 def _decompress(model: PreTrainedModel) -> None:
     """Packed weights of compressed-tensors are unpacked at the first forward: make that part of loading, in silence."""
-    if (getattr(model.config, "quantization_config", None) is None) or not hasattr(model, "device"):
+    if getattr(model.config, "quantization_config", None) is None:
         return
-    if getattr(getattr(model, "hf_quantizer", None), "quantization_config", None) is None:
-        return
-    if "compressed" in str(getattr(model.config.quantization_config, "quant_method", "")):
+    if model.config.quantization_config.quant_method == "compressed-tensors":
         import torch
 
         with torch.inference_mode():
@@ -284,6 +283,7 @@ def plain_errors(path: str) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hides progress bars and remarks of the loading libraries."""
+    import tqdm.std
     import transformers.utils.logging as tl
     from transformers.utils import logging as hf_logging
 
@@ -292,8 +292,13 @@ def quiet() -> Iterator[None]:
     hf_logging.disable_progress_bar()
     noisy = logging.getLogger("bitsandbytes.autograd._functions")
     noisy.setLevel(logging.ERROR)
+    bar = tqdm.std.tqdm.__init__
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:  # compressed-tensors has no switch for its bars
+        bar(self, *args, **{**kwargs, "disable": True})
+
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(tqdm.std.tqdm, "__init__", hidden):
             warnings.simplefilter("ignore")
             yield
     finally:

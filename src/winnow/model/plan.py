@@ -118,7 +118,7 @@ class Plan:
     @property
     def spec(self) -> ModelSpec:
         """The model's numbers: layers, widths, cache."""
-        return _spec(type(self.config), self.config.to_json_string())
+        return _spec(type(self.config), self.config.to_json_string())  # type: ignore[arg-type]  # classes are hashable
 
     def with_linears(self, change: Callable[[str, Stored], Stored]) -> Plan:
         """Another storage for each linear weight of the blocks; `change(name, stored)` gives it."""

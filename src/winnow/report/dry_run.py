@@ -54,7 +54,9 @@ class Base:
 
         for stage in stages:
             stage.work(self.plan, self.calibration)  # counts calibration texts, which takes libraries of its own
-        return measured(self.hardware, self.plan.spec.dtype, [name for stage in stages for name in getattr(stage, "preload", ())])
+        return measured(
+            self.hardware, self.plan.spec.dtype, [name for stage in stages for name in getattr(stage, "preload", ())]
+        )
 
 
 def base_of(cfg: DictConfig) -> Base:
@@ -231,7 +233,15 @@ def _table(rows: Sequence[Row], hardware: Hardware) -> list[str]:
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
-    lines = [f"{plain(row.name)}: {plain(row.reason)}" for row in rows if row.reason]
+    """A line for each reason, with the methods that it holds for; in full where there is only one strategy."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row.reason:
+            names.setdefault(plain(row.reason), []).append(plain(row.name))
+    lines = []
+    for reason, found in names.items():
+        shown = found if len(found) == 1 else list(dict.fromkeys(name.partition("(")[0] for name in found))
+        lines.append(f"{', '.join(shown)}: {reason}")
     return [*lines, ""] if lines else []
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -121,3 +123,46 @@ def test_a_model_that_makes_another_number_of_tokens_is_refused(tiny: Path) -> N
     served.model.generate = lambda **settings: settings["input_ids"]
     with pytest.raises(RuntimeError, match=r"asked for 3 tokens, LlamaForCausalLM\.generate made 0"):
         served.request([[1, 2]], 3)
+
+
+def test_vllm_is_asked_as_its_engine_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in with the engine's interface, since vLLM itself needs a GPU."""
+    from winnow.hardware.runtime import vllm
+
+    class Engine:
+        waiting: ClassVar[dict[str, int]] = {}
+
+        def add_request(self, number: str, prompt: dict[str, list[int]], settings: Any) -> None:
+            assert prompt["prompt_token_ids"] and settings.ignore_eos and settings.temperature == 0
+            self.waiting[number] = settings.max_tokens
+
+        def has_unfinished_requests(self) -> bool:
+            return bool(self.waiting)
+
+        def step(self) -> list[Any]:
+            """One request a step, so that the first tokens of two requests come in two steps."""
+            number, left = min(self.waiting.items(), key=lambda item: -item[1])
+            self.waiting[number] -= 1
+            done = left == 1
+            if done:
+                del self.waiting[number]
+            output = types.SimpleNamespace(token_ids=[1] * (4 - left))
+            return [types.SimpleNamespace(request_id=number, finished=done, outputs=[output])]
+
+    class Engined:
+        llm_engine = Engine()
+
+        def generate(self, prompts: list[Any], settings: Any, use_tqdm: bool) -> list[Any]:
+            (ids,) = (prompt["prompt_token_ids"] for prompt in prompts)
+            logprobs = [None, *({token: types.SimpleNamespace(logprob=-1.0)} for token in ids[1:])]
+            return [types.SimpleNamespace(prompt_logprobs=logprobs)]
+
+    class SamplingParams(types.SimpleNamespace):
+        pass
+
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(SamplingParams=SamplingParams))
+    runtime = object.__new__(vllm.Runtime)
+    runtime._llm, runtime._numbers = Engined(), iter(range(9))
+    timing = runtime.request([[1, 2], [3, 4]], 3)
+    assert 0 < timing.first_s < timing.total_s
+    assert runtime.log_likelihoods([5, 6, 7]) == [-1.0, -1.0]

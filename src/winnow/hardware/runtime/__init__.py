@@ -99,7 +99,7 @@ def serving(
     hardware = hardware or Hardware("cpu", device=lm.loading.device)
     name = chosen(lm, hardware)
     if name != hardware.runtime:
-        log(f"runtime: {lm.name} is a GGUF file, which is served by {name} (hardware.runtime={name})")
+        log(f"runtime: {lm.name} is a GGUF file: it is served by {name}, not by {hardware.runtime}")
     with blaming(f"{lm.path or lm.name}: loading it in {name}"):
         served: Served = _module(name).Runtime(lm, hardware)
     lm.served = served
