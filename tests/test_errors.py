@@ -153,7 +153,7 @@ def test_a_hub_model_without_network_says_so(monkeypatch, tmp_path: Path) -> Non
 def test_a_missing_library_names_its_extra(
     monkeypatch, tiny: Path, run_in, method: str, module: str, extra: str
 ) -> None:
-    from tests.method.test_methods import stage_of
+    from tests.method.test_conformance import stage_of
 
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtra, match=rf"pip install 'winnow\[{extra}\]'"):
@@ -163,7 +163,7 @@ def test_a_missing_library_names_its_extra(
 @pytest.mark.parametrize("quantizer", ["rtn", "nf4", "int8"])
 @pytest.mark.parametrize("second", [None, "wanda", "nf4"])
 def test_a_quantized_model_is_not_compressed_again(tiny: Path, tmp_path: Path, run_in, quantizer: str, second) -> None:
-    from tests.method.test_methods import stage_of
+    from tests.method.test_conformance import stage_of
     from winnow.method.pipeline import compress
 
     first = compress(pretrained(str(tiny)), {quantizer: stage_of(quantizer)}, run_in, tmp_path / "first")

@@ -57,6 +57,7 @@ class Knob:
     search: bool = True  # False: checked, but not searched over
     when: Mapping[str, Any] = field(default_factory=dict)  # searched over only if these other knobs have these values
     search_range: tuple[float, float] | None = None  # narrower than what is allowed
+    searched: tuple[Any, ...] = ()  # of the choices, those to search over; all if none are named
 
     def allows(self, value: Any) -> bool:
         if self.choices:
@@ -80,11 +81,11 @@ def knob(
     search: bool = True,
     when: Mapping[str, Any] | None = None,
     search_range: tuple[float, float] | None = None,
+    searched: Sequence[Any] = (),
 ) -> Any:
     """A dataclass field that says which values it takes; the search space is read from these."""
-    return field(
-        default=default, metadata={"knob": Knob(tuple(choices), low, high, log, search, dict(when or {}), search_range)}
-    )
+    made = Knob(tuple(choices), low, high, log, search, dict(when or {}), search_range, tuple(searched))
+    return field(default=default, metadata={"knob": made})
 
 
 def knobs_of(stage: type | Stage) -> dict[str, Knob]:

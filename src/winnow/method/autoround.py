@@ -74,7 +74,8 @@ class AutoRound(Checked):
         from winnow.hardware.work import Work, counted
 
         seen, walked = counted(calibration), Work.calibrated(plan, calibration, passes=3)
-        tokens = min(self.batch_size * calibration.max_length, seen.tokens)  # of an iteration
+        longest = min(calibration.max_length, 2 * seen.tokens / calibration.samples)  # roughly
+        tokens = min(self.batch_size * longest, seen.tokens)  # of an iteration
         block = sum(t.numel for t in plan.largest_block if t.linear)
         tuned = Work(
             flops=self.iters * 6 * tokens * plan.linear_parameters,

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Checked, Run, Slot, UserError, knob
+from winnow.types import LM, Calibration, Checked, Run, Slot, UserError, knob
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from winnow.hardware.work import Work
     from winnow.method.blocks import Caught
     from winnow.model.plan import Plan
 
@@ -57,6 +58,15 @@ class Depth(Checked):
         # which layers go is only known from data; those kept are all of one size
         layers = plan.config.num_hidden_layers
         return plan.reshaped(shallower(plan.config, range(layers - self._dropped(layers))))
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work, counted
+
+        seen, layers = counted(calibration), plan.spec.layers
+        if self.by == "influence":
+            return Work.calibrated(plan, calibration)
+        states = Work(host_bytes=2 * layers * seen.tokens * plan.spec.hidden_size)  # of each candidate
+        return Work.calibrated(plan, calibration, passes=self._dropped(layers) * layers / 2) + states
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method.blocks import decoder_blocks

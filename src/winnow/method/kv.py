@@ -55,7 +55,7 @@ class KV(Checked):
     perplexity_bound: ClassVar[float] = 1.001  # not through the cache
     aggressive: ClassVar[dict[str, Any]] = {"bits": 2}
 
-    bits: int = knob(4, choices=(2, 4, 8, 16))
+    bits: int = knob(4, choices=(2, 4, 8, 16), searched=(2, 4, 8))
     group_size: int = knob(64, choices=GROUPS)
     residual: int = knob(128, low=1, high=65536, search=False)
     window: int = knob(0, low=0, high=2**24, search=False)

@@ -27,6 +27,13 @@ class Lora(Checked):
     Attributes:
         rank: of the update; `alpha` = 2 * `rank`.
         steps: optimizer steps of about `tokens_per_batch` tokens each.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    Calibration: documents of the same source, as many as the steps need; the loss is on completions.
+    Cost: 6 N operations a token and step; on the device the model in single precision, 12 bytes for each adapter weight, and
+        a batch's activations (derived from the code).
+    Writes: dense safetensors in the model's own type, the update merged.
+    Loaded by: all that load the base model.
     """
 
     slot: ClassVar[Slot] = Slot.RECOVER

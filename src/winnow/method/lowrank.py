@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Checked, Run, Slot, UserError, knob
+from winnow.types import LM, Calibration, Checked, Run, Slot, UserError, knob
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from winnow.hardware.work import Work
     from winnow.model.plan import Plan
 
 
@@ -60,6 +61,18 @@ class LowRank(Checked):
         config, _ = factorised(plan.config, self.ranks(plan.config))
         grown = len(config.to_json_string()) - len(plan.config.to_json_string())
         return dataclasses.replace(plan.reshaped(config), other_bytes=plan.other_bytes + code_bytes() + grown)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        # products with the moments, and the eigenvectors of each layer's outputs (about 10 n^3) in double precision
+        solving = Work(
+            flops=sum(2 * t.numel * sum(t.shape) + 10 * min(t.shape) ** 3 for t in plan.linears),
+            device_bytes=max((24 * min(t.shape) ** 2 + 12 * t.numel for t in plan.linears), default=0),
+            host_bytes=self.share
+            * sum(t.memory_bytes for t in plan.linears),  # the factors, beside what they stand for
+        )
+        return Work.calibrated(plan, calibration) + Work.hessians(plan, calibration) + solving
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch

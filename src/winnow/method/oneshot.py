@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
-from winnow.types import LM, Checked, MissingExtra, Run, Slot, UserError, knob
+from winnow.types import LM, Calibration, Checked, MissingExtra, Run, Slot, UserError, knob
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from winnow.hardware.work import Work
     from winnow.model.plan import Plan, Stored
 
 DRIVER = "winnow.method.oneshot_driver"
@@ -91,6 +92,12 @@ class GPTQ(_Grouped):
     damping: float = knob(0.01, low=1e-4, high=1.0, log=True, search=False)  # share of the Hessian's mean diagonal
     act_order: str = knob("static", choices=("static", "none"), search=False)
 
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        seen = Work.calibrated(plan, calibration) + Work.hessians(plan, calibration)
+        return (seen + Work.solved(plan)).then(Work.packed(plan))
+
     def __call__(self, lm: LM, run: Run) -> LM:
         _require_library()
         order = {"actorder": self.act_order if self.act_order != "none" else None}
@@ -127,6 +134,13 @@ class AWQ(_Grouped):
     clipping: ClassVar[Mapping[str, float]] = {"norm": 2.0, "maxshrink": 0.8, "grid": 20.0}
 
     grid: int = knob(20, low=3, high=100, search=False)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work, counted
+
+        inputs = max(t.shape[1] for t in plan.linears)
+        held = Work(device_bytes=3 * 2 * counted(calibration).tokens * inputs)  # of one part, with two of its outputs
+        return (Work.calibrated(plan, calibration, passes=2 + 1.5 * self.grid) + held).then(Work.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         _require_library()
@@ -165,6 +179,11 @@ class SmoothQuant(_OneShot):
 
     strength: float = knob(0.5, low=0.0, high=1.0)
 
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        return Work.calibrated(plan, calibration).then(Work.packed(plan))
+
     def predict(self, plan: Plan) -> Plan:
         return plan.with_linears(lambda name, t: _in_bytes(t, t.shape[0] * _scale_bytes(plan)))
 
@@ -197,6 +216,11 @@ class FP8(_OneShot):
     perplexity_bound: ClassVar[float] = 1.01
 
     scales: str = knob("channel", choices=("channel", "block"))
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        return Work.streamed(plan).then(Work.packed(plan))
 
     def predict(self, plan: Plan) -> Plan:
         def change(name: str, t: Stored) -> Stored:

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from winnow.method.prune import CalibratedPruning
-from winnow.types import UserError, knob
+from winnow.types import Calibration, UserError, knob
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
 
 ATTEMPTS = 4  # at a damping ten times the last
 
@@ -42,6 +45,13 @@ class SparseGPT(CalibratedPruning):
 
     block_size: int = knob(128, choices=(32, 64, 128, 256), search=False)  # columns that a mask is chosen for at once
     damping: float = knob(0.01, low=0.0001, high=1.0, log=True, search=False)  # of the mean of the Hessian's diagonal
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        passes = 2 if self.allocation == "uniform" else 3
+        seen = Work.calibrated(plan, calibration, passes) + Work.hessians(plan, calibration)
+        return seen + Work.solved(plan)
 
     def prune_block(
         self, block: nn.Module, replay: Callable[[], None], layers: Mapping[nn.Linear, tuple[str, float]]

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Checked, Run, Slot, UserError, knob
+from winnow.types import LM, Calibration, Checked, Run, Slot, UserError, knob
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from winnow.hardware.work import Work
     from winnow.model.plan import Plan
 
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
@@ -70,6 +71,14 @@ class Width(Checked):
 
         layers_of(on_meta(plan.config))  # refuses other structures
         return plan.reshaped(self.narrower(plan.config))
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+
+        sliced = Work(
+            host_bytes=sum(t.memory_bytes for t in plan.linears)
+        )  # beside the weights that they are slices of
+        return Work.calibrated(plan, calibration).then(sliced)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method.importance import importances

@@ -12,7 +12,10 @@ from winnow.types import UserError
 
 NAME = "manifest.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "compressed-tensors", "lightning", "winnow")
+_LIBRARIES = (
+    "torch", "transformers", "peft", "bitsandbytes", "compressed-tensors", "llmcompressor", "auto-round", "hqq", "gguf",
+    "llama-cpp-python", "lightning", "winnow",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -26,6 +26,8 @@ DOCS = CONF.parent / "docs"
 FIGURES, PAGE = DOCS / "methods.json", DOCS / "methods.md"
 LABELS = ("Source", "Calibration", "Cost", "Writes", "Loaded by")
 NOT_MEASURED = ("pretrain",)  # makes the embedded model
+COMPARED = ("rtn", "gptq", "awq", "autoround")  # at equal bits and group size, and `mixed` at as many on average
+FEW_BITS, GROUP_SIZE = (3, 2), 64
 KEPT = ("size_bytes", "accuracy", "perplexity", "latency_ms", "weights_memory_bytes")
 
 INTRODUCTION = """\
@@ -61,7 +63,16 @@ def settings() -> dict[str, Strategy]:
             found.append(Strategy((name,)))
             if stage.aggressive:
                 found.append(Strategy((name,), {f"method.{name}.{k}": v for k, v in stage.aggressive.items()}))
+    found += [strategy for bits in FEW_BITS for strategy in compared(bits)]
     return {" ".join(strategy.overrides): strategy for strategy in found}
+
+
+def compared(bits: int) -> list[Strategy]:
+    """The settings that make files of one size: `bits` in groups of 64, by the methods that offer it."""
+    found = [
+        Strategy((name,), {f"method.{name}.bits": bits, f"method.{name}.group_size": GROUP_SIZE}) for name in COMPARED
+    ]
+    return [*found, Strategy(("mixed",), {"method.mixed.bits": float(bits)})] if bits > 2 else found
 
 
 def measure(again: Sequence[str] = ()) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def _cores() -> int:
 def page(held: Mapping[str, Any]) -> str:
     """The page as Markdown."""
     figures = held["figures"]
-    parts = [INTRODUCTION.format(machine=held["machine"]), _table(figures)]
+    parts = [INTRODUCTION.format(machine=held["machine"]), _table(figures), _equal_size(figures)]
     for slot in Slot:
         members = {name: stage for name, stage in classes().items() if stage.slot == slot}
         if members:
@@ -124,6 +135,24 @@ def _table(figures: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(
                 f"| {strategy} | {found['size_bytes'] / 1e6:.2f} MB | {share:.2f}x | {found['accuracy']:.3f} "
                 f"| {found['perplexity']:.3f} | {found['latency_ms']:.0f} ms | {found['seconds']:.1f} s |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _equal_size(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        "## At equal size\n",
+        f"Groups of {GROUP_SIZE}. What a method gains on rounding to nearest, as the difference in perplexity (less is better):\n",
+        "| bits | method | size | perplexity | against `rtn` | accuracy |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    for bits in FEW_BITS:
+        plain = figures[" ".join(compared(bits)[0].overrides)]["perplexity"]
+        for strategy in compared(bits):
+            found = figures[" ".join(strategy.overrides)]
+            lines.append(
+                f"| {bits} | `{strategy.methods[0]}` | {found['size_bytes'] / 1e6:.3f} MB | {found['perplexity']:.4f} "
+                f"| {found['perplexity'] - plain:+.4f} | {found['accuracy']:.3f} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -154,7 +154,9 @@ def read_space(methods: Mapping[str, Mapping[str, Any]], narrowed: Mapping[str, 
                 dimension = _narrow(key, knob, narrowed[key])
             elif knob.search:
                 low, high = knob.search_range or (knob.low or 0.0, knob.high or 0.0)
-                dimension = Dimension(key, knob.choices, low, high, knob.log, isinstance(node.get(knob_name), int))
+                dimension = Dimension(
+                    key, knob.searched or knob.choices, low, high, knob.log, isinstance(node.get(knob_name), int)
+                )
             else:
                 continue
             dimensions.append(replace(dimension, when={prefix + k: v for k, v in knob.when.items()}))
