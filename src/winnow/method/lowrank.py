@@ -27,8 +27,9 @@ class LowRank(Checked):
 
     Of all matrices of rank r, B A = U U^T W loses least of W X, where U holds the r leading eigenvectors of the outputs'
     second moments W X X^T W^T: the truncation that SVD-LLM reaches by whitening with a Cholesky factor of X X^T, without the
-    factor's inverse, which few texts leave ill-conditioned. Blocks are worked through in order, on the outputs of those
-    factorised before.
+    factor's inverse. To X X^T goes the identity times its median diagonal entry, so that directions which the texts hardly
+    show are not given up (embedded model, 64 texts: perplexity 3.46 instead of 4.63; 128 longer ones: 3.23 instead of 4.27).
+    Blocks are worked through in order, on the outputs of those factorised before.
 
     r (in + out) weights are kept of in * out: r is the largest multiple of `multiple` that keeps no more than `share` of them,
     at least one, so that groups of a later quantization divide it. A layer narrower than 4 * `multiple` takes multiples of a
@@ -49,8 +50,8 @@ class LowRank(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.PRUNE
-    perplexity_bound: ClassVar[float] = 3.2
-    aggressive: ClassVar[Mapping[str, Any]] = {"share": 0.05, "multiple": 16}
+    perplexity_bound: ClassVar[float] = 2.5
+    aggressive: ClassVar[Mapping[str, Any]] = {"share": 0.3, "multiple": 16}
 
     share: float = knob(0.75, low=0.05, high=0.95, search_range=(0.3, 0.9))
     multiple: int = knob(64, choices=(16, 32, 64, 128), search=False)
@@ -97,6 +98,7 @@ class LowRank(Checked):
                 add=_add_moment,
             )
             for members, moment_ii in moments:
+                moment_ii = steadied(moment_ii)
                 for linear in members:
                     name = names[linear]
                     product = product_in_place_of(linear, ranks[name])
@@ -138,6 +140,14 @@ def _add_moment(total_ii: torch.Tensor, x_ti: torch.Tensor) -> None:
     total_ii.addmm_(x_ti.T, x_ti)
 
 
+def steadied(moment_ii: torch.Tensor) -> torch.Tensor:
+    """Moments [in, in] with as much noise added to every input as the median one carries: what texts not seen may hold."""
+    import torch
+
+    moment = moment_ii.double()
+    return moment + moment.diagonal().median() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
 def best_product(weight_oi: torch.Tensor, moment_ii: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """B [out, rank] and A [rank, in] whose product P has the least mean of |W x - P x|^2.
 
@@ -147,7 +157,7 @@ def best_product(weight_oi: torch.Tensor, moment_ii: torch.Tensor, rank: int) ->
 
     W x is projected on the leading eigenvectors of its second moments; of a tall matrix within its column space, Q R. Both
     halves get the root of each direction's strength, as SVD-LLM splits its singular values: so a quantization of either
-    spends its steps where they count (on the embedded model, 4 bits after it: perplexity 4.73 instead of 5.15 unsplit).
+    spends its steps where they count (on the embedded model, 4 bits cost 2 % of perplexity instead of 11 % unsplit).
     """
     import torch
 

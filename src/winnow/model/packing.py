@@ -17,6 +17,8 @@ from winnow.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ROWS = 128  # of a matrix at a time: rounding and packing take several times the memory of what they work on
+
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of the decoder blocks by name: what compression works on (not the embeddings, not the head)."""
@@ -75,10 +77,13 @@ def round_to_grid(weight_oi: torch.Tensor, scale: torch.Tensor, args: Any) -> tu
     """
     from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 
-    # in single precision: quotients and products in bfloat16 are off by up to half a step of an 8-bit grid
-    scale = scale.float()
-    integers = quantize(weight_oi.float(), scale, None, args, dtype=args.pytorch_dtype())
-    return integers, dequantize(integers, scale, None, args, dtype=torch.float32).to(weight_oi.dtype)
+    integers, values = [], []
+    height = args.block_structure[0] if args.block_structure else 1  # rows of weights that share one of scales
+    for rows, scales in zip(weight_oi.split(ROWS), scale.float().split(ROWS // height), strict=True):
+        # in single precision: quotients and products in bfloat16 are off by up to half a step of an 8-bit grid
+        integers.append(quantize(rows.float(), scales, None, args, dtype=args.pytorch_dtype()))
+        values.append(dequantize(integers[-1], scales, None, args, dtype=torch.float32).to(weight_oi.dtype))
+    return torch.cat(integers), torch.cat(values)
 
 
 def quantize_linear(linear: Any, scale_og: torch.Tensor) -> None:
@@ -99,22 +104,30 @@ def is_packable(model: nn.Module) -> bool:
 def pack(model: PreTrainedModel) -> Any:
     """Packs the weights in place; returns the compressor whose `update_config(folder)` must follow `save_pretrained`.
 
-    Layers without `integers` hold values on the grid of their scale, from which the integers are found again.
+    Layers without `integers` hold values on the grid of their scale, from which the integers are found again. They are stored
+    as they are: the library's own compressors would round the values once more, in the model's type.
     """
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.compressors.base import compress_module
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from compressed_tensors.quantization import QuantizationStatus
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
+    from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
 
-    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor = ModelCompressor.from_pretrained_model(model)  # it also finds the format of each layer
     linear: Any
     for linear in linears(model).values():
-        # the compressor rounds the weights again: give it them unrounded, so that the very same integers come out
-        args, scale = linear.quantization_scheme.weights, linear.weight_scale.data
+        scheme = linear.quantization_scheme
+        tensors = get_direct_state_dict(linear)
+        weight = tensors.pop("weight")
+        tensors.pop("weight_zero_point", None)  # symmetric
         integers = vars(linear).pop("integers", None)
         if integers is None:
-            integers, _ = round_to_grid(linear.weight.data, scale, args)
-        linear.weight.data = dequantize(integers, scale.float(), None, args, dtype=torch.float32)
-        compress_module(linear)  # at once: in single precision all of them would take twice the model
+            integers, _ = round_to_grid(weight.data, linear.weight_scale.data, scheme.weights)
+        if scheme.format == "pack-quantized":
+            parts = [pack_to_int32(rows, scheme.weights.num_bits) for rows in integers.split(ROWS)]
+            tensors |= {"weight_packed": torch.cat(parts), "weight_shape": torch.tensor(weight.shape)}
+        else:
+            tensors["weight"] = integers
+        replace_direct_state_dict(linear, tensors)
+        linear.quantization_status = QuantizationStatus.COMPRESSED
     compressor.quantization_config.quantization_status = QuantizationStatus.COMPRESSED
     return compressor

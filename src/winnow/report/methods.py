@@ -93,7 +93,8 @@ def measure(again: Sequence[str] = ()) -> dict[str, Any]:
                 cfg = compose("search", [*strategy.overrides, f"outputs={scratch}", "study=methods"])
             outcome = trial.run(cfg, strategy.overrides, Path(scratch), log=lambda line: None)
         found = {name: outcome["figures"][name] for name in KEPT if name in outcome["figures"]}
-        figures[key] = {**found, "seconds": outcome["seconds"].get("compress"), "message": outcome["message"]}
+        message = outcome["message"].replace(f"{Path(scratch) / 'artifact'}: ", "")
+        figures[key] = {**found, "seconds": outcome["seconds"].get("compress"), "message": message}
         print(key, figures[key], flush=True)
         content = {"machine": f"on {cpu_model()}, {_cores()} cores", "figures": figures}
         FIGURES.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
