@@ -80,8 +80,7 @@ class AutoRound(Checked):
         tuned = Work(
             flops=self.iters * 6 * tokens * plan.linear_parameters,
             traffic_bytes=(self.iters or SEARCHED) * 60 * plan.linear_parameters,
-            host_bytes=walked.host_bytes
-            + 4 * block,  # hidden states of the tuned blocks as well, the best rounding so far
+            host_bytes=walked.host_bytes + 4 * block,  # the tuned blocks' hidden states too, the best rounding so far
             device_bytes=20 * block + 2 * walked.device_bytes * tokens / seen.batch_tokens,
         )
         return (walked + tuned).then(Work.packed(plan))

@@ -179,7 +179,7 @@ def described(stage: type) -> tuple[str, dict[str, str]]:
     starts = [*pattern.finditer(text)]
     prose = text[: starts[0].start()] if starts else text
     prose = re.split(r"^(?:Attributes|Raises|Args):\s*$", prose, flags=re.MULTILINE)[0]
-    ends = [*(match.start() for match in starts[1:]), len(text)]
+    ends = [*(match.start() for match in starts[1:]), *([len(text)] if starts else [])]
     labelled = {m[1]: _joined(text[m.end() : end]) for m, end in zip(starts, ends, strict=True)}
     return "\n\n".join(_joined(paragraph) for paragraph in prose.strip().split("\n\n")), labelled
 
