@@ -44,6 +44,9 @@ with (
     from auto_round.schemes import QuantizationScheme
     from auto_round_extension.torch.qlinear_torch_zp import QuantLinear  # type: ignore[import-untyped]
 
+# the library's at its default of 200 iterations; the 1 / iters that it takes for fewer leaves the rounding of weights that do
+# not matter to chance (embedded model, 2 bits, perplexity after 10 iterations: 1.988, with this 1.913; rtn: 2.320)
+LEARNING_RATE = 0.005
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -115,6 +118,7 @@ def _tune(
             bits=tuning.bits, group_size=tuning.group_size, sym=True, data_type="int", act_bits=16
         ),
         iters=tuning.iters,
+        lr=min(LEARNING_RATE, 1 / tuning.iters) if tuning.iters else None,
         batch_size=tuning.batch_size,
         nsamples=len(exact),
         dataset=[],
