@@ -109,6 +109,8 @@ def test_ctrl_c_ends_it_soon_and_it_goes_on_later(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # where the tests run in the background of a shell, interrupts are ignored, and a child would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert search.stderr is not None
     for line in search.stderr:  # until a second trial is under way
