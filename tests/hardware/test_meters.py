@@ -171,13 +171,3 @@ def test_the_users_codecarbon_settings_cannot_make_it_send(monkeypatch: pytest.M
         busy(0.05)
     assert spent.wh > 0
     assert [p.name for p in tmp_path.iterdir()] == [".codecarbon.config"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_counter_is_read(folder: Path, tmp_path: Path) -> None:
-    hardware = Hardware("gpu", device="cuda", prompt_tokens=8, output_tokens=8, energy_tokens=2000, seconds=0)
-    lm = LM(folder)
-    lm.model.to("cuda")
-    figures = Meters(hardware)(lm, Run(tmp_path, device="cuda"))
-    assert figures.sources["energy_wh_per_1k_tokens"] == "counter"
-    assert figures["peak_memory_bytes"] >= figures["weights_memory_bytes"]
