@@ -64,14 +64,18 @@ class LowRank(Checked):
         return dataclasses.replace(plan.reshaped(config), other_bytes=plan.other_bytes + code_bytes() + grown)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.hardware.work import Work, counted
 
+        ranks = self.ranks(plan.config)
+        weights = {name: plan.tensors[f"{name}.weight"] for name in ranks}
+        factors = {(*weights[name].shape, rank) for name, rank in ranks.items()}
         # products with the moments, and the eigenvectors of each layer's outputs (about 10 n^3) in double precision
         solving = Work(
             flops=sum(2 * t.numel * sum(t.shape) + 10 * min(t.shape) ** 3 for t in plan.linears),
             device_bytes=max((24 * min(t.shape) ** 2 + 12 * t.numel for t in plan.linears), default=0),
             host_bytes=self.share
             * sum(t.memory_bytes for t in plan.linears),  # the factors, beside what they stand for
+            matmuls=2 * len(factors) * counted(calibration).shapes,  # of both, when a changed block is run
         )
         return Work.calibrated(plan, calibration) + Work.hessians(plan, calibration) + solving
 
