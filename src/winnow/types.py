@@ -101,6 +101,10 @@ class Checked:
     preload: ClassVar[tuple[str, ...]] = ()  # slow imports, which a search's fork server makes once for all trials
     perplexity_bound: ClassVar[float] = 1.1  # at its defaults it keeps the embedded model within this ratio of its own
     aggressive: ClassVar[Mapping[str, Any]] = {}  # the knobs that compress most, for docs/methods.md
+    shown_after: ClassVar[tuple[str, ...]] = ()  # the methods without which there is nothing to show of it there
+    shown_with: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # and knobs that suit the embedded model, where the defaults are for others
 
     def predict(self, plan: Plan) -> Plan:
         """What the stage makes of a model, from shapes alone; here: nothing that bytes would show."""
@@ -211,6 +215,15 @@ class Run:
     device: str = "cpu"
     log: Callable[[str], None] = print
     calibration: Calibration = field(default_factory=lambda: Calibration())
+    base: str | None = None  # the folder or hub id of the model that the first stage was given
+    devices: int = 1  # processes that a training is spread over, one a device
+    memory_limit_bytes: int | None = None  # of each device; None: all that it has
+    parallel: str = "auto"  # how devices share a training: ddp, fsdp, or auto, fsdp where one cannot hold the model
+    tflops: float | None = None  # of one device, for forecasts of time; None: a processor is measured
+    carbon_g_per_kwh: float = 475.0
+    cache: Path | None = None  # what outlives a run: a teacher's targets, batch sizes; None: the run's own folder
+    bars: bool = True  # whether to draw progress bars in a terminal
+    curve: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None  # a point of a training's curves
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,13 @@ class Document:
 
     prompt: str
     completion: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation to train on: the loss is on what the assistant says."""
+
+    messages: tuple[Mapping[str, str], ...]  # role and content of each
 
 
 @dataclass(frozen=True)
@@ -234,6 +254,7 @@ class Calibration:
     split: str = "train"  # of a data set of the hub
     subset: str | None = None  # of a data set of the hub: its configuration
     data_dir: str | None = None  # where the files of a benchmark lie
+    streaming: bool = False  # a data set of the hub: only what is read, every time; else all of it, once
 
 
 @runtime_checkable

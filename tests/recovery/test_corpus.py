@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +12,12 @@ from winnow.benchmark.held_out import benchmark_of
 from winnow.model.calibration import calibration_batches
 from winnow.model.load import pretrained
 from winnow.recovery.corpus import documents
-from winnow.types import Calibration, Document, Run, UserError
+from winnow.types import Calibration, Chat, Document, Run, UserError
 
 ITEMS = Path(__file__).parents[1] / "data" / "benchmarks"
 
 
-def written(path: Path, *rows: dict[str, str]) -> Calibration:
+def written(path: Path, *rows: Any) -> Calibration:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Calibration(source=str(path))
 
@@ -31,6 +32,111 @@ def test_documents_come_from_files(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("first paragraph\nof two lines\n\nsecond\n")
     found = documents(Calibration(source=str(tmp_path / "c.txt")), 10, seed=0)
     assert {d.completion for d in found} == {"first paragraph\nof two lines", "second"}
+
+
+def said(*turns: str) -> tuple[dict[str, str], ...]:
+    """A conversation in which user and assistant take turns."""
+    return tuple({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [*said("hi", "hello")]}, said("hi", "hello")),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            ({"role": "system", "content": "s"}, *said("q", "a")),
+        ),
+        ({"instruction": "add", "output": "3", "input": "1 2", "text": "all of it"}, said("add\n\n1 2", "3")),
+        ({"instruction": "add", "output": "3", "input": ""}, said("add", "3")),
+    ],
+)
+def test_rows_that_are_chats(tmp_path: Path, row: dict[str, Any], expected: tuple[dict[str, str], ...]) -> None:
+    assert documents(written(tmp_path / "a.jsonl", row), 1, seed=0) == [Chat(expected)]
+
+
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "hi"}, "line 2: messages is no list of messages with role and content"),
+        ({"messages": [USER, {"content": "x"}]}, "line 2: message 2 of messages has no role"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "line 2: message 2 of messages has no content"),
+        ({"messages": [USER]}, "line 2: no message of messages is the assistant's"),
+        ({"messages": []}, "line 2: no message of messages is the assistant's"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "line 2: message 1 is from bot; known are human"),
+        ({"text": None}, "line 2: its field text is no text but NoneType"),
+        ({"prompt": "p", "completion": 3}, "line 2: its field completion is no text but int"),
+        ({"instruction": "i", "answer": "a"}, "line 2: no text in it; it has the fields instruction, answer"),
+        (["text"], "line 2 is no JSON object"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, row: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"calibration.source=.*a.jsonl, {message}"):
+        documents(written(tmp_path / "a.jsonl", {"text": "fine"}, row), 1, seed=0)
+
+
+def test_damaged_files_and_empty_ones(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("cut.jsonl", b'{"text": "a"}\n{"text": "b', "line 2 is not JSON"),
+        ("latin.jsonl", '{"text": "caf\u00e9"}'.encode("latin-1"), "line 1 is not UTF-8"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "latin.txt is not UTF-8"),
+        ("empty.jsonl", b"\n", "empty.jsonl is empty"),
+        ("empty.txt", b"", "empty.txt is empty"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            documents(Calibration(source=str(tmp_path / name)), 1, seed=0)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Data sets in folders, which the hub's library reads by the same function."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def make(name: str, rows: list[Any]) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return f"hub:{tmp_path / name}"
+
+    return make
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_of_the_hub(hub: Any, tmp_path: Path, streaming: bool) -> None:
+    source = hub("some", [{"text": f"number {i}"} for i in range(50)])
+    drawn = [documents(Calibration(source=source, streaming=streaming), 7, seed) for seed in (0, 0, 1)]
+    assert len({d.completion for d in drawn[0]}) == 7
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert bool(list(tmp_path.glob("cache/**/*.arrow"))) != streaming  # kept only where it was downloaded
+    assert len(documents(Calibration(source=source, streaming=streaming), 99, 0)) == 50
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_data_sets_of_the_hub(hub: Any, streaming: bool) -> None:
+    for source, split, message in (
+        (
+            hub("untitled", [{"title": "x", "body": "y"}]),
+            "train",
+            "row 1: no text in it; it has the fields title, body",
+        ),
+        (hub("chats", [{"messages": [USER]}]), "train", "row 1: no message of messages is the assistant's"),
+        (hub("small", [{"text": "a"}]), "trian", "calibration.split=trian"),
+        (hub("nothing", []), "train", "is empty|cannot be read"),
+        (f"hub:{Path(__file__).parent / 'nowhere'}", "train", "cannot be read.*check its name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            documents(Calibration(source=source, split=split, streaming=streaming), 1, seed=0)
 
 
 def test_the_seed_decides_which_documents(tmp_path: Path) -> None:
@@ -64,6 +170,22 @@ def test_test_items_are_refused(tmp_path: Path, name: str, file: str, field: str
     hidden = {"text": f"Some words before.\n\n{items[0].upper()}"}
     with pytest.raises(UserError, match=f"line 2 is a test item of {name}"):
         documents(written(tmp_path / "a.jsonl", {"text": "fine"}, hidden), 1, seed=0)
+
+
+def test_test_items_are_found_in_every_form(tmp_path: Path) -> None:
+    item = json.loads((ITEMS / "gsm8k/test.jsonl").open().readline())["question"]
+    for number, row in enumerate(
+        (
+            {"messages": [*said("hi", "hello", item, "4")]},
+            {"messages": [*said("Ask me one.", item)]},
+            {"conversations": [{"from": "human", "value": item}, {"from": "gpt", "value": "4"}]},
+            {"instruction": "Solve it.", "input": item, "output": "4"},
+            {"instruction": item, "output": "4"},
+            {"text": "fine", "meta": {"origin": [item]}},
+        )
+    ):
+        with pytest.raises(UserError, match="line 1 is a test item of gsm8k"):
+            documents(written(tmp_path / f"{number}.jsonl", row), 1, seed=0)
 
 
 def test_nothing_of_a_training_split_is_refused() -> None:

@@ -1,51 +1,101 @@
-"""The loss, the batches and the loop, against plain references; and a training that is cut off goes on as if it was not."""
+"""A training as a whole: it learns, it says what it did, and one that is cut off goes on as if it was not."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from winnow.method import pipeline
+from winnow.method.lora import adapted
+from winnow.method.pretrain import Pretrain
 from winnow.model.load import pretrained
 from winnow.recovery.corpus import documents
-from winnow.recovery.data import IGNORED, Document, Documents, batches, collate, encode
-from winnow.recovery.module import Schedule, token_loss
+from winnow.recovery.data import encode
+from winnow.recovery.fit import Batching, Fitted, fit
+from winnow.recovery.module import Schedule
 from winnow.types import Calibration, Run
 
-
-def test_the_loss_is_the_mean_over_target_tokens() -> None:
-    torch.manual_seed(0)
-    logits, labels = torch.randn(3, 7, 11), torch.randint(0, 11, (3, 7))
-    labels[0, :4] = IGNORED
-    labels[2, :] = IGNORED
-    total, count = 0.0, 0
-    for b in range(3):
-        for t in range(1, 7):
-            if labels[b, t] != IGNORED:
-                total -= logits[b, t - 1].log_softmax(-1)[labels[b, t]].item()
-                count += 1
-    assert token_loss(logits, labels).item() == pytest.approx(total / count, rel=1e-6)
+STEPS = 12
 
 
-def test_batches_hold_every_document_once_under_the_token_limit() -> None:
-    lengths = [3 + (7 * i) % 50 for i in range(1000)]
-    made = list(batches(lengths, 256, seed=1, epoch=0))
-    assert sorted(i for batch in made for i in batch) == list(range(1000))
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 256 for batch in made)
-    assert made == list(batches(lengths, 256, seed=1, epoch=0))
-    assert made != list(batches(lengths, 256, seed=1, epoch=1))
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in made)
-    assert padded < 1.1 * sum(lengths)
+class Cut(Exception):
+    """The training was cut off."""
 
 
-def test_the_loss_is_on_the_completion_only(tiny: Path) -> None:
-    tokenizer = pretrained(str(tiny)).tokenizer
-    rows = encode([Document("Question: 1 + 1?\nAnswer:", " 2"), Document("", "Tom has 3 eggs.")], tokenizer, 64)
-    batch = collate(rows, tokenizer.pad_token_id)
-    answers = [tokenizer.decode([t for t in row.tolist() if t != IGNORED]) for row in batch["labels"]]
-    assert answers == [" 2<eos>", "Tom has 3 eggs.<eos>"]
-    assert (batch["input_ids"][:, 0] == tokenizer.bos_token_id).all()
+def trained(
+    tiny: Path,
+    folder: Path,
+    cut_after: int | None = None,
+    wrap: Callable[[Any], Any] = lambda model: model,
+    optimizer: str = "adamw",
+    batching: Batching | None = None,
+    **settings: Any,
+) -> tuple[dict[str, torch.Tensor], Fitted]:
+    """The weights after `STEPS` steps with a checkpoint after each; raises Cut once `cut_after` steps are done."""
+    lm = pretrained(str(tiny), dtype="float32")
+    rows = encode(documents(Calibration(), 60, seed=0), lm.tokenizer, 64)
+    folder.mkdir(exist_ok=True)
+
+    def log(line: str) -> None:
+        if cut_after is not None and line.startswith(f"step {cut_after + 1}/"):
+            raise Cut
+
+    model = wrap(lm.model)
+    fitted = fit(
+        model,
+        rows,
+        Schedule(settings.pop("learning_rate", 1e-2), settings.pop("steps", STEPS), optimizer=optimizer),
+        batching or Batching(512, 256),
+        Run(folder, log=log, **settings),
+        checkpoint_minutes=1e-9,
+        log_seconds=0,
+    )
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}, fitted
+
+
+def lora(model: Any) -> Any:
+    class Settings:
+        rank, alpha, rslora, dora, targets = 4, 0, False, True, "all"
+
+    made = adapted(model, Settings(), 0)
+    for module in made.modules():  # random numbers are drawn in each step: their state must come back too
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    return made
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "wrap", "batching"),
+    [
+        ("adamw", None, Batching(512, 256)),
+        ("muon", None, Batching(300)),
+        ("adamw", lora, Batching(512, 128)),
+        ("adamw", None, Batching(512, 256, held_out=8, patience=10)),
+    ],
+    ids=["adamw", "muon", "lora", "held-out"],
+)
+def test_a_training_that_is_cut_off_goes_on_bit_for_bit(
+    tiny: Path, tmp_path: Path, optimizer: str, wrap: Any, batching: Batching
+) -> None:
+    """Cut off twice, both in the middle of an epoch (of some five steps)."""
+    settings: dict[str, Any] = {"optimizer": optimizer, "batching": batching, "wrap": wrap or (lambda model: model)}
+    whole, undisturbed = trained(tiny, tmp_path / "whole", **settings)
+    for cut_after in (3, 8):
+        with pytest.raises(Cut):
+            trained(tiny, tmp_path / "cut", cut_after, **settings)
+    resumed, fitted = trained(tiny, tmp_path / "cut", **settings)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert (fitted.resumed_at_step, undisturbed.resumed_at_step) == (8, None)
+    assert (fitted.loss, fitted.held_out_loss, fitted.held_out_loss_before, fitted.steps) == (
+        undisturbed.loss,
+        undisturbed.held_out_loss,
+        undisturbed.held_out_loss_before,
+        undisturbed.steps,
+    )
 
 
 def test_schedule_warms_up_holds_and_ends_at_zero() -> None:
@@ -57,35 +107,31 @@ def test_schedule_warms_up_holds_and_ends_at_zero() -> None:
     assert factors[100] == 0.0
 
 
-class Cut(Exception):
-    """The training was cut off."""
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_training_that_is_cut_off_goes_on_bit_for_bit(tiny: Path, tmp_path: Path, optimizer: str) -> None:
-    from winnow.recovery import fit as fitting
-
-    def train(folder: Path, cut_after: int | None = None) -> dict[str, torch.Tensor]:
-        lm = pretrained(str(tiny), dtype="float32")
-        rows = encode(documents(Calibration(), 200, seed=0), lm.tokenizer, 64)
-        data = Documents(rows, lm.tokenizer.pad_token_id, 256, seed=0)
-        folder.mkdir(exist_ok=True)
-        steps = 0
-
-        def log(line: str) -> None:
-            nonlocal steps
-            steps += 1
-            if cut_after and steps > cut_after:
-                raise Cut
-
-        run = Run(folder, log=log)
-        schedule = Schedule(1e-3, 12, optimizer=optimizer)
-        fitting.fit(lm.model, data, schedule, run, checkpoint_minutes=1e-6, log_seconds=0)
-        return {k: v.clone() for k, v in lm.model.state_dict().items()}
-
-    whole = train(tmp_path / "whole")
-    with pytest.raises(Cut):
-        train(tmp_path / "cut", cut_after=6)
-    assert (tmp_path / "cut" / "checkpoints" / "last.ckpt").exists()
-    resumed = train(tmp_path / "cut")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+def test_the_record_says_what_was_trained_and_what_it_took(tiny: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    points: list[tuple[int, dict[str, float]]] = []
+    run = Run(
+        tmp_path,
+        log=said.append,
+        calibration=Calibration(),
+        carbon_g_per_kwh=20.0,
+        curve=lambda step, figures: points.append((step, dict(figures))),
+    )
+    stage = Pretrain(
+        steps=20, stream=400, tokens_per_batch=512, precision="32-true", max_length=64, held_out=20, learning_rate=1e-2
+    )
+    lm = pipeline.apply(pretrained(str(tiny)), {"pretrain": stage}, run)
+    (record,) = lm.manifest["stages"]
+    training = record["training"]
+    assert training["held_out_loss"] < training["held_out_loss_before"] - 0.5
+    losses = [figures["loss"] for _, figures in points if "loss" in figures]
+    assert training["loss"] == pytest.approx(sum(losses[-2:]) / 2)
+    assert training["steps"] == 20 and training["tokens_per_second"] > 0
+    assert 0 < training["seconds"] <= record["seconds"]
+    assert record["energy_source"] in ("counter", "estimated")
+    assert record["co2_g"] == pytest.approx(record["energy_wh"] / 1000 * 20.0) and record["energy_wh"] > 0
+    assert any("documents are longer than 64 tokens and were cut" in line for line in said)
+    assert [step for step, figures in points if "loss" in figures] == list(range(1, 21))
+    held = {step: figures["held_out_loss"] for step, figures in points if "held_out_loss" in figures}
+    assert list(held) == list(range(0, 21, 2))
+    assert held[0] == training["held_out_loss_before"] and held[20] == training["held_out_loss"]

@@ -1,16 +1,19 @@
-"""LoRA recovery (Hu et al. 2021, arXiv:2106.09685): low-rank updates that win back accuracy, merged into the weights.
+"""LoRA recovery: low-rank updates that win back accuracy, merged into the weights.
 
 On a pruned model the update is masked while it trains and when it is merged, so that every zero stays exactly zero.
 
     python compress.py method=[wanda,lora] method.wanda.sparsity=0.6
+    torchrun --nproc_per_node=2 train.py model=local model.path=FOLDER method=[lora] hardware=l40s_x2
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Calibration, Checked, MissingExtra, Run, Slot, knob
+from winnow.method.training import Training
+from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError, knob
 
 if TYPE_CHECKING:
     import torch
@@ -19,106 +22,181 @@ if TYPE_CHECKING:
     from winnow.hardware.work import Work
     from winnow.model.plan import Plan
 
+ALL = "all"
+
 
 @dataclass(frozen=True)
-class Lora(Checked):
-    """Trains rank-`rank` updates of every linear layer of the blocks on the calibration source's documents.
+class Lora(Training):
+    """Trains rank-`rank` updates of linear layers on the calibration source's documents.
 
     Attributes:
-        rank: of the update; `alpha` = 2 * `rank`.
-        steps: optimizer steps of about `tokens_per_batch` tokens each.
+        rank: of the update.
+        alpha: it is multiplied by `alpha / rank` (by `alpha / sqrt(rank)` with `rslora`); 0: twice the rank.
+        rslora: rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2).
+        dora: the length of each row is trained apart from its direction (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+        targets: which linear layers of the blocks: `all`, or a list of their names, as [q_proj,v_proj].
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     Calibration: documents of the same source, as many as the steps need; the loss is on completions.
-    Cost: 6 N operations a token and step; on the device the model in single precision, 12 bytes for each adapter weight, and
-        a batch's activations (derived from the code).
+    Cost: 6 N operations a token and step; on the device the model as it is (in single precision with precision=32-true), 16
+        bytes for each adapter weight, and a batch's activations (derived from the code).
     Writes: dense safetensors in the model's own type, the update merged.
     Loaded by: all that load the base model.
     """
 
     slot: ClassVar[Slot] = Slot.RECOVER
+    shown_after: ClassVar[tuple[str, ...]] = ("wanda",)
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
 
-    rank: int = knob(16, choices=(4, 8, 16, 32, 64))
+    rank: int = knob(16, choices=(4, 8, 16, 32, 64, 128, 256), searched=(4, 8, 16, 32, 64))
     learning_rate: float = knob(1e-3, low=1e-6, high=1e-1, log=True, search_range=(3e-4, 5e-3))
-    steps: int = knob(100, low=1, high=1_000_000, search=False)
-    tokens_per_batch: int = knob(2048, low=32, high=10_000_000, search=False)
-    max_length: int = knob(512, low=8, high=1_000_000, search=False)
-    precision: str = knob("bf16-mixed", choices=("32-true", "bf16-mixed"), search=False)
+    alpha: float = knob(0.0, low=0.0, high=1e4, search=False)
+    rslora: bool = knob(False, choices=(False, True), search=False)
+    dora: bool = knob(False, choices=(False, True), search=False)
+    targets: Any = ALL
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.targets != ALL:
+            object.__setattr__(
+                self, "targets", tuple(self.targets) if not isinstance(self.targets, str) else (self.targets,)
+            )
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         from winnow.hardware.work import Work
 
         trained = self.rank * sum(sum(t.shape) for t in plan.linears)
         mixed = self.precision == "bf16-mixed"
-        return Work.trained(plan, calibration, self.steps, self.tokens_per_batch, trained, self._documents, mixed)
-
-    @property
-    def _documents(self) -> int:
-        """Four times what the steps need at the calibration length, so that a document is seen once."""
-        return max(64, self.steps * self.tokens_per_batch // 16)
+        as_stored = mixed and plan.spec.dtype == "bfloat16"
+        work = Work.trained(
+            plan,
+            calibration,
+            self.steps,
+            self.tokens_per_batch,
+            trained,
+            self.documents,
+            mixed,
+            frozen=as_stored,
+            device_tokens=self.tokens_per_device,
+        )
+        masked = plan.sparse and as_stored  # updates of pruned matrices, whole; `trained` counts them with weights cast
+        return work + Work(device_bytes=4 * plan.linear_parameters) if masked else work
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        try:
-            import peft
-        except ImportError:
-            raise MissingExtra("peft", "peft") from None
         import torch
 
-        from winnow.model.packing import cast_weights, linears
-        from winnow.recovery.corpus import documents
-        from winnow.recovery.data import Documents, encode
-        from winnow.recovery.fit import fit
-        from winnow.recovery.module import Schedule
+        from winnow.model.packing import cast_weights
 
-        rows = encode(documents(run.calibration, self._documents, run.seed), lm.tokenizer, self.max_length)
-        torch.manual_seed(run.seed)  # the adapters' initial weights
         dtype = lm.model.dtype
-        adapter = peft.LoraConfig(
-            r=self.rank,
-            lora_alpha=2 * self.rank,
-            target_modules=sorted(linears(lm.model)),
-            task_type="CAUSAL_LM",
-        )
-        cast_weights(lm.model, torch.float32)
-        model = peft.get_peft_model(lm.model, adapter)
-        masks = mask_zeros(model)
-        data = Documents(rows, lm.tokenizer.pad_token_id, self.tokens_per_batch, run.seed)
-        schedule = Schedule(self.learning_rate, self.steps, warmup=0.05, weight_decay=0.0)
-        loss = fit(model, data, schedule, run, precision=self.precision)
-        run.log(f"lora: loss {loss:.4f} over the last tenth of {self.steps} steps")
-        merged: Any = model.merge_and_unload()
-        for name, linear in linears(merged).items():
-            if name in masks:
-                linear.weight.data.mul_(masks[name])
-        lm.manifest["_notes"] = {"loss": loss}
+        rows = self.encoded(lm, run)
+        if self.precision == "32-true" or dtype != torch.bfloat16:
+            cast_weights(
+                lm.model, torch.float32
+            )  # else frozen weights stay as they are: products are in bfloat16 anyway
+        model = adapted(lm.model, self, run.seed)
+        mask_zeros(model)
+        fitted = self.train(model, rows, run, learning_rate=self.learning_rate)
+        merged = merge(model)
+        lm.manifest["_notes"] = {"training": fitted.record()}
         cast_weights(merged, dtype)
         return lm.changed(merged)
 
 
-def mask_zeros(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Makes every LoRA layer over a pruned matrix train the update that will survive: `mask * (B A)`.
+def adapted(model: Any, settings: Any, seed: int) -> Any:
+    """`model` with fresh adapters in its linear layers, by PEFT; only they need a gradient.
 
-    Returns the masks (1 where a weight may be other than zero) by the layer's name in the base model; layers with under 1 %
-    of zeros count as dense. Costs one product of the update, rank * in * out multiplications, a forward pass.
+    Args:
+        settings: has `rank`, `alpha`, `rslora`, `dora` and `targets`.
+
+    Raises:
+        MissingExtra: PEFT is not installed.
+        UserError: a target that is no linear layer of the model.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise MissingExtra("peft", "peft") from None
+    import torch
+
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha or 2 * settings.rank,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        target_modules=targeted(model, settings.targets, type(settings).__name__.lower()),
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    return peft.get_peft_model(model, config)
+
+
+def targeted(model: nn.Module, targets: str | Sequence[str], method: str) -> list[str]:
+    """The full names of the linear layers in the blocks of `model` that are meant, by their last name or more of it."""
+    from winnow.model.packing import linears
+
+    names = sorted(linears(model))
+    if targets == ALL:
+        return names
+    found = [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]
+    lost = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if lost:
+        there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        raise UserError(
+            f"method.{method}.targets: {', '.join(lost)} is no linear layer of the blocks; there are {there}; `all` takes them all"
+        )
+    return found
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's layers with an adapter, by their name in the base model."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def effective(layer: Any) -> torch.Tensor:
+    """The weight [out, in] that a layer with its adapter stands for: `W + mask * s B A`, rows scaled by DoRA."""
+    update = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight) * layer.scaling["default"]
+    mask = getattr(layer, "winnow_mask", None)
+    weight = layer.base_layer.weight + (update if mask is None else mask * update)
+    if layer.use_dora["default"]:
+        norm = weight.norm(dim=1).detach()  # arXiv:2402.09353, section 4.3: a constant in the backward pass
+        weight = weight * (layer.lora_magnitude_vector["default"].weight / norm)[:, None]
+    return weight  # type: ignore[no-any-return]
+
+
+def mask_zeros(model: nn.Module) -> None:
+    """Makes every adapter over a pruned matrix train the update that will survive: `mask * (B A)`.
+
+    The mask (1 where a weight may be other than zero) is kept with the layer; one with under 1 % of zeros counts as dense.
+    Costs one product of the update, rank * in * out multiplications, a forward pass.
     """
     import types
 
     import torch.nn.functional as F
-    from peft.tuners.lora import Linear
 
-    masks: dict[str, torch.Tensor] = {}
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return F.linear(x, effective(self).to(x.dtype), self.base_layer.bias)
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
-        weight = self.base_layer.weight + self.winnow_mask * ((up @ down) * self.scaling["default"])
-        return F.linear(x, weight, self.base_layer.bias)
+    for layer in layers(model).values():
+        mask = layer.base_layer.weight != 0
+        if mask.float().mean() < 0.99:
+            layer.register_buffer("winnow_mask", mask, persistent=False)
+            layer.forward = types.MethodType(forward, layer)
 
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            mask = (module.base_layer.weight != 0).to(module.base_layer.weight.dtype)
-            if mask.mean() < 0.99:
-                module.winnow_mask = mask
-                module.forward = types.MethodType(forward, module)
-                masks[name.removeprefix("base_model.model.")] = mask
-    return masks
+
+def merge(model: Any) -> Any:
+    """The base model with the adapters in its weights, and without PEFT's layers."""
+    import torch
+
+    with torch.no_grad():
+        for layer in layers(model).values():
+            weight = effective(layer)
+            if hasattr(layer, "winnow_mask"):
+                weight = weight.masked_fill(~layer.winnow_mask, 0.0)  # a product with 0 may be -0
+            layer.base_layer.weight.copy_(weight)
+    return model.unload()

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from winnow.types import LM, Calibration, Checked, Run, Slot, knob
+from winnow.method.training import Training
+from winnow.types import LM, Calibration, Run, Slot, knob
 
 if TYPE_CHECKING:
     from winnow.hardware.work import Work
@@ -16,25 +17,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pretrain(Checked):
+class Pretrain(Training):
     """Full-parameter training with Muon for the matrices of the blocks and AdamW for the rest.
 
     Attributes:
-        documents: how many documents to draw from the training stream of `run.calibration`; seen once, then again.
-        tokens_per_batch: upper bound of rows times longest row in a batch.
+        stream: how many documents to draw from the training stream of `run.calibration`; seen once, then again.
     """
 
     slot: ClassVar[Slot] = Slot.RECOVER
 
     steps: int = knob(6000, low=1, high=10_000_000, search=False)
-    documents: int = knob(500_000, low=1, high=1_000_000_000, search=False)
-    tokens_per_batch: int = knob(4096, low=32, high=10_000_000, search=False)
+    stream: int = knob(500_000, low=1, high=1_000_000_000, search=False)
+    tokens_per_batch: int = knob(4096, low=32, high=100_000_000, search=False)
     learning_rate: float = knob(3e-3, low=1e-6, high=1.0, search=False)
     optimizer: str = knob("muon", choices=("muon", "adamw"), search=False)
     precision: str = knob("bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"), search=False)
     max_length: int = knob(256, low=8, high=1_000_000, search=False)
     save_dtype: str = knob("bfloat16", choices=("float32", "bfloat16", "float16"), search=False)
-    checkpoint_minutes: float = knob(3.0, low=0.01, high=1e6, search=False)
+    checkpoint_minutes: float = knob(3.0, low=0.001, high=1e6, search=False)
+
+    @property
+    def documents(self) -> int:
+        return self.stream + self.held_out
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         from winnow.hardware.work import Work
@@ -42,24 +46,33 @@ class Pretrain(Checked):
         parameters = sum(t.numel for t in plan.tensors.values())
         mixed = self.precision != "32-true"
         return Work.trained(
-            plan, calibration, self.steps, self.tokens_per_batch, parameters, self.documents, mixed, adapters=False
+            plan,
+            calibration,
+            self.steps,
+            self.tokens_per_batch,
+            parameters,
+            self.documents,
+            mixed,
+            adapters=False,
+            device_tokens=self.tokens_per_device,
         )
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch
 
         from winnow.model.packing import cast_weights
-        from winnow.recovery.corpus import documents
-        from winnow.recovery.data import Documents, encode
-        from winnow.recovery.fit import fit
-        from winnow.recovery.module import Schedule
 
         run.log(f"pretrain: drawing {self.documents:,} documents")
-        drawn = documents(run.calibration, self.documents, run.seed)
-        rows = encode(drawn, lm.tokenizer, self.max_length)
-        data = Documents(rows, lm.tokenizer.pad_token_id, self.tokens_per_batch, run.seed)
-        schedule = Schedule(self.learning_rate, self.steps, optimizer=self.optimizer)
-        loss = fit(lm.model, data, schedule, run, precision=self.precision, checkpoint_minutes=self.checkpoint_minutes)
-        run.log(f"pretrain: loss {loss:.4f} over the last tenth of {self.steps} steps")
+        rows = self.encoded(lm, run)
+        fitted = self.train(
+            lm.model,
+            rows,
+            run,
+            learning_rate=self.learning_rate,
+            optimizer=self.optimizer,
+            weight_decay=0.01,
+            warmup=0.02,
+        )
+        lm.manifest["_notes"] = {"training": fitted.record()}
         cast_weights(lm.model, getattr(torch, self.save_dtype))
         return lm.changed(lm.model)

@@ -5,7 +5,18 @@
 | `nano` | the embedded model's world, an endless stream |
 | a `.jsonl` or `.txt` file | its rows, or its paragraphs |
 | a benchmark, e.g. `gsm8k` | its training split, as the benchmark words it: from `calibration.data_dir`, else from the hub |
-| `hub:owner/name` | a data set of the hub, streamed; `calibration.subset` and `calibration.split` choose from it |
+| `hub:owner/name` | a data set of the hub; `calibration.subset` and `calibration.split` choose from it |
+
+A data set of the hub is downloaded once and kept in the hub's cache; with `calibration.streaming=true` only the rows that are
+read come over the network, each time. A row of a file or of the hub is one of
+
+| its fields | document |
+|---|---|
+| `messages`: a list of `role` and `content` | a chat |
+| `conversations`: a list of `from` and `value` (ShareGPT) | a chat |
+| `instruction`, `output`, and perhaps `input` | a chat of one question and one answer |
+| `text` or `content` | a text |
+| `prompt` and `completion`, or `question` and `answer` | a prompt, and a completion that the loss is on |
 """
 
 from __future__ import annotations
@@ -17,10 +28,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from winnow.types import Calibration, Document, UserError
+from winnow.types import Calibration, Chat, Document, UserError
 
 TEXT_FIELDS = ("text", "content")
 PAIRS = (("prompt", "completion"), ("question", "answer"))
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 HUB = "hub:"
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are mixed
 
@@ -38,7 +50,7 @@ def check_source(calibration: Calibration) -> None:
         )
 
 
-def documents(calibration: Calibration, count: int, seed: int) -> list[Document]:
+def documents(calibration: Calibration, count: int, seed: int) -> list[Document | Chat]:
     """`count` documents of the source, drawn at random by `seed`; all of them where there are fewer.
 
     Raises:
@@ -51,7 +63,7 @@ def documents(calibration: Calibration, count: int, seed: int) -> list[Document]
 
         return [Document(i.prompt, i.completion) for i in itertools.islice(training_items(TRAIN_SEED + seed), count)]
     if source.startswith(HUB):
-        found = list(itertools.islice(_from_hub(calibration, seed), count))
+        found = _from_hub(calibration, count, seed)
     else:
         whole = list(_from_benchmark(calibration) if source in _benchmarks() else _from_file(source))
         found = random.Random(seed).sample(whole, min(count, len(whole)))
@@ -60,11 +72,12 @@ def documents(calibration: Calibration, count: int, seed: int) -> list[Document]
     return found
 
 
-def _from_file(source: str) -> Iterator[Document]:
+def _from_file(source: str) -> Iterator[Document | Chat]:
     path = Path(source)
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         if path.suffix == ".txt":
-            for number, paragraph in enumerate(lines.read().split("\n\n"), 1):
+            text = _decoded(lines.read(), source)
+            for number, paragraph in enumerate(text.replace("\r\n", "\n").split("\n\n"), 1):
                 if paragraph.strip():
                     yield _checked({"text": paragraph.strip()}, f"{source}, paragraph {number}")
             return
@@ -72,13 +85,21 @@ def _from_file(source: str) -> Iterator[Document]:
             if line.strip():
                 where = f"{source}, line {number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(_decoded(line, where))
                 except ValueError as error:
                     raise UserError(f"calibration.source={where} is not JSON ({error})") from error
                 yield _checked(row, where)
 
 
-def _from_hub(calibration: Calibration, seed: int) -> Iterator[Document]:
+def _decoded(text: bytes, where: str) -> str:
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"calibration.source={where} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _from_hub(calibration: Calibration, count: int, seed: int) -> list[Document | Chat]:
+    """`count` rows at random: of all rows of a data set on disk, of a window that moves over a streamed one."""
     import datasets
 
     from winnow.model.hub import offline_if_unreachable
@@ -86,19 +107,27 @@ def _from_hub(calibration: Calibration, seed: int) -> Iterator[Document]:
     source, split = calibration.source, calibration.split
     try:
         with offline_if_unreachable():
-            stream = datasets.load_dataset(
-                source.removeprefix(HUB), calibration.subset, split=split, streaming=True, trust_remote_code=False
+            rows: Any = datasets.load_dataset(
+                source.removeprefix(HUB), calibration.subset, split=split, streaming=calibration.streaming
             )
-            for number, row in enumerate(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), 1):
-                yield _checked(row, f"{source}, row {number}")
-    except (OSError, ValueError) as error:  # the hub's own errors are among them
+            if calibration.streaming:
+                shuffled = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+                drawn: Iterator[tuple[int, Any]] = enumerate(itertools.islice(shuffled, count))
+            else:
+                chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+                drawn = ((number, rows[number]) for number in chosen)
+            return [_checked(row, f"{source}, row {number + 1}") for number, row in drawn]
+    except StopIteration:  # what datasets says of a file without rows
+        return []
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # the hub's own errors are among them
+        told = str(error).splitlines() or [type(error).__name__]
         raise UserError(
-            f"calibration.source={source} cannot be read ({str(error).splitlines()[0]}); check its name, calibration.subset "
+            f"calibration.source={source} cannot be read ({told[0]}); check its name, calibration.subset "
             f"and calibration.split={split}, or give a file"
         ) from error
 
 
-def _from_benchmark(calibration: Calibration) -> Iterator[Document]:
+def _from_benchmark(calibration: Calibration) -> Iterator[Document | Chat]:
     """The training split of a benchmark, worded as its items will be when it is scored."""
     from winnow.benchmark.harness import quiet
     from winnow.benchmark.spec import Spec
@@ -136,29 +165,83 @@ def _benchmarks() -> Mapping[str, Mapping[str, Any]]:
     return found
 
 
-def _checked(row: Mapping[str, Any], where: str) -> Document:
+def _checked(row: Any, where: str) -> Document | Chat:
+    """The document that a row is.
+
+    Raises:
+        UserError: there is none in it, or it is a test item.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f'calibration.source={where} is no JSON object with fields, as {{"text": "..."}}')
     _refuse_test_items(row, where)
+    for field, form in (("messages", ("role", "content")), ("conversations", ("from", "value"))):
+        if row.get(field) is not None:
+            return _chat(row[field], field, form, where)
+    if row.get("instruction") is not None and row.get("output") is not None:
+        asked = "\n\n".join(_string(row, field, where) for field in ("instruction", "input") if row.get(field))
+        answer = _string(row, "output", where)
+        return Chat(({"role": "user", "content": asked}, {"role": "assistant", "content": answer}))
     for field in TEXT_FIELDS:
         if field in row:
-            return Document("", row[field])
+            return Document("", _string(row, field, where))
     for prompt, completion in PAIRS:
         if prompt in row and completion in row:
+            asked, answer = _string(row, prompt, where), _string(row, completion, where)
             if prompt == "question":
-                return Document(f"Question: {row[prompt]}\nAnswer:", f" {row[completion]}")
-            return Document(row[prompt], row[completion])
+                return Document(f"Question: {asked}\nAnswer:", f" {answer}")
+            return Document(asked, answer)
     raise UserError(
-        f"calibration.source={where}: no text in it; it has the fields {', '.join(row)}, "
-        f"wanted: text, or prompt and completion, or question and answer"
+        f"calibration.source={where}: no text in it; it has the fields {', '.join(map(str, row))}, "
+        f"wanted: text, messages, prompt and completion, question and answer, or instruction and output"
     )
+
+
+def _string(row: Mapping[str, Any], field: str, where: str) -> str:
+    if not isinstance(row[field], str):
+        raise UserError(f"calibration.source={where}: its field {field} is no text but {type(row[field]).__name__}")
+    return str(row[field])
+
+
+def _chat(messages: Any, field: str, form: tuple[str, str], where: str) -> Chat:
+    """A conversation, `form` being what its messages call the role and the content."""
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise UserError(f"calibration.source={where}: {field} is no list of messages with {form[0]} and {form[1]}")
+    turns = []
+    for number, message in enumerate(messages, 1):
+        for key in form:
+            if not isinstance(message.get(key), str):
+                raise UserError(f"calibration.source={where}: message {number} of {field} has no {key}")
+        role, content = (message[key] for key in form)
+        if field == "conversations":
+            if role not in SHAREGPT:
+                raise UserError(
+                    f"calibration.source={where}: message {number} is from {role}; known are {', '.join(SHAREGPT)}"
+                )
+            role = SHAREGPT[role]
+        turns.append({"role": role, "content": content})
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise UserError(
+            f"calibration.source={where}: no message of {field} is the assistant's, so nothing can be learned"
+        )
+    return Chat(tuple(turns))
 
 
 def _refuse_test_items(row: Mapping[str, Any], where: str) -> None:
     from winnow.benchmark.held_out import benchmark_of
 
-    for value in row.values():
-        benchmark = benchmark_of(value) if isinstance(value, str) else None
+    for text in _texts(row):
+        benchmark = benchmark_of(text)
         if benchmark is not None:
             raise UserError(
                 f"calibration.source={where} is a test item of {benchmark}, on which nothing may be trained or calibrated; "
                 f"remove it, or take a training split"
             )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in a row, however deep they lie."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)

@@ -1,107 +1,301 @@
-"""Training documents in batches of similar length, the same batches for the same seed, resumable at any batch.
+"""Training documents packed into rows: no padding, the same rows for the same seed, resumable at any step.
 
-A document is a prompt and its completion; the loss is on the completion (and on all of a document without a prompt).
-Batches hold about `tokens_per_batch` tokens, so a batch of short documents has more rows. Rows start at position 0 with
-`<bos>`, as they will when the model is evaluated; sorting by length within a window keeps padding to a few per cent.
+A row (a *bin*) holds whole documents, about `tokens_per_device` tokens; each document starts at position 0 and sees itself
+alone (`winnow.recovery.attention`), as it will when the model is evaluated. The loss is on completions, and on all of a document
+without a prompt.
+
+One optimizer step takes the next `devices * accumulate` bins, whatever that product is made of, and weighs each of its target
+tokens the same: the loss of a bin is divided by the targets of the whole step, which every device knows without asking.
 """
 
 from __future__ import annotations
 
+import bisect
+import hashlib
+import itertools
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from winnow.types import Document
+from winnow.types import Chat, Document, UserError
 
-IGNORED = -100  # the label that cross entropy passes over
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the target that losses pass over
+WINDOW = 4096  # documents that are packed together: enough to fill bins well, few enough to stay in a random order
 
 
 @dataclass(frozen=True)
 class Encoded:
+    """Token ids of a document.
+
+    Attributes:
+        answers: the half-open spans of positions whose tokens the loss counts.
+        cut: tokens beyond `max_length`, which were left out.
+    """
+
     ids: list[int]
-    answer_start: int  # the first position that the loss counts
+    answers: tuple[tuple[int, int], ...]
+    cut: int = 0
+
+    @property
+    def answer_start(self) -> int:
+        return self.answers[0][0] if self.answers else len(self.ids)
+
+    @property
+    def target_count(self) -> int:
+        return sum(end - max(1, start) for start, end in self.answers if end > max(1, start))
 
 
 def encode(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, max_length: int, end: bool = True
+    documents: Sequence[Document | Chat], tokenizer: PreTrainedTokenizerBase, max_length: int, end: bool = True
 ) -> list[Encoded]:
     """Token ids of each document, ended by `<eos>`; documents longer than `max_length` tokens are cut.
 
-    Prompt and completion are tokenised together, as at evaluation; the loss starts at the first token of the completion.
+    Prompt and completion are tokenised together, as at evaluation; the loss starts at the first token of the completion. A chat
+    goes through the tokenizer's template, and the loss is on what the assistant says.
+
+    Raises:
+        UserError: a chat, and the tokenizer has no template, or one that refuses it.
     """
-    whole = tokenizer([d.prompt + d.completion for d in documents])["input_ids"]
-    prompts = tokenizer([d.prompt for d in documents])["input_ids"]
+    plain = [d for d in documents if isinstance(d, Document)]
+    whole = iter(tokenizer([d.prompt + d.completion for d in plain])["input_ids"] if plain else [])
+    prompts = iter(tokenizer([d.prompt for d in plain])["input_ids"] if plain else [])
     eos = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
-    return [
-        Encoded((ids + eos)[:max_length], len(prompt) if d.prompt else 1)
-        for d, ids, prompt in zip(documents, whole, prompts, strict=True)
-    ]
+    made = []
+    for document in documents:
+        if isinstance(document, Document):
+            ids, prompt = next(whole) + eos, next(prompts)
+            answers = [(len(prompt) if document.prompt else 1, len(ids))]
+        else:
+            ids, answers = _templated(document, tokenizer)
+        kept = [(start, min(stop, max_length)) for start, stop in answers if start < min(stop, max_length)]
+        made.append(Encoded(ids[:max_length], tuple(kept), max(0, len(ids) - max_length)))
+    return made
 
 
-def batches(
-    lengths: Sequence[int], tokens_per_batch: int, seed: int, epoch: int, window: int = 4096
-) -> Iterator[list[int]]:
-    """Indices of the documents of each batch, in an order that depends on (seed, epoch) alone."""
+def _templated(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a chat, and the spans of what the assistant says.
+
+    An answer begins where the conversation before it, with the template's opening of an answer, ends. Some templates word an
+    answer otherwise once others follow it (they leave its thoughts out); such an answer is read and not learned.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise UserError(
+            "calibration.source holds chats, and the model's tokenizer has no chat template; "
+            "give rows with prompt and completion, or take an instruction-tuned model"
+        )
+    messages = list(chat.messages)
+
+    def templated(upto: int, opening: bool = False) -> list[int]:
+        found: Any = tokenizer.apply_chat_template(
+            messages[:upto], tokenize=True, add_generation_prompt=opening, return_dict=True
+        )
+        return list(found["input_ids"])
+
+    spans = []
+    try:
+        ids = templated(len(messages))
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, after = templated(turn, opening=True), templated(turn + 1)
+                start, stop = _shared(ids, before), _shared(ids, after)
+                # a last token may have grown together with the first of what follows
+                if start >= len(before) - 1 and stop >= len(after) - 1:
+                    spans.append((start, stop))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"calibration.source holds a chat ({roles}) that the model's chat template refuses ({error}); remove it"
+        ) from error
+    return ids, spans
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two sequences have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def pack(lengths: Sequence[int], capacity: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Bins of documents, by index, of at most `capacity` tokens each, in an order that depends on (seed, epoch) alone.
+
+    Best-fit decreasing inside windows of random documents (Johnson 1974: at most 11/9 of the fewest bins); a bin that is
+    not yet full enough waits for the next window.
+    """
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    for start in range(0, len(order), window):
-        group = sorted(order[start : start + window], key=lambda i: lengths[i])
-        made: list[list[int]] = [[]]
-        for i in group:  # ascending, so `i` is the longest of its batch so far
-            if made[-1] and (len(made[-1]) + 1) * lengths[i] > tokens_per_batch:
-                made.append([])
-            made[-1].append(i)
-        rng.shuffle(made)
-        yield from made
+    open_bins: list[list[int]] = []
+    for start in range(0, len(order), WINDOW):
+        # ascending fill, found by bisection; documents come longest first
+        filled = sorted((sum(lengths[i] for i in made), n) for n, made in enumerate(open_bins))
+        bins = open_bins
+        for i in sorted(order[start : start + WINDOW], key=lambda i: -lengths[i]):
+            length = lengths[i]
+            found = _fullest(filled, capacity - length)
+            if found is None:
+                bins.append([i])
+                bisect.insort(filled, (length, len(bins) - 1))
+            else:
+                fill, n = filled.pop(found)
+                bins[n].append(i)
+                bisect.insort(filled, (fill + length, n))
+        last = start + WINDOW >= len(order)
+        done = [bins[n] for fill, n in filled if last or fill >= 0.95 * capacity]
+        open_bins = [] if last else [bins[n] for fill, n in filled if fill < 0.95 * capacity]
+        rng.shuffle(done)
+        for made in done:
+            rng.shuffle(made)
+            yield made
 
 
-def collate(rows: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids`, `attention_mask` and `labels`, each [rows, longest]."""
+def _fullest(filled: list[tuple[int, int]], room: int) -> int | None:
+    """The index of the fullest bin of at most `room` tokens; None if there is none."""
+    found = bisect.bisect_right(filled, (room, len(filled) + WINDOW)) - 1
+    return found if found >= 0 else None
+
+
+def collate(rows: Sequence[Encoded]) -> dict[str, Any]:
+    """Documents as one row.
+
+    `input_ids`, `position_ids` (which start at 0 in each document) and `targets` (the id that follows, `IGNORED` where none is
+    asked for), each [1, T]; `cu_seqlens` [documents + 1], the boundaries.
+    """
+    ids = [i for row in rows for i in row.ids]
+    targets = torch.full((len(ids),), IGNORED)
+    bounds = [0, *itertools.accumulate(len(row.ids) for row in rows)]
+    for row, offset in zip(rows, bounds, strict=False):
+        for start, end in row.answers:
+            start = max(1, start)
+            targets[offset + start - 1 : offset + end - 1] = torch.tensor(row.ids[start:end])
+    positions = torch.cat([torch.arange(len(row.ids)) for row in rows])
+    return {
+        "input_ids": torch.tensor(ids)[None],
+        "position_ids": positions[None],
+        "targets": targets[None],
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+    }
+
+
+def collate_padded(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
+    """The same for models whose attention cannot be told where documents begin: a row each, `attention_mask` beside it."""
     longest = max(len(row.ids) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    labels = torch.full((len(rows), longest), IGNORED)
+    shape = (len(rows), longest)
+    input_ids, targets = torch.full(shape, pad), torch.full(shape, IGNORED)
+    mask = torch.zeros(shape, dtype=torch.long)
     for i, row in enumerate(rows):
-        ids = torch.tensor(row.ids)
-        input_ids[i, : len(ids)] = ids
-        mask[i, : len(ids)] = 1
-        labels[i, row.answer_start : len(ids)] = ids[row.answer_start :]
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        one = collate([row])
+        length = len(row.ids)
+        input_ids[i, :length], targets[i, :length], mask[i, :length] = one["input_ids"][0], one["targets"][0], 1
+    return {"input_ids": input_ids, "targets": targets, "attention_mask": mask}
+
+
+def fingerprint(batch: dict[str, Any]) -> str:
+    """What a batch is known by in messages: a hash of its token ids."""
+    return hashlib.sha256(batch["input_ids"].cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 class Documents(lightning.LightningDataModule):
-    """Documents for training, forever (epoch after epoch), continued after a checkpoint where it left off."""
+    """Documents for training, forever (epoch after epoch), continued after a checkpoint where it left off.
 
-    def __init__(self, rows: Sequence[Encoded], pad: int, tokens_per_batch: int, seed: int) -> None:
+    Args:
+        rows: of which `held_out` are set aside to validate on, drawn by `seed`.
+        tokens_per_device: the capacity of a bin; that of the longest document where that is more.
+        pad: None to pack; else the id to pad rows with.
+
+    A batch has, beside what `collate` makes, `documents` (indices into `rows`, in their order) and `step_targets` (the targets
+    of the whole optimizer step, over all its bins).
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        tokens_per_device: int,
+        seed: int,
+        held_out: int = 0,
+        pad: int | None = None,
+    ) -> None:
         super().__init__()
-        self.rows, self.pad, self.tokens_per_batch, self.seed = rows, pad, tokens_per_batch, seed
-        self.done = 0  # batches handed out and trained on
+        usable = [i for i, row in enumerate(rows) if row.target_count]
+        if len(usable) <= held_out:
+            raise UserError(
+                f"calibration.source gives {len(usable)} documents with something to learn, of which {held_out} would be "
+                f"held out; give more documents"
+            )
+        random.Random(f"{seed}/held out").shuffle(usable)
+        self.rows, self.seed, self.pad = rows, seed, pad
+        self.validation, self.training = sorted(usable[:held_out]), sorted(usable[held_out:])
+        self.capacity = max([tokens_per_device, *(len(rows[i].ids) for i in usable)])
+        self.done = 0  # optimizer steps trained on
 
-    def _stream(self) -> Iterator[dict[str, torch.Tensor]]:
-        lengths = [len(row.ids) for row in self.rows]
-        seen, epoch = 0, 0
-        while True:
-            for indices in batches(lengths, self.tokens_per_batch, self.seed, epoch):
-                seen += 1
-                if seen > self.done:
-                    yield collate([self.rows[i] for i in indices], self.pad)
-            epoch += 1
+    def digest(self) -> str:
+        """What the documents are known by: a hash of their ids."""
+        found = hashlib.sha256()
+        for i in self.training:
+            found.update(array("q", [*self.rows[i].ids, -1]))
+        return found.hexdigest()[:12]
+
+    def bins(self) -> Iterator[list[int]]:
+        """The bins of all epochs, one after the other."""
+        lengths = [len(self.rows[i].ids) for i in self.training]
+        for epoch in itertools.count():
+            for made in pack(lengths, self.capacity, self.seed, epoch):
+                yield [self.training[i] for i in made]
+
+    def batch(self, documents: list[int], step_targets: int) -> dict[str, Any]:
+        rows = [self.rows[i] for i in documents]
+        made = collate(rows) if self.pad is None else collate_padded(rows, self.pad)
+        return made | {"documents": documents, "step_targets": step_targets}
+
+    def steps(self, devices: int, accumulate: int, rank: int) -> Iterator[dict[str, Any]]:
+        """The batches of one device from the first step that has not been done: `accumulate` of them a step."""
+        bins = self.bins()
+        for step in itertools.count():
+            taken = list(itertools.islice(bins, devices * accumulate))
+            if step >= self.done:
+                targets = sum(self.rows[i].target_count for made in taken for i in made)
+                for made in taken[rank::devices]:
+                    yield self.batch(made, targets)
 
     def train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
-        return torch.utils.data.DataLoader(_Stream(self._stream()), batch_size=None)
+        devices, accumulate, rank = 1, 1, 0
+        if self.trainer is not None:
+            devices, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+            rank = self.trainer.global_rank
+        return self._loader(self.steps(devices, accumulate, rank))
+
+    def held_out(self, devices: int = 1, rank: int = 0) -> list[dict[str, Any]]:
+        """The batches of this device's share of the documents that are held out."""
+        lengths = [len(self.rows[i].ids) for i in self.validation]
+        made = list(pack(lengths, self.capacity, 0, 0))[rank::devices]
+        return [self.batch([self.validation[i] for i in bin_], 0) for bin_ in made]
+
+    def _loader(self, items: Iterator[Any]) -> torch.utils.data.DataLoader[Any]:
+        cuda = (
+            torch.cuda.is_available() and self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        )
+        return torch.utils.data.DataLoader(
+            _Stream(items),
+            batch_size=None,
+            num_workers=1 if cuda else 0,
+            prefetch_factor=4 if cuda else None,
+            pin_memory=cuda,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        trainer = self.trainer
-        return {"batches": trainer.global_step * trainer.accumulate_grad_batches if trainer else self.done}
+        return {"steps": self.trainer.global_step if self.trainer is not None else self.done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.done = state_dict["batches"]
+        self.done = state_dict["steps"]
 
 
 class _Stream(torch.utils.data.IterableDataset[Any]):

@@ -1,119 +1,259 @@
-"""Runs a `Recovery` module on `Documents` under Lightning: progress, checkpoints, resumption.
+"""Runs a training under Lightning: devices, precision, progress, checkpoints, resumption.
 
 Checkpoints go to `<run folder>/checkpoints/last.ckpt`, written whole or not at all; the same call on the same folder goes on
-from there. Lightning's own loggers are off: figures reach W&B through `winnow.report`.
+from there, on one device in `32-true` bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import math
+import signal
+import time
 import warnings
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import nn
+import torch
 
-from winnow.recovery.data import Documents
+from winnow.model.packing import cast_weights
+from winnow.recovery import batch_size, devices, preflight
+from winnow.recovery.attention import packed
+from winnow.recovery.callbacks import Checkpoints, EarlyStop, Progress, check_finite
+from winnow.recovery.data import Documents, Encoded
 from winnow.recovery.module import Recovery, Schedule
-from winnow.types import Run
+from winnow.recovery.objective import CrossEntropy, Objective
+from winnow.recovery.student import Student
+from winnow.types import Run, UserError
 
 
-class Progress(Callback):
-    """A line with step, loss and tokens/s every `seconds`: readable in a log file as well as in a terminal."""
+@dataclass(frozen=True)
+class Batching:
+    """How much is trained on at a time.
 
-    def __init__(self, run: Run, steps: int, seconds: float = 10.0) -> None:
-        self.run, self.steps, self.seconds = run, steps, seconds
-        self.tokens, self.total, self.since = 0, 0.0, 0.0
-        self.batches = 0
+    Attributes:
+        tokens: of an optimizer step, over all devices, about.
+        tokens_per_device: that lie on a device at a time; 0: all that a step asks of it.
+        held_out: documents to validate on.
+        patience: looks at the held-out loss without progress after which training ends; 0: never.
+    """
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        import time
+    tokens: int
+    tokens_per_device: int = 0
+    held_out: int = 0
+    patience: int = 0
 
-        now = time.monotonic()
-        self.since = self.since or now
-        self.tokens += int(batch["attention_mask"].sum())
-        self.total += float(outputs["loss"])
-        self.batches += 1
-        if now - self.since > self.seconds or trainer.global_step == self.steps:
-            rate = self.tokens / max(now - self.since, 1e-9)
-            left = (self.steps - trainer.global_step) * (now - self.since) / self.batches
-            self.run.log(
-                f"step {trainer.global_step}/{self.steps}  loss {self.total / self.batches:.4f}  "
-                f"{rate:,.0f} tokens/s  {timedelta(seconds=round(left))} left"
-            )
-            self.tokens, self.total, self.since, self.batches = 0, 0.0, now, 0
+    def accumulate(self, world_size: int) -> int:
+        """Bins that each device takes a step."""
+        return max(1, round(self.tokens / (world_size * self.per_device(world_size))))
+
+    def per_device(self, world_size: int) -> int:
+        share = math.ceil(self.tokens / world_size)
+        return min(self.tokens_per_device or share, share)
 
 
-class Checkpoints(ModelCheckpoint):
-    """Every `minutes`, written to a scratch name and renamed, so that a kill leaves the last whole one."""
+@dataclass(frozen=True)
+class Fitted:
+    """What came out of a training, beside the weights.
 
-    def __init__(self, folder: Path, minutes: float) -> None:
-        super().__init__(
-            dirpath=folder,
-            filename="last",
-            train_time_interval=timedelta(minutes=minutes),
-            save_top_k=1,
-            enable_version_counter=False,
-        )
+    Attributes:
+        loss: mean over the last tenth of the steps.
+        held_out_loss: at the end; None where nothing was held out.
+        held_out_loss_before: before the first step.
+        steps: that were made, all resumptions together.
+        tokens_per_second: of useful tokens over all devices, since the start or the last resumption, as are the seconds.
+        resumed_at_step: where the last resumption began; None for a training that was never cut off. Then the time and the
+            energy that a manifest records beside it are those since.
+    """
 
-    def _save_checkpoint(self, trainer: lightning.Trainer, filepath: str) -> None:
-        scratch = f"{filepath}.partial"
-        trainer.save_checkpoint(scratch, self.save_weights_only)
-        if trainer.is_global_zero:
-            Path(scratch).replace(filepath)
+    loss: float
+    steps: int
+    tokens_per_second: float
+    seconds: float
+    held_out_loss: float | None = None
+    held_out_loss_before: float | None = None
+    resumed_at_step: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """For a manifest."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
 def fit(
-    model: nn.Module,
-    data: Documents,
+    model: Any,
+    rows: Sequence[Encoded],
     schedule: Schedule,
+    batching: Batching,
     run: Run,
     *,
     precision: str = "32-true",
-    accumulate: int = 1,
+    objective: Objective | None = None,
     checkpoint_minutes: float | None = None,
     log_seconds: float = 10.0,
-) -> float:
-    """Trains `model` in place for `schedule.steps` optimizer steps; returns the mean loss of the last tenth of them."""
+    student: Student | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """Trains those parameters of `model` in place that need a gradient, for `schedule.steps` optimizer steps.
+
+    Args:
+        settings: what a checkpoint must have been made with to go on from it, beside model, documents and batches; the
+            schedule's where none are given.
+
+    Raises:
+        UserError: too few documents, a loss that is not finite, or a checkpoint in the run's folder that is damaged or of another
+            training.
+        SystemExit: 143, after a checkpoint, when the process is told to stop.
+    """
+    world = devices.world(run)
+    devices.join(run, world)
+    objective = objective or CrossEntropy()
+    student, batching, flight = _prepared(model, student, rows, objective, schedule, batching, run, world, precision)
     lightning.seed_everything(run.seed, verbose=False)
-    tail = _Tail(schedule.steps)
-    callbacks: list[Callback] = [Progress(run, schedule.steps, log_seconds), tail]
-    last = run.folder / "checkpoints" / "last.ckpt"
-    if checkpoint_minutes:
-        callbacks.append(Checkpoints(last.parent, checkpoint_minutes))
+    if not student.packs:
+        run.log("documents are padded, not packed: this architecture cannot be told where they begin in a row")
+    pad = None if student.packs else int(getattr(model.config, "pad_token_id", None) or 0)
+    data = Documents(rows, batching.per_device(world.size), run.seed, batching.held_out, pad)
+    progress = Progress(run, schedule.steps, log_seconds)
+    callbacks: list[Any] = [progress]
+    early = EarlyStop(run, data, schedule.steps, patience=batching.patience) if batching.held_out else None
+    if early is not None:
+        callbacks.append(early)
+    held = {
+        **(settings if settings is not None else {f"schedule.{k}": v for k, v in dataclasses.asdict(schedule).items()}),
+        "precision": precision,
+        "seed": run.seed,
+        "tokens_per_device": data.capacity,
+        "batches_per_step": batching.accumulate(world.size) * world.size,
+        "documents": f"{len(data.training)} ({data.digest()})",
+        "weights": digest(model),
+    }
+    checkpoints = Checkpoints(run, run.folder / "checkpoints", checkpoint_minutes or math.inf, held)
+    callbacks.append(checkpoints)
+    resume = checkpoints.found()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(
+        logging.WARNING
+    )  # which devices there are, tips
     trainer = lightning.Trainer(
-        accelerator="cpu" if run.device == "cpu" else "auto",
-        devices=1,
+        **devices.trainer_arguments(run, world, flight.sharded),
         precision=precision,  # type: ignore[arg-type]
         max_steps=schedule.steps,
-        accumulate_grad_batches=accumulate,
+        accumulate_grad_batches=batching.accumulate(world.size),
         gradient_clip_val=1.0 if schedule.optimizer == "adamw" else None,
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=checkpoint_minutes is not None,
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=run.folder,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
     )
+    started = time.monotonic()
+    module = Recovery(student, schedule, objective, flight.sharded)
     model.train()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec|does not have many workers).*")
-        trainer.fit(Recovery(model, schedule), data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+    # what is computed a second time, is so in the backward pass
+    isolated = packed(student.base) if flight.checkpointing and student.packs else contextlib.nullcontext()
+    with warnings.catch_warnings(), isolated:
+        warnings.filterwarnings(
+            "ignore", message=".*(num_workers|LeafSpec|does not have many workers|transfer_batch_to_device).*"
+        )
+        with _endings(world, checkpoints, progress):
+            trainer.fit(module, data, ckpt_path=resume, weights_only=False)
+    check_finite(student.trainable, "after the last step")
+    if early is not None:
+        early.keep_best(module, trainer.global_step)
+    if flight.sharded:
+        devices.unshard(student)
+        student.__dict__.pop("trainable", None)
+    if flight.checkpointing:
+        student.base.gradient_checkpointing_disable()
     model.eval()
-    return tail.mean()
+    seconds = time.monotonic() - started
+    return Fitted(
+        loss=progress.mean(),
+        steps=trainer.global_step,
+        tokens_per_second=progress.total_tokens / max(1e-9, time.monotonic() - progress.started),
+        seconds=round(seconds, 3),
+        held_out_loss=early.latest if early is not None else None,
+        held_out_loss_before=early.before if early is not None else None,
+        resumed_at_step=progress.first if resume is not None else None,
+    )
 
 
-class _Tail(Callback):
-    """Mean loss of the last tenth of the steps."""
+@contextlib.contextmanager
+def _endings(world: devices.World, checkpoints: Checkpoints, progress: Progress) -> Iterator[None]:
+    """Whatever way Lightning ends, it is said in our words, and signals and terminal are as before."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit of, and Ctrl-C deaf
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from None
+        raise
+    except RuntimeError as error:
+        if world.size > 1 and devices.is_lost(error):
+            raise devices.RankLost(f"rank {world.rank}: another process of the training is gone") from error
+        raise
+    finally:
+        checkpoints.close()
+        progress.close()
 
-    def __init__(self, steps: int) -> None:
-        self.start = steps - max(1, steps // 10)
-        self.losses: list[float] = []
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        if trainer.global_step > self.start:
-            self.losses.append(float(outputs["loss"]))
+def _prepared(
+    model: Any,
+    student: Student | None,
+    rows: Sequence[Encoded],
+    objective: Objective,
+    schedule: Schedule,
+    batching: Batching,
+    run: Run,
+    world: devices.World,
+    precision: str,
+) -> tuple[Student, Batching, preflight.Flight]:
+    """The model on its device, with as many tokens at a time as fit there.
 
-    def mean(self) -> float:
-        return sum(self.losses) / len(self.losses) if self.losses else float("nan")
+    Raises:
+        UserError: it cannot fit.
+    """
+    others = [x for x in vars(objective).values() if isinstance(x, torch.nn.Module)]
+    demand = preflight.demand(model, run, precision == "bf16-mixed", others)
+    share, longest = math.ceil(batching.tokens / world.size), max((len(row.ids) for row in rows), default=1)
+    asked = {"tokens_per_device": batching.tokens_per_device, "share": share, "longest": longest}
+    work = schedule.steps * batching.tokens
+    flight: preflight.Flight = devices.agreed(preflight.check(demand, run, world, **asked, work=work), world)
+    if flight.sharded and schedule.optimizer == "muon":
+        raise UserError(
+            "optimizer=muon needs whole matrices, and the weights are spread over the devices; set optimizer=adamw"
+        )
+    if world.first:
+        run.log(f"training {flight}")
+    if flight.checkpointing:
+        recompute(model)
+    if flight.sharded:
+        cast_weights(model, torch.float32)  # what is sharded together must be of one type
+    else:  # what is spread is brought to the device a block at a time
+        model.to(devices.local_device(run))
+    student = student or Student(model)
+    tokens = batch_size.choose(student, objective, rows, run, world, demand, flight, precision=precision, **asked)
+    return student, dataclasses.replace(batching, tokens_per_device=tokens), flight
+
+
+def recompute(model: Any) -> None:
+    """Lets every block keep its input alone, and compute the rest a second time in the backward pass."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def digest(model: Any) -> str:
+    """What a model's weights are known by: a hash of their names, shapes, and some values of each."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 64)].cpu()
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {some.tolist()}\n".encode())
+    return found.hexdigest()[:12]

@@ -1,7 +1,7 @@
-"""The one LightningModule of winnow: recovery, pretraining and (later) distillation differ in what they pass to it.
+"""The one LightningModule of winnow: recovery, distillation and pretraining differ in what they pass to it.
 
-Loss is summed over target tokens and divided by their number in the whole batch, so that batches of unequal length weigh
-each token the same.
+The loss of a batch is the sum over its targets, divided by the targets of the whole optimizer step, all its batches on all
+devices: so each token weighs the same however a step is cut up.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 
 import lightning
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from winnow.recovery.data import IGNORED
+from winnow.method.blocks import decoder_blocks
+from winnow.recovery import devices
+from winnow.recovery.data import fingerprint
+from winnow.recovery.objective import CrossEntropy, Objective
 from winnow.recovery.optimizer import build_optimizer
+from winnow.recovery.student import Student
+from winnow.types import UserError
 
 
 @dataclass(frozen=True)
@@ -37,27 +40,70 @@ class Schedule:
         return max(0.0, min(1.0, (step + 1) / warmup, (self.steps - step) / decay))
 
 
-def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy over target tokens. logits [B, T, V], labels [B, T] (`IGNORED` where there is no target)."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
-
-
 class Recovery(lightning.LightningModule):
-    """Trains the parameters of `model` that need a gradient on batches of `winnow.recovery.data`."""
+    """Trains the parameters of `student` that need a gradient, by `objective`."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+    def __init__(
+        self, student: Student, schedule: Schedule, objective: Objective | None = None, sharded: bool = False
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.student = student
         self.schedule = schedule
+        self.sharded = sharded
+        # in a list, so that a teacher is no part of what is trained, spread over devices and checkpointed
+        self._objective = [objective or CrossEntropy()]
+        self.strict_loading = False  # checkpoints hold what is trained
 
-    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        loss = token_loss(output.logits, batch["labels"])
-        self.log("loss", loss.detach(), prog_bar=True)
-        return loss
+    def configure_model(self) -> None:
+        """Called by Lightning once the processes know one another."""
+        if self.sharded:
+            mixed = self.trainer.precision == "bf16-mixed"
+            mesh: Any = self.device_mesh
+            devices.shard(self.student, decoder_blocks(self.student.base), mesh["data_parallel"], mixed)
+            self.student.__dict__.pop("trainable", None)  # other parameters now
+
+    @property
+    def objective(self) -> Objective:
+        return self._objective[0]
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, index: int) -> dict[str, Any]:
+        return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def training_step(self, batch: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
+        total = self.objective(self.student, batch)
+        if not total.isfinite():
+            raise UserError(
+                f"the loss is {total.item()} at step {self.trainer.global_step} on batch {fingerprint(batch)}; "
+                f"lower the learning rate, or train with precision=32-true; "
+                f"the last checkpoint, if there is one, is from before that"
+            )
+        share = total / max(1, batch["step_targets"])
+        # Lightning divides by the batches of a step, and the mean over devices divides by these
+        return {"loss": share * self.trainer.accumulate_grad_batches * self.trainer.world_size, "share": share.detach()}
+
+    @torch.no_grad()
+    def held_out_loss(self, batches: list[dict[str, Any]]) -> tuple[float, int]:
+        """Sum of the objective over held-out batches, and its targets."""
+        from winnow.recovery.data import IGNORED
+
+        was = self.student.training
+        self.student.eval()
+        total, targets = 0.0, 0
+        for batch in batches:
+            moved = self.transfer_batch_to_device(batch, self.device, 0)
+            with self.trainer.precision_plugin.forward_context():
+                total += float(self.objective(self.student, moved))
+            targets += int((batch["targets"] != IGNORED).sum())
+        self.student.train(was)
+        return total, targets
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # what is frozen comes with the model, and quantized weights could not be put back
+        trained = {f"student.model.{name}" for name in self.student.trainable}
+        checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in trained}
 
     def configure_optimizers(self) -> Any:
         s = self.schedule
-        optimizer = build_optimizer(self.model, s.optimizer, s.learning_rate, s.weight_decay)
+        optimizer = build_optimizer(self.student.model, s.optimizer, s.learning_rate, s.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, s.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
