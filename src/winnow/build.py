@@ -18,6 +18,7 @@ from winnow.types import LM, Calibration, Probe, Run, Stage, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.device import Hardware
+    from winnow.report.curves import Curves
 
 ALLOWED_TARGETS = ("winnow.",)  # prefixes; `_target_` may name nothing else
 
@@ -104,12 +105,38 @@ def benchmark(cfg: DictConfig) -> Probe:
 
 
 def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
+    """What stages and probes are given beside the model."""
     from winnow.recovery.corpus import check_source
 
     calibration = Calibration(**OmegaConf.to_container(cfg.calibration, resolve=True))  # type: ignore[arg-type]
     check_source(calibration)
     folder.mkdir(parents=True, exist_ok=True)
-    return Run(folder=folder, seed=cfg.seed, device=cfg.hardware.device, log=log, calibration=calibration)
+    used = hardware(cfg)
+    return Run(
+        folder=folder,
+        seed=cfg.seed,
+        device=used.device,
+        log=log,
+        calibration=calibration,
+        base=cfg.get("base") or cfg.model.get("path"),
+        devices=used.devices,
+        parallel=used.parallel,
+        tflops=used.tflops,
+        memory_limit_bytes=used.memory_limit_bytes,
+        carbon_g_per_kwh=used.carbon_g_per_kwh,
+        cache=Path(cfg.outputs) / "cache",
+    )
+
+
+def curves(cfg: DictConfig, output: Path, scratch: Path, log: Callable[[str], None]) -> Curves:
+    """Where the curves of the trainings go: into one run of W&B, named after the output."""
+    from winnow.report.curves import Curves
+
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    shown = {"model": plain["model"].get("name"), **{k: plain.get(k) for k in ("method", "calibration", "seed")}}
+    place = Path(cfg.outputs) / "wandb"
+    return Curves(**plain["wandb"], folder=place, name=output.name, config=shown, memory=scratch / "wandb-id", say=log)
 
 
 def output(cfg: DictConfig, command: str, lm: LM, parts: Mapping[str, Any]) -> Path:
@@ -118,7 +145,7 @@ def output(cfg: DictConfig, command: str, lm: LM, parts: Mapping[str, Any]) -> P
         return Path(cfg.output)
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    ignored = ("outputs", "output", "dry_run")
+    ignored = ("outputs", "output", "dry_run", "wandb")
     relevant = json.dumps({k: v for k, v in settings.items() if k not in ignored}, sort_keys=True)
     digest = hashlib.sha256(relevant.encode()).hexdigest()[:8]
     return Path(cfg.outputs) / command / "-".join([lm.name, *parts, digest])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 import os
 import re
 import sys
@@ -22,10 +23,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from winnow.model.save import is_disk_full
+from winnow.recovery.devices import RankLost
 from winnow.types import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path or "none")).name, replace=True)
+
+
+def wandb_mode() -> str:
+    """`${wandb_mode:}`: what W&B's users expect of their environment; `disabled` for everybody else."""
+    legacy = {"dryrun": "offline", "run": "online", "shared": "online"}
+    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "disabled")
+    return legacy.get(mode, mode) if importlib.util.find_spec("wandb") else "disabled"
+
+
+OmegaConf.register_new_resolver("wandb_mode", wandb_mode, replace=True)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -43,6 +55,8 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
                 if full_error == "1":
                     raise
                 _end(name, error)
+            except RankLost as error:
+                _end(name, error, code=1)
 
         wrapped = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(guarded)
 
@@ -64,9 +78,9 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     return decorate
 
 
-def _end(name: str, error: BaseException) -> NoReturn:
+def _end(name: str, error: BaseException, code: int = 2) -> NoReturn:
     print(f"{name}.py: {explain(error)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def is_mistake(error: Exception) -> bool:

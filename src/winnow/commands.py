@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from winnow import build
 from winnow.hardware.lock import sharing
 from winnow.method.pipeline import compress as run_pipeline
 from winnow.model.save import remove_empty
+from winnow.recovery import devices
 from winnow.types import Figures
 
 
@@ -28,16 +31,23 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     # in main memory, whatever the device: stages bring to it what they work on, a block at a time
     lm.loading = dataclasses.replace(lm.loading, device="cpu")
     hardware.check()
+    world = devices.enter(hardware, stages)
+    if not world.first:  # of the processes of a training only the first speaks
+        log = _silent
     output = build.output(cfg, command, lm, stages)
     scratch = build.scratch(cfg, output)
+    curves = build.curves(cfg, output, scratch, log)
     try:
-        with sharing(hardware.device, log):
-            artifact = run_pipeline(lm, stages, build.run(cfg, scratch, log), output)
+        with _sharing(hardware.device, log, world), curves if world.first else contextlib.nullcontext():
+            run = dataclasses.replace(build.run(cfg, scratch, log), curve=curves.log)
+            artifact = run_pipeline(lm, stages, run, output)
     except BaseException:
         # a training's checkpoints stay, so that the same command goes on from them
-        if not any(scratch.rglob("*.ckpt")):
+        if world.first and not any(scratch.rglob("*.ckpt")):
             _remove(scratch)
         raise
+    if not world.first:
+        sys.exit(0)  # the first writes what they have all made
     _remove(scratch)
     assert artifact.path is not None
     return Path(artifact.path)
@@ -81,6 +91,15 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     log(f"metrics: {output / 'metrics.json'}")
     return metrics
+
+
+def _silent(line: str) -> None: ...
+
+
+def _sharing(device: str, log: Callable[[str], None], world: devices.World) -> contextlib.AbstractContextManager[None]:
+    """Held once by all processes of a training: a measurement that waits for one would never let the next one in."""
+    held = world.local_rank > 0 or devices.HELD in os.environ
+    return contextlib.nullcontext() if held else sharing(device, log)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 from winnow.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PARALLEL = ("auto", "ddp", "fsdp")
 RUNTIMES = ("transformers", "vllm", "llama_cpp")  # modules of winnow.hardware.runtime
 WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; what codecarbon, too, takes for an unknown country
 
@@ -35,7 +36,10 @@ class Hardware:
     Attributes:
         name: the option's own name, `hardware=<name>`.
         device: `cpu` or `cuda`.
-        devices: how many of them a command may use; figures are for one process that uses them all.
+        devices: how many of them a command may use; figures are for one process that uses them all, a training has a process
+            on each.
+        parallel: how they share a training: `ddp`, each with the whole model; `fsdp`, each with a part of it; `auto`: fsdp
+            where the forecast says that one cannot hold the model.
         runtime: what serves the model, and so what it is scored and measured through: one of `RUNTIMES`. A GGUF file is served
             by llama.cpp instead of transformers, and the metrics say so.
         dtype: of weights that are not quantized; `auto` keeps that of the artifact.
@@ -55,6 +59,7 @@ class Hardware:
     name: str
     device: str = "cpu"
     devices: int = 1
+    parallel: str = "auto"
     runtime: str = "transformers"
     dtype: str = "auto"
     threads: int | None = None
@@ -75,6 +80,8 @@ class Hardware:
             raise UserError(f"hardware.device={self.device} is not known; it is cpu or cuda")
         if self.runtime not in RUNTIMES:
             raise UserError(f"hardware.runtime={self.runtime} is not known; it is one of {', '.join(RUNTIMES)}")
+        if self.parallel not in PARALLEL:
+            raise UserError(f"hardware.parallel={self.parallel} is not known; it is one of {', '.join(PARALLEL)}")
         if self.dtype not in DTYPES:
             raise UserError(f"hardware.dtype={self.dtype} is not known; it is one of {', '.join(DTYPES)}")
         least = {"devices": 1, "batch_size": 1, "latency_batch_size": 1, "prompt_tokens": 1, "repeats": 1}

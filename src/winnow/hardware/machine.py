@@ -73,7 +73,7 @@ def measured(hardware: Hardware, dtype: str, imports: Iterable[str] = ()) -> Mac
         kind: torch.dtype = getattr(torch, dtype)
         on_cpu = hardware.device == "cpu"
         here = on_cpu or len(visible_gpus()) >= hardware.devices
-        flops = _flops(kind) if on_cpu else (hardware.tflops or 0) * 1e12 or None
+        flops = product_flops(kind) if on_cpu else (hardware.tflops or 0) * 1e12 or None
         kernel_bytes = _kernel_bytes(kind) if on_cpu else 0.0
         sorts = _sorts() if on_cpu else GPU_SORTS_PER_S
         traffic = _traffic()
@@ -124,7 +124,8 @@ def _fastest(work: Callable[[], object]) -> float:
     return best
 
 
-def _flops(dtype: torch.dtype) -> float:
+def product_flops(dtype: torch.dtype) -> float:
+    """Operations a second of large matrix products on the processor."""
     import torch
 
     size = 512

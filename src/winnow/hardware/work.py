@@ -19,12 +19,14 @@ from winnow.types import Calibration
 
 if TYPE_CHECKING:
     from winnow.model.plan import Plan, Stored
+    from winnow.model.spec import ModelSpec
 
 BATCH_TOKENS = 4096  # of a calibration batch at most, where it has not been counted
 # Measured. glibc keeps freed blocks below 32 MB, and what a forward pass throws away between what it keeps for the backward
 # pass is holes: this share of what is kept in smaller blocks, by bytes of an activation.
 _HOLES = {2: 0.85, 4: 1.2}
 _HEAP_BLOCK = 32 * 2**20
+LOGITS_BYTES = 64 * 2**20  # of a chunk of logits in single precision, as the losses make them
 _TEXT_BYTES = 200  # measured, of a token while documents are tokenised and as a list
 
 
@@ -203,38 +205,63 @@ class Work:
         documents: int,
         mixed: bool = True,
         adapters: bool = True,
+        frozen: bool = False,
+        device_tokens: int = 0,
     ) -> Work:
         """`steps` optimizer steps of `batch_tokens` tokens; the whole model on the device, its weights in single precision.
 
-        Keeps what the backward pass needs: for every layer the inputs of both norms in single precision, the inputs of
-        the linear layers (and those of adapters once more), queries, keys, values and output of attention, gate, up, their
-        activation and product; and at its end the logits three times over in single precision, from the loss to their
-        gradient. A trained parameter has a gradient and two moments. `mixed`: products in 16 bits, for which the linear
-        weights are copied, and kept as frozen ones' are for the inputs' gradient.
+        Keeps what the backward pass of `device_tokens` tokens needs (0: of all tokens of a step): see `activations`. A
+        trained parameter has a gradient and two moments. `mixed`: products in 16 bits, for which the linear weights are
+        copied, and kept as frozen ones' are for the inputs' gradient. `frozen`: the model stays as it is stored,
+        and quantized weights are unpacked a matrix at a time.
         """
-        n, e = plan.spec, 2 if mixed else 4
-        attention = n.heads * n.head_dim
-        normed = 5 if mixed and adapters else 2  # casting makes a copy for every layer, else they share one
-        layer = (8 + e * normed) * n.hidden_size + 5 * e * attention + 4 * e * n.intermediate_size
-        logits = n.vocab_size * (12 + (2 if mixed else 0))
+        n = plan.spec
         parameters = sum(t.numel for t in plan.tensors.values())
-        copies = 2 * (plan.linear_parameters + n.vocab_size * n.hidden_size) if mixed else 0
+        copies = 2 * (plan.linear_parameters + n.vocab_size * n.hidden_size) if mixed and not frozen else 0
         seen = counted(calibration)
-        kept = copies + batch_tokens * (n.layers * layer + logits)
-        in_heap = kept - (batch_tokens * logits if 4 * batch_tokens * n.vocab_size > _HEAP_BLOCK else 0)
-        masks = 4 * plan.linear_parameters if plan.sparse and adapters else 0
+        layers, logits = activations(n, min(device_tokens or batch_tokens, batch_tokens), mixed, adapters)
+        kept = copies + layers + logits
+        in_heap = kept - (logits if logits > _HEAP_BLOCK else 0)
+        masks = 4 * plan.linear_parameters if plan.sparse and adapters and not frozen else 0
+        held = plan.memory_bytes if frozen else 4 * parameters
         # forward, the inputs' gradient, and for what is trained the weights' gradient
         flops = 2 * batch_tokens * (2 * parameters + trained_parameters)
-        in_single = 4 * parameters - plan.memory_bytes
+        in_single = held - plan.memory_bytes
+        unpacked = 4 * _largest(plan.linears) if frozen else 0  # in 16 bits, for a product and for its gradient
         return Work(
             flops=steps * flops,
             traffic_bytes=16 * parameters,
             host_bytes=in_single + _TEXT_BYTES * documents * _mean_length(seen),
-            device_bytes=12 * trained_parameters + masks + kept,
-            hole_bytes=_HOLES[e] * in_heap,
-            moved_bytes=4 * parameters,
+            device_bytes=(16 if frozen else 12) * trained_parameters + masks + kept + unpacked,
+            hole_bytes=heap_holes(in_heap, mixed),
+            moved_bytes=held,
             matmuls=min(steps, 2 * seen.shapes) * 3 * (_kinds(plan) * (3 if adapters else 1) + 1),
         )
+
+
+def heap_holes(kept: float, mixed: bool) -> float:
+    """Bytes that malloc cannot use between those that are kept for the backward pass."""
+    return _HOLES[2 if mixed else 4] * kept
+
+
+def activations(
+    n: ModelSpec, tokens: int, mixed: bool, adapters: bool, checkpointing: bool = False
+) -> tuple[float, float]:
+    """Bytes that the backward pass of `tokens` tokens needs: of the layers, and of the loss.
+
+    For every layer the inputs of both norms in single precision, the inputs of the linear layers (and those of adapters once
+    more), queries, keys, values and output of attention, gate, up, their activation and product. With `checkpointing` all of
+    that for one layer at a time, and the input alone for each. The loss makes the logits of one chunk of positions at a time,
+    three times over in single precision, from the product to their gradient (`winnow.recovery.losses`), and keeps a gradient
+    as large as the hidden states.
+    """
+    e = 2 if mixed else 4
+    attention = n.heads * n.head_dim
+    normed = 5 if mixed and adapters else 2  # casting makes a copy for every layer, else they share one
+    layer = (8 + e * normed) * n.hidden_size + 5 * e * attention + 4 * e * n.intermediate_size
+    kept = layer + n.layers * 4 * n.hidden_size if checkpointing else n.layers * layer
+    logits = min(4 * tokens * n.vocab_size, max(LOGITS_BYTES, 4 * n.vocab_size)) * (14 if mixed else 12) / 4
+    return tokens * kept, logits + tokens * 3 * 4 * n.hidden_size
 
 
 def _bytes(tensors: list[Stored]) -> int:

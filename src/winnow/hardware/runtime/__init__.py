@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from winnow.hardware.device import Hardware
 from winnow.hardware.runtime.check import blaming
+from winnow.model import adapter
 from winnow.model.load import gguf_file
 from winnow.types import LM, UserError
 
@@ -72,6 +73,10 @@ def chosen(lm: LM, hardware: Hardware) -> str:
             f"hardware.runtime=llama_cpp serves GGUF files, and {lm.name} is none; make one of it with "
             f"compress.py method=[...,gguf], or use hardware.runtime=transformers"
         )
+    if wanted == "vllm" and adapter.folder_of(lm.path) is not None:
+        raise UserError(
+            f"hardware.runtime=vllm does not load the adapter beside {lm.name}; use hardware.runtime=transformers"
+        )
     return wanted
 
 
@@ -79,7 +84,12 @@ def candidates(lm: LM, device: str) -> dict[str, str]:
     """The runtimes that read the format of `lm` and are installed here, by name, with their versions."""
     assert lm.path is not None
     names = ("llama_cpp",) if gguf_file(Path(lm.path)) is not None else ("transformers", "vllm")
+    adapted = adapter.folder_of(lm.path) is not None
+    if adapted:
+        names = ("transformers",)
     found = {name: _module(name).version(device) for name in names}
+    if adapted and found["transformers"]:
+        found["transformers"] += f" with peft {adapter.require_peft()}"
     return {name: version for name, version in found.items() if version is not None}
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from winnow.hardware.device import Hardware
 from winnow.hardware.footprint import PeakMemory, weights_memory_bytes
 from winnow.hardware.latency import Timing
+from winnow.model.adapter import virtual_tokens
 from winnow.types import LM
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Runtime:
         self.model.eval()
         config = self.model.config.get_text_config()
         self.vocab_size = int(config.vocab_size)
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        context = getattr(config, "max_position_embeddings", None)
+        self.context: int | None = context - virtual_tokens(self.model) if context else None
 
     def scorer(self, batch_size: int, max_gen_toks: int | None = None) -> Any:
         from winnow.benchmark.adapter import Adapter
@@ -49,7 +51,8 @@ class Runtime:
 
         ids_t = torch.tensor(ids, device=self.model.device)
         with torch.inference_mode():
-            logits_tv = self.model(input_ids=ids_t[None], use_cache=False).logits[0, :-1].float()
+            # a soft prompt, if there is one, has logits before those of the text
+            logits_tv = self.model(input_ids=ids_t[None], use_cache=False).logits[0, -len(ids) : -1].float()
             targets_t1 = ids_t[1:, None].to(logits_tv.device)
             found: list[float] = (logits_tv.gather(-1, targets_t1)[:, 0] - logits_tv.logsumexp(-1)).tolist()
         return found
