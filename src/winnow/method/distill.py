@@ -1,0 +1,261 @@
+"""Distillation: a student learns what a teacher makes of each token, which says more than the token that follows.
+
+python compress.py method=[depth,distill] method.depth.share=0.3
+python compress.py method=[distill] method.distill.student={num_hidden_layers:3}
+python train.py model=local model.path=PRUNED method=[distill] method.distill.teacher_path=BASE method.distill.teacher=cached
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.method.training import Training
+from winnow.types import LM, Calibration, Run, Slot, UserError, knob
+
+if TYPE_CHECKING:
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
+    from winnow.recovery.data import Encoded
+    from winnow.recovery.losses import Loss
+    from winnow.recovery.objective import Objective
+    from winnow.recovery.student import Student
+
+LOSSES = ("forward_kl", "reverse_kl", "jsd")
+
+
+@dataclass(frozen=True)
+class Distilling(Training):
+    """What all stages that distil share: the loss, the teacher's part in it, and the training of all of a student's weights.
+
+    Attributes:
+        loss: how far the student's distribution is from the teacher's.
+        beta: of the generalised Jensen-Shannon divergence; near 0 it is like forward KL, near 1 like reverse KL.
+        temperature: that both distributions are softened by.
+        alpha: share of the cross entropy with the text; the rest is the loss above.
+        hidden_weight: of the mean relative squared distance of hidden states, at the end and after evenly mapped layers.
+        teacher: `online`, asked at every step, or `cached`, asked once for each document and not loaded again.
+        samples: of the teacher's distribution at each position, that are cached.
+    """
+
+    steps: int = knob(200, low=1, high=10_000_000, search=False)
+    tokens_per_batch: int = knob(4096, low=32, high=100_000_000, search=False)
+    learning_rate: float = knob(1e-4, low=1e-6, high=1e-1, log=True, search_range=(3e-5, 1e-3))
+    optimizer: str = knob("adamw", choices=("adamw", "muon"), search=False)
+    loss: str = knob("forward_kl", choices=LOSSES)
+    beta: float = knob(0.5, low=0.01, high=0.99, when={"loss": "jsd"}, search=False)
+    temperature: float = knob(1.0, low=0.1, high=20.0, search=False)
+    alpha: float = knob(0.0, low=0.0, high=1.0, search_range=(0.0, 0.5))
+    hidden_weight: float = knob(0.0, low=0.0, high=1000.0, search=False)
+    teacher: str = knob("online", choices=("online", "cached"), search=False)
+    samples: int = knob(60, low=1, high=60, search=False)
+
+    @property
+    def option(self) -> str:
+        return f"method.{type(self).__name__.lower()}"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher != "cached":
+            return
+        if self.loss != "forward_kl":
+            raise UserError(
+                f"{self.option}.loss={self.loss} clashes with {self.option}.teacher=cached: a sample of the teacher's "
+                f"distribution gives an unbiased gradient of forward_kl only; take loss=forward_kl, or teacher=online"
+            )
+        if self.hidden_weight:
+            raise UserError(
+                f"{self.option}.hidden_weight={self.hidden_weight:g} clashes with {self.option}.teacher=cached, which "
+                f"keeps no hidden states; set it to 0, or take teacher=online"
+            )
+
+    @property
+    def divergence(self) -> Loss:
+        """Of logits [N, V] from the teacher's."""
+        from winnow.recovery import losses
+
+        if self.loss == "jsd":
+            return functools.partial(losses.jensen_shannon, temperature=self.temperature, beta=self.beta)
+        chosen = {"forward_kl": losses.forward_kl, "reverse_kl": losses.reverse_kl}[self.loss]
+        return functools.partial(chosen, temperature=self.temperature)
+
+    def documents_for(self, lm: LM, teacher: LM, run: Run) -> list[Encoded]:
+        """The documents of one training: no more than its steps see, so that no target is computed in vain."""
+        from winnow.recovery.teacher import context
+
+        longest = min(self.max_length, context(teacher) or self.max_length)
+        rows = dataclasses.replace(self, max_length=longest).encoded(lm, run)
+        wanted, held = self.steps * self.tokens_per_batch, 0
+        for count, row in enumerate(rows):
+            if held >= wanted and count >= 64 + self.held_out:
+                return rows[: count + self.held_out]
+            held += len(row.ids)
+        return rows
+
+    def learn(self, model: Any, teacher: LM, rows: Sequence[Encoded], run: Run) -> dict[str, Any]:
+        """Trains all weights of `model` in place, pruned ones stay zero; returns the record of the training."""
+        import torch
+
+        from winnow.model.packing import cast_weights
+        from winnow.recovery import zeros
+        from winnow.recovery.student import Student
+
+        dtype, home = model.dtype, model.device
+        cast_weights(model, torch.float32)
+        student = Student(model.requires_grad_(True))
+        objective = self._objective(student, teacher, rows, run)
+        with zeros.kept(model) as sparse_layers:
+            if sparse_layers:
+                run.log(f"the zeros of {sparse_layers} pruned matrices are kept")
+            fitted = self.train(
+                model,
+                rows,
+                run,
+                learning_rate=self.learning_rate,
+                optimizer=self.optimizer,
+                objective=objective,
+                student=student,
+            )
+        cast_weights(model, dtype)
+        model.to(home)
+        return fitted.record()
+
+    def _objective(self, student: Student, teacher: LM, rows: Sequence[Encoded], run: Run) -> Objective:
+        from winnow.recovery.devices import local_device
+        from winnow.recovery.objective import Distillation, SampledDistillation
+        from winnow.recovery.targets import Sampling, targets_of
+        from winnow.recovery.teacher import frozen
+
+        def load() -> Student:
+            return frozen(teacher, local_device(run))
+
+        if self.teacher == "cached":
+            vocabulary = student.base.config.get_text_config().vocab_size
+            sampling = Sampling(self.samples, self.temperature, run.seed)
+            targets = targets_of(teacher, rows, sampling, run.cache or run.folder, vocabulary, load, run.log)
+            teacher.release()
+            return SampledDistillation(targets, self.temperature, self.alpha)
+        asked = load()
+        student.packs = student.packs and asked.packs  # both read the same rows
+        return Distillation(asked, self.divergence, self.alpha, self.hidden_weight)
+
+    def training_work(self, plan: Plan, calibration: Calibration) -> Work:
+        """What the training of a student of this plan costs, its teacher included."""
+        from winnow.hardware.work import Work
+
+        parameters = sum(t.numel for t in plan.tensors.values())
+        mixed = self.precision == "bf16-mixed"
+        trained = Work.trained(
+            plan,
+            calibration,
+            self.steps,
+            self.tokens_per_batch,
+            parameters,
+            self.documents,
+            mixed,
+            adapters=False,
+            device_tokens=self.tokens_per_device,
+        )
+        base = plan.base or plan
+        reading = Work(
+            flops=2 * self.steps * self.tokens_per_batch * sum(t.numel for t in base.tensors.values()),
+            device_bytes=base.memory_bytes,
+        )
+        return reading.then(trained) if self.teacher == "cached" else reading + trained
+
+
+@dataclass(frozen=True)
+class Distill(Distilling):
+    """Trains all weights of a student to put out what its teacher puts out for the same text.
+
+    The student is the model that the stage is given, pruned by the stages before or as an artifact; or one cut out of it by
+    `student`: evenly spaced layers, the first and the last among them, and where a width shrinks the first channels, heads
+    and dimensions. Zeros of pruned matrices stay zero. With `teacher=cached` the teacher's targets are sparse samples, kept
+    for every student that uses the same documents.
+
+    Attributes:
+        teacher_path: folder or hub id of the teacher; null: the model that the pipeline began with.
+        student: sizes of the student, as {num_hidden_layers: 3, intermediate_size: 512}; null: the model as it is.
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2; for language models reverse KL: Gu et al. 2023,
+        arXiv:2306.08543, eq. 1; generalised JSD: Agarwal et al. 2023, arXiv:2306.13649, eq. 1; cached samples: Anshumann et
+        al. 2025, arXiv:2503.16870, section 4, there drawn independently, here systematically.
+    Calibration: documents of the same source, as many as the steps need; the loss is on completions.
+    Cost: 6 N operations a token and step for a student of N parameters and 2 M for a teacher of M, which `teacher=cached`
+        pays once for each document; on the device 16 bytes a weight of the student, the teacher in its own type, and a
+        batch's activations; at most 320 bytes a token on disk for cached targets (derived from the code).
+    Writes: dense safetensors in the student's own type.
+    Loaded by: all that load the student.
+    """
+
+    slot: ClassVar[Slot] = Slot.RECOVER
+    shown_after: ClassVar[tuple[str, ...]] = ("depth",)
+    shown_with: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4, "tokens_per_batch": 2048}
+
+    teacher_path: str | None = None
+    student: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student is not None:
+            from winnow.method.carving import check_shape
+
+            if isinstance(self.student, str) or not hasattr(self.student, "items"):
+                raise UserError(
+                    f"{self.option}.student={self.student}: give sizes, as {{num_hidden_layers: 3}}, or null"
+                )
+            object.__setattr__(self, "student", dict(self.student))
+            check_shape(self.student, f"{self.option}.student")
+
+    def predict(self, plan: Plan) -> Plan:
+        if self.student is None:
+            return plan
+        from winnow.method.carving import check_blocks, smaller
+
+        check_blocks(plan.config, self.student)
+        return plan.reshaped(smaller(plan.config, self.student, f"{self.option}.student"))
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        return self.training_work(self.predict(plan), calibration)
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.method.carving import carved, check_blocks, smaller
+        from winnow.recovery.teacher import check_pair, check_widths
+
+        teacher = self._teacher(lm, run)
+        check_pair(teacher, lm, f"{self.option}.teacher_path")
+        config = smaller(lm.model.config, self.student or {}, f"{self.option}.student")
+        check_blocks(lm.model.config, self.student or {})
+        if self.hidden_weight:
+            check_widths(teacher, config, f"{self.option}.hidden_weight")
+        rows = self.documents_for(lm, teacher, run)
+        model = carved(lm.model, self.student, f"{self.option}.student") if self.student else lm.model
+        record = self.learn(model, teacher, rows, run)
+        lm.manifest["_notes"] = {"training": record, "teacher": {"name": teacher.name, "sha256": teacher.sha256()}}
+        return lm.changed(model)
+
+    def _teacher(self, lm: LM, run: Run) -> LM:
+        """The teacher, not in memory yet.
+
+        Raises:
+            UserError: there is none, or it is the student itself.
+        """
+        from winnow.recovery.teacher import teacher_at
+
+        option = f"{self.option}.teacher_path"
+        path = self.teacher_path or run.base or lm.path
+        if path is None:
+            raise UserError(
+                f"{option} is not set, and the model that the pipeline began with lies in no folder; give one"
+            )
+        teacher = teacher_at(str(path), lm, option)
+        if lm.path is not None and self.student is None and lm.sha256() == teacher.sha256():
+            raise UserError(
+                f"method=[distill]: teacher and student are the same model, {path}, so there is nothing to learn; prune "
+                f"first (method=[depth,distill]), give {self.option}.student={{num_hidden_layers: ...}}, or name another "
+                f"teacher with {option}=FOLDER"
+            )
+        return teacher

@@ -1,0 +1,166 @@
+"""Pruning in rounds: a little is pruned, the model is distilled from what it was, and so on to the target.
+
+python compress.py method=[progressive] method.progressive.amount=0.4
+python compress.py method=[progressive,rtn] method.progressive.pruner=wanda method.progressive.amount=0.7
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.method.distill import Distilling
+from winnow.types import LM, Calibration, Checked, Run, Slot, UserError, knob
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
+
+PRUNERS = ("depth", "width", "wanda", "magnitude")
+LEAST_SHARE = 0.02  # of the layers that a round of depth can drop
+
+
+@dataclass(frozen=True)
+class Progressive(Distilling):
+    """Prunes to `amount` in up to `rounds` steps, each followed by a training in which the model as it was is the teacher.
+
+    The result has exactly the shape, or as many zeros, as the pruner alone makes at `amount`. Where a round would have nothing
+    to take away (few layers, coarse widths) there are fewer rounds. A killed run goes on at the step it had reached.
+
+    Attributes:
+        pruner: at its defaults but for how much it takes: depth (layers), width (MLP channels), wanda or magnitude (weights).
+        amount: the share that is taken away in the end.
+        rounds: of pruning and training.
+        steps: of the training in each round.
+
+    Source: Minitron: Muralidharan et al. 2024, arXiv:2407.14679, section 3 (retraining by distillation) and section 2.3
+        (iterated pruning); the pruners' own are with them.
+    Calibration: the pruner's texts, anew in every round; the trainings' documents, as many as the steps need, the same in all.
+    Cost: `rounds` times that of the pruner and of `distill` together (from the code); a copy of the model on disk meanwhile.
+    Writes: dense safetensors of the model's own architecture, as the pruner does.
+    Loaded by: all that load what the pruner writes.
+    """
+
+    slot: ClassVar[Slot] = Slot.PRUNE
+    shown_with: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4, "tokens_per_batch": 2048, "steps": 100}
+
+    pruner: str = knob("depth", choices=PRUNERS)
+    amount: float = knob(0.4, low=0.05, high=0.75, search_range=(0.1, 0.6))
+    rounds: int = knob(3, low=1, high=20, search=False)
+
+    def predict(self, plan: Plan) -> Plan:
+        made: Plan = self._pruning(self.amount).predict(plan)
+        return made
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        first: Checked
+        first, *others = self.schedule(plan.config)
+        pruned = first.predict(plan)
+        a_round = first.work(plan, calibration).then(
+            self.training_work(dataclasses.replace(pruned, base=plan), calibration)
+        )
+        return a_round.times(1 + len(others))  # later ones are a little cheaper
+
+    def schedule(self, config: PretrainedConfig) -> list[Any]:
+        """The pruning of each round, for a model of this configuration.
+
+        Raises:
+            UserError: the pruner refuses the model.
+        """
+        last = self._pruning(self.amount)
+        if self.pruner == "depth":
+            sizes = _sizes(config.num_hidden_layers, last.kept(config.num_hidden_layers), self.rounds, 1, LEAST_SHARE)
+        elif self.pruner == "width":
+            sizes = _sizes(
+                config.intermediate_size, last.narrower(config).intermediate_size, self.rounds, last.multiple, 0.0
+            )
+        else:  # as many zeros of all weights
+            return [*(self._pruning(self.amount * done / self.rounds) for done in range(1, self.rounds)), last]
+        if len(sizes) == 2:
+            return [last]
+        return [self._pruning(1 - after / before) for before, after in itertools.pairwise(sizes)]
+
+    def _pruning(self, amount: float) -> Any:
+        from winnow.method.depth import Depth
+        from winnow.method.prune import Magnitude, Wanda
+        from winnow.method.width import Width
+
+        if self.pruner == "width":
+            return Width(mlp=1 - amount)
+        return (
+            Depth(share=amount) if self.pruner == "depth" else (Wanda if self.pruner == "wanda" else Magnitude)(amount)
+        )
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.model.save import save
+        from winnow.recovery.teacher import teacher_at
+
+        path = lm.path or run.base
+        if path is None:
+            raise UserError(
+                "method=[progressive] needs a model in a folder or on the hub, which it can load as teacher"
+            )
+        stages = self.schedule(lm.model.config)
+        teacher = teacher_at(path, lm, "model.path")
+        rows = self.documents_for(lm, teacher, run)
+        folder = run.folder / f"progressive-{self._fingerprint(teacher, run)}"
+        done, records = 0, list[dict[str, Any]]()
+        for number in range(1, len(stages) + 1):
+            if (_finished(folder, number) / "manifest.json").is_file():
+                done = number
+        if done:
+            run.log(f"progressive: going on after round {done} of {len(stages)}")
+            lm, records = _restored(lm, _finished(folder, done))
+        for number, stage in enumerate(stages[done:], done + 1):
+            own = dataclasses.replace(run, folder=folder / f"round-{number}", cache=run.cache or run.folder)
+            own.folder.mkdir(parents=True, exist_ok=True)
+            run.log(f"progressive: round {number} of {len(stages)}: {type(stage).__name__.lower()}")
+            lm = stage(lm, own)
+            pruned = lm.manifest.pop("_notes", {})
+            records.append({**pruned, "training": self.learn(lm.model, teacher, rows, own)})
+            lm.manifest["_rounds"] = records
+            save(lm, _finished(folder, number))
+            del lm.manifest["_rounds"]
+            for old in (own.folder, _finished(folder, number - 1)):
+                shutil.rmtree(old, ignore_errors=True)
+        lm.manifest["_notes"] = {"rounds": records}
+        return lm
+
+    def _fingerprint(self, teacher: LM, run: Run) -> str:
+        known = [dataclasses.asdict(self), teacher.sha256(), run.seed, dataclasses.asdict(run.calibration)]
+        return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:12]
+
+
+def _sizes(whole: int, goal: int, rounds: int, multiple: int, least_share: float) -> list[int]:
+    """From `whole` to `goal` in at most `rounds` even steps of multiples, none of which takes less than a share of what is left."""
+    for count in range(rounds, 1, -1):
+        sizes = [
+            whole,
+            *(goal + multiple * round((whole - goal) * left / count / multiple) for left in range(count)[::-1]),
+        ]
+        if all(after < before and 1 - after / before >= least_share for before, after in itertools.pairwise(sizes)):
+            return sizes
+    return [whole, goal]
+
+
+def _finished(folder: Path, number: int) -> Path:
+    """Where the model lies after a round; by such a name it is kept when a run fails, as a training's checkpoint is."""
+    return folder / f"round-{number}.ckpt"
+
+
+def _restored(lm: LM, folder: Path) -> tuple[LM, list[dict[str, Any]]]:
+    """The lineage of `lm` with the model of a finished round, and the records of the rounds so far."""
+    from winnow.model.load import pretrained
+
+    found = pretrained(str(folder), **{**dataclasses.asdict(lm.loading), "dtype": "auto", "device": "cpu"})
+    records = found.manifest["_rounds"]
+    return lm.changed(found.model), records
