@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -23,6 +24,8 @@ logging.disable(logging.WARNING)
 def answer(path: str, output: str, text: str) -> None:
     own_code = "auto_map" in json.loads(Path(path, "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=own_code).eval()
+    if Path(path, "adapter").is_dir():
+        model = PeftModel.from_pretrained(model, path + "/adapter").eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # a faster kernel that rounds differently: not what is tested
             module.support_avx512bf16_for_cpu = False

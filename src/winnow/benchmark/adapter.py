@@ -15,6 +15,8 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from winnow.model.adapter import virtual_tokens
+
 
 class Requests:
     """From lm-eval's requests to token ids and back, for a subclass of lm-eval's `TemplateLM` with a tokenizer."""
@@ -112,6 +114,9 @@ class Adapter(Requests, HFLM):
             batch_size=batch_size,
             max_batch_size=None,
         )
+        taken = virtual_tokens(model)
+        if taken:
+            self._max_length = self.max_length - taken
         self.limit_answers(max_gen_toks)
 
     def _loglikelihood_tokens(

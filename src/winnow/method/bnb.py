@@ -16,6 +16,7 @@ from winnow.types import LM, Calibration, Checked, MissingExtra, Run, Slot, knob
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
     from winnow.hardware.work import Work
@@ -41,8 +42,9 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from winnow.model.load import quiet
+    from winnow.recovery.devices import local_device, world
 
-    scratch = run.folder / "dense"
+    scratch = run.folder / f"dense-{world(run).rank}"
     try:
         with quiet():
             lm.model.save_pretrained(scratch)
@@ -51,15 +53,22 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
                 dtype=_half(lm.model.dtype),
                 attn_implementation=lm.loading.attention,
                 quantization_config=BitsAndBytesConfig(**settings),
-                device_map={"": run.device},
+                device_map={"": local_device(run)},
             )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    keep_packing(model)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Keeps 4-bit weights as they are: on processors with AVX512-BF16 a forward pass would repack them for speed, after which
+    they cannot be saved any more, and have no gradient.
+    """
+    module: Any
     for module in model.modules():
-        # a forward on a processor with AVX512-BF16 would repack the weights for speed, and they could not be saved any more
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval()  # type: ignore[no-any-return]
 
 
 def _half(dtype: torch.dtype) -> torch.dtype:

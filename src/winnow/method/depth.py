@@ -57,7 +57,7 @@ class Depth(Checked):
     def predict(self, plan: Plan) -> Plan:
         # which layers go is only known from data; those kept are all of one size
         layers = plan.config.num_hidden_layers
-        return plan.reshaped(shallower(plan.config, range(layers - self._dropped(layers))))
+        return plan.reshaped(shallower(plan.config, range(self.kept(layers))))
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         from winnow.hardware.work import Work, counted
@@ -91,6 +91,10 @@ class Depth(Checked):
             del blocks[index]
         lm.manifest["_notes"] = {"calibration_sha256": digest, "dropped_layers": sorted(dropped)}
         return lm.changed(rebuilt(lm.model, config))
+
+    def kept(self, layers: int) -> int:
+        """Of so many layers."""
+        return layers - self._dropped(layers)
 
     def _dropped(self, layers: int) -> int:
         if layers < 2:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.types import LM, Run, Stage, UserError
+from winnow.model import adapter
+from winnow.types import LM, Run, Slot, Stage, UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,38 +38,76 @@ def check_order(stages: Mapping[str, Stage]) -> None:
                 f"method=[{','.join(stages)}]: {second} ({after.slot.name.lower()}) cannot come after {first} "
                 f"({before.slot.name.lower()}), whose weights it would have to change; write method=[{right}]"
             )
-
-
-def check_dense(lm: LM, config: PretrainedConfig) -> None:
-    """Refuses a model that is quantized already, by its configuration.
-
-    Raises:
-        UserError: its integers are no weights that a stage could work on.
-    """
-    if getattr(config, "quantization_config", None) is not None:
-        base = lm.manifest.get("base", {}).get("name")
+    adapters = [name for name, stage in stages.items() if getattr(stage, "leaves_adapter", False)]
+    if len(adapters) > 1:
         raise UserError(
-            f"model.path={lm.path} is quantized already and cannot be compressed again; "
-            f"start from the model that it was made of{f' ({base})' if base else ''}"
+            f"method=[{','.join(stages)}]: {' and '.join(adapters)} would each leave an adapter beside the model, and it takes "
+            f"one; keep one of them, or set method.{adapters[0]}.merge=true"
         )
 
 
+def check_dense(lm: LM, config: PretrainedConfig, stages: Mapping[str, Stage] | None = None) -> None:
+    """Refuses a model that is quantized or has an adapter already, but for stages that leave its weights as they are.
+
+    Raises:
+        UserError: its integers are no weights that a stage could work on, or not without the adapter.
+    """
+    slots = [stage.slot for stage in (stages or {}).values()]
+    adapted = adapter.folder_of(lm.path) is not None
+    least = Slot.CACHE if adapted else Slot.ADAPT
+    if not is_finished(lm, config) or (slots and min(slots) >= least and not (adapted and max(slots) > Slot.CACHE)):
+        return
+    base = lm.manifest.get("base", {}).get("name")
+    raise UserError(
+        f"model.path={lm.path} {'has an adapter' if adapted else 'is quantized'} already and cannot be compressed again; "
+        f"start from the model that it was made of{f' ({base})' if base else ''}"
+    )
+
+
+def is_finished(lm: LM, config: PretrainedConfig) -> bool:
+    """Whether the weights are to stay as they are: they are quantized, or an adapter was trained for them."""
+    return getattr(config, "quantization_config", None) is not None or adapter.folder_of(lm.path) is not None
+
+
+def copied(lm: LM, folder: Path) -> LM:
+    """The files of a finished model in `folder`, for stages that put something beside them: none of them is written anew."""
+    import shutil
+
+    from huggingface_hub import snapshot_download
+
+    from winnow.model import manifest
+
+    assert lm.path is not None
+    source = Path(lm.path)
+    if not source.is_dir():
+        source = Path(snapshot_download(lm.path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(manifest.NAME, "README.md", ".*"))
+    return lm.stored(folder)
+
+
 def apply(lm: LM, stages: Mapping[str, Stage], run: Run) -> LM:
-    """The model after all stages, in memory, with a record of each in its manifest."""
+    """The model after all stages, in memory, with a record of each in its manifest.
+
+    A record says what the stage took: seconds, `energy_wh` and `co2_g` (at `run.carbon_g_per_kwh`) with their source. That of
+    a training has `training` too: its loss and held-out losses, steps, tokens per second. What a training that was cut off
+    took before its last resumption is not in it; `resumed_at_step` says where that was.
+    """
     from winnow.hardware.energy import EnergyMeter
+    from winnow.recovery import devices, launch
 
     for name, stage in stages.items():
         run.log(f"{name}: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(stage).items())}")  # type: ignore[call-overload]
         started = time.perf_counter()
-        with EnergyMeter() as energy:
-            lm = stage(lm, run)
+        with EnergyMeter(run.carbon_g_per_kwh) as energy:
+            lm = launch.spread(name, stage, lm, run) if launch.is_spread(stage, run) else stage(lm, run)
         record: dict[str, Any] = {
             "method": name,
             "slot": stage.slot.name.lower(),
             "knobs": dataclasses.asdict(stage),  # type: ignore[call-overload]
             "seed": run.seed,
             "seconds": round(time.perf_counter() - started, 3),
-            **energy.record(),
+            **devices.together(energy, run).record(),
             **lm.manifest.pop("_notes", {}),
         }
         lm.manifest = {**lm.manifest, "stages": [*lm.manifest.get("stages", []), record]}
@@ -89,17 +128,25 @@ def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
     Then it is tried in the runtimes that there are for it; which of them serve it is added to its manifest.
 
     Raises:
-        UserError: the model is quantized already: its integers are no weights that a stage could work on; or it is damaged.
+        UserError: the model is quantized already, and a stage would change its weights; or it is damaged.
     """
     from winnow.hardware.runtime.check import tried
     from winnow.model import manifest
     from winnow.model.save import save
+    from winnow.recovery.devices import world
 
-    check_dense(lm, lm.model.config)
+    check_dense(lm, lm.model.config, stages)
     check_finite(lm)
     if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
         lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256()}, "stages": []}
-    saved = save(apply(lm, stages, run), output)
+    if is_finished(lm, lm.model.config):
+        lm.release()
+        lm = copied(lm, run.folder / f"files-{world(run).rank}")
+    run = dataclasses.replace(run, base=run.base or lm.path)
+    made = apply(lm, stages, run)
+    if not world(run).first:
+        return made
+    saved = save(made, output)
     lm.release()  # so that there is one model in memory at a time
     saved.manifest["runtimes"] = tried(saved, run.device, run.log)
     manifest.write(output, saved.manifest)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from winnow.model import lowrank, manifest
+from winnow.model import adapter, lowrank, manifest
 from winnow.model.hub import offline_if_unreachable
 from winnow.types import LM, Loading, MissingExtra, Unservable, UserError
 
@@ -85,6 +85,9 @@ def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> N
     if not need_weights:
         return
     _require_libraries(folder, settings)
+    beside = adapter.folder_of(folder)
+    if beside is not None:
+        adapter.check(beside)
     weights = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -92,7 +95,7 @@ def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> N
         missing = sorted(wanted - {p.name for p in weights})
         if missing:
             raise UserError(f"model.path={folder} is incomplete: {', '.join(missing)} is missing; copy the model again")
-    for file in weights:
+    for file in [*weights, *(beside.glob("*.safetensors") if beside else ())]:
         if _cut_short(file):
             raise UserError(f"model.path={folder} is half-written: {file.name} is cut short; copy or make it again")
     if not weights and gguf_file(folder) is None:
@@ -184,6 +187,9 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
             _decompress(model)
         if loading.dtype == "auto" and model.device.type == "cpu":
             _avoid_float16(model)
+        beside = adapter.folder_of(path)
+        if beside is not None:
+            model = adapter.load(model, beside)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -194,7 +200,7 @@ def _decompress(model: PreTrainedModel) -> None:
     if model.config.quantization_config.quant_method == "compressed-tensors":
         import torch
 
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: what it makes could not be trained through
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
 

@@ -47,7 +47,7 @@ def content_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of the configuration and the weights: what the model computes, and no more."""
     digest = hashlib.sha256()
     for path in content_files(folder):
-        if path.suffix in WEIGHT_SUFFIXES or path.name == "config.json":
+        if path.suffix in WEIGHT_SUFFIXES or path.name in ("config.json", "adapter_config.json"):
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnow.model import adapter
 from winnow.types import LM, UserError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Plan:
         cache_residual: newest tokens that wait unquantized, at most.
         kind: of the weights' file, `safetensors` or `gguf`.
         sparse: weights have been pruned; a stage that keeps zeros at zero has to hold masks.
+        base: the model that the pipeline began with, where a plan knows; a teacher, for one.
     """
 
     config: PretrainedConfig
@@ -80,6 +82,7 @@ class Plan:
     cache_residual: int = 0
     kind: str = "safetensors"
     sparse: bool = False
+    base: Plan | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -148,7 +151,7 @@ class Plan:
 
     def reshaped(self, config: PretrainedConfig) -> Plan:
         """The plan of the same model with another configuration (fewer layers, narrower), stored densely."""
-        return dataclasses.replace(self, config=config, tensors=dense_tensors(config))
+        return dataclasses.replace(self, config=config, tensors=dense_tensors(config), base=self.base or self)
 
 
 @functools.lru_cache(maxsize=64)
@@ -173,7 +176,46 @@ def plan_of(lm: LM) -> Plan:
         dtype = str(getattr(config, "dtype", None) or _dtype_of_file(lm) or "bfloat16").removeprefix("torch.")
     config.dtype = dtype
     with plain_errors(lm.path or lm.name):
-        return Plan(config, dense_tensors(config), other_bytes=_other_bytes(lm.path))
+        plan = Plan(config, dense_tensors(config), other_bytes=_other_bytes(lm.path))
+    if lm.path and getattr(config, "quantization_config", None) is not None:
+        plan = _as_stored(plan, Path(lm.path))
+    beside = adapter.folder_of(lm.path)
+    if beside is not None:
+        size = sum(file.stat().st_size for file in beside.iterdir())
+        stored = Stored((0,), size, 2 * size, entries=0)  # PEFT loads it in single precision
+        plan = dataclasses.replace(plan, tensors={**plan.tensors, adapter.NAME: stored})
+    return plan
+
+
+def _as_stored(plan: Plan, folder: Path) -> Plan:
+    """The plan of a quantized model in a folder: what each linear weight is stored as, from the headers of the files."""
+    sizes: dict[str, list[int]] = defaultdict(list)
+    layers = {name.removesuffix(".weight") for name, t in plan.tensors.items() if t.linear}
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as data:
+            header = json.loads(data.read(struct.unpack("<Q", data.read(8))[0]))
+        for name, entry in header.items():
+            layer = next((p for p in _prefixes(name) if p in layers), None)
+            if layer is not None and name != f"{layer}.bias":
+                start, end = entry["data_offsets"]
+                sizes[layer].append(end - start)
+    settings: Any = plan.config.quantization_config
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    computes_with_it = method == "bitsandbytes"  # what else there is, transformers unpacks when it is loaded
+
+    def change(name: str, t: Stored) -> Stored:
+        found = sizes[name.removesuffix(".weight")]
+        if not found:
+            return t
+        held = sum(found) if computes_with_it else t.memory_bytes
+        return dataclasses.replace(t, disk_bytes=sum(found), memory_bytes=held, entries=len(found))
+
+    return plan.with_linears(change)
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _dtype_of_file(lm: LM) -> str | None:

@@ -92,7 +92,7 @@ def save(lm: LM, output: Path) -> LM:
 
 
 def _write_weights(lm: LM, folder: Path) -> None:
-    from winnow.model import packing
+    from winnow.model import adapter, packing
     from winnow.model.load import quiet
 
     for name, parameter in lm.model.named_parameters():
@@ -100,8 +100,12 @@ def _write_weights(lm: LM, folder: Path) -> None:
             raise RuntimeError(
                 f"{name} was repacked for this processor by a forward pass; load the model again to save it"
             )
-    compressor = packing.pack(lm.model) if packing.is_packable(lm.model) else None
+    model = lm.model
     with quiet():
-        lm.model.save_pretrained(folder)
+        if adapter.is_adapted(model):
+            adapter.write(model, folder / adapter.NAME, model.dtype)
+            model = adapter.taken_off(model)
+        compressor = packing.pack(model) if packing.is_packable(model) else None
+        model.save_pretrained(folder)
     if compressor is not None:
         compressor.update_config(folder)

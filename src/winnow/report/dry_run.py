@@ -59,7 +59,7 @@ class Base:
         )
 
 
-def base_of(cfg: DictConfig) -> Base:
+def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
     """The base model of `cfg`, by its configuration.
 
     Raises:
@@ -73,7 +73,7 @@ def base_of(cfg: DictConfig) -> Base:
     calibration = Calibration(**OmegaConf.to_container(cfg.calibration, resolve=True))  # type: ignore[arg-type]
     check_source(calibration)
     plan = plan_of(lm)
-    check_dense(lm, plan.config)
+    check_dense(lm, plan.config, stages)
     return Base(plan, hardware, countable(lm, calibration, cfg.seed), lm.name)
 
 
@@ -111,7 +111,7 @@ def forecast(cfg: DictConfig) -> tuple[Base, Feasibility, list[str]]:
         UserError: whatever `compress.py` would refuse before it reads weights.
     """
     stages = build.stages(cfg)
-    base = base_of(cfg)
+    base = base_of(cfg, stages)
     found = base.feasibility(stages, base.machine(list(stages.values())))
     return base, found, ["base", *(_named(name, stage) for name, stage in stages.items())]
 

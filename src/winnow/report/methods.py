@@ -35,7 +35,8 @@ INTRODUCTION = """\
 
 Made by `python -m winnow.report.methods` from `conf/method/*.yaml`, the classes they name, and `docs/methods.json`.
 
-Each stage is measured alone on the embedded model, at its defaults and at its most aggressive setting, without recovery:
+Each stage is measured alone on the embedded model, at its defaults and at its most aggressive setting, without recovery, and
+what recovers after something to recover from; knobs that differ from the defaults are named:
 all items of its five benchmarks (accuracy is the mean of their scores), its held-out text (perplexity), one request of 32 + 32
 tokens (latency), and the seconds that compressing took. Made of full-precision weights by `compress.py`, loaded back and
 evaluated by `evaluate.py`, {machine}. A setting that does not serve says why.
@@ -60,9 +61,13 @@ def settings() -> dict[str, Strategy]:
     found = [Strategy()]
     for name, stage in classes().items():
         if name not in NOT_MEASURED:
-            found.append(Strategy((name,)))
+            shown = {f"method.{name}.{k}": v for k, v in stage.shown_with.items()}
+            if stage.shown_after:
+                found.append(Strategy(stage.shown_after))
+            found.append(Strategy((*stage.shown_after, name), shown))
             if stage.aggressive:
-                found.append(Strategy((name,), {f"method.{name}.{k}": v for k, v in stage.aggressive.items()}))
+                most = {f"method.{name}.{k}": v for k, v in stage.aggressive.items()}
+                found.append(Strategy((*stage.shown_after, name), shown | most))
     found += [strategy for bits in FEW_BITS for strategy in compared(bits)]
     return {" ".join(strategy.overrides): strategy for strategy in found}
 

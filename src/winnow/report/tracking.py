@@ -27,6 +27,57 @@ MODES = ("offline", "online", "disabled")
 TIMEOUT_SECONDS = 30.0
 
 
+def check_mode(mode: str) -> None:
+    """Raises UserError if there is no such mode, MissingExtra if it needs wandb and that is not installed."""
+    if mode not in MODES:
+        raise UserError(f"wandb mode {mode!r} is unknown; it is one of {', '.join(MODES)}")
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise MissingExtra("wandb", "wandb")
+
+
+@contextlib.contextmanager
+def session(mode: str, folder: Path) -> Iterator[Any]:
+    """wandb with its helper process, which is stopped at the end whatever happens."""
+    import wandb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    wandb.setup(settings(wandb, mode, folder))
+    try:
+        # never asks at the terminal: a search may run unattended
+        if mode == "online" and not wandb.login(prompt=False):
+            raise UserError("no API key; log in with `wandb login`, or use wandb.mode=offline")
+        yield wandb
+    finally:
+        wandb.teardown()
+
+
+def settings(wandb: Any, mode: str, folder: Path) -> Any:
+    return wandb.Settings(
+        mode=mode,
+        root_dir=str(folder),
+        silent=True,
+        quiet=True,
+        console="off",
+        symlink=False,
+        init_timeout=TIMEOUT_SECONDS,
+        finish_timeout=TIMEOUT_SECONDS if mode == "online" else 0.0,
+        login_timeout=TIMEOUT_SECONDS,
+        # nothing that could hold a secret, or that says more of the machine than the study does
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        disable_git=True,
+        disable_code=True,
+        disable_job_creation=True,
+        save_code=False,
+        host="winnow",
+        program="winnow",
+        # tables stay in the run's folder, instead of in the home folder's artifact cache
+        allow_offline_artifacts=False,
+    )
+
+
 class Tracker:
     """Mirrors studies to W&B. `offline` writes files under `folder` for `wandb sync`; it needs no account or network.
 
@@ -45,10 +96,7 @@ class Tracker:
         folder: str | Path = "outputs/wandb",
         log: Callable[[str], None] = print,
     ) -> None:
-        if mode not in MODES:
-            raise UserError(f"wandb mode {mode!r} is unknown; it is one of {', '.join(MODES)}")
-        if mode != "disabled" and importlib.util.find_spec("wandb") is None:
-            raise MissingExtra("wandb", "wandb")
+        check_mode(mode)
         self.mode = mode
         self.project = project
         self.entity = entity
@@ -67,7 +115,7 @@ class Tracker:
             new = [e for e in [*entries, front_entry(summary)] if known.get(e.id) != e.digest]
             if not new:
                 return 0
-            with self._session() as wandb:
+            with session(self.mode, self.folder) as wandb:
                 for entry in new:
                     self._write(wandb, entry, summary.name)
                     known[entry.id] = entry.digest
@@ -78,47 +126,6 @@ class Tracker:
                 self._warned = True
                 self.log(f"W&B: {type(error).__name__}: {plain(str(error))}; the study itself is complete")
         return written
-
-    @contextlib.contextmanager
-    def _session(self) -> Iterator[Any]:
-        """wandb with its helper process, which is stopped at the end whatever happens."""
-        import wandb
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        wandb.setup(self._settings(wandb))
-        try:
-            # never asks at the terminal: a search may run unattended
-            if self.mode == "online" and not wandb.login(prompt=False):
-                raise UserError("no API key; log in with `wandb login`, or use mode=offline")
-            yield wandb
-        finally:
-            wandb.teardown()
-
-    def _settings(self, wandb: Any) -> Any:
-        return wandb.Settings(
-            mode=self.mode,
-            root_dir=str(self.folder),
-            silent=True,
-            quiet=True,
-            console="off",
-            symlink=False,
-            init_timeout=TIMEOUT_SECONDS,
-            finish_timeout=TIMEOUT_SECONDS if self.mode == "online" else 0.0,
-            login_timeout=TIMEOUT_SECONDS,
-            # nothing that could hold a secret, or that says more of the machine than the study does
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-            disable_git=True,
-            disable_code=True,
-            disable_job_creation=True,
-            save_code=False,
-            host="winnow",
-            program="winnow",
-            # tables stay in the run's folder, instead of in the home folder's artifact cache
-            allow_offline_artifacts=False,
-        )
 
     def _write(self, wandb: Any, entry: Entry, group: str) -> None:
         if self.mode == "offline":
@@ -137,7 +144,7 @@ class Tracker:
             dir=str(self.folder),
             resume="allow" if self.mode == "online" else None,
             reinit="create_new",
-            settings=self._settings(wandb),
+            settings=settings(wandb, self.mode, self.folder),
         )
         try:
             if entry.table is not None:

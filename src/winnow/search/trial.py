@@ -67,7 +67,9 @@ def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable
     from winnow import commands
 
     started = time.perf_counter()
-    commands.compress(OmegaConf.create({**settings, "output": output}), log)
+    # W&B sees the whole study (`winnow.report.tracking`), not the curves of each trial
+    quiet = {**settings["wandb"], "mode": "disabled"}
+    commands.compress(OmegaConf.create({**settings, "output": output, "wandb": quiet}), log)
     return {"seconds": round(time.perf_counter() - started, 3)}
 
 

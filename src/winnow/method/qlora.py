@@ -1,0 +1,196 @@
+"""QLoRA: low-rank updates on top of weights that stay quantized; the adapter lies beside them in the artifact.
+
+python compress.py method=[wanda,qlora]
+python compress.py method=[qlora] model=local model.path=NF4_ARTIFACT
+torchrun --nproc_per_node=2 train.py method=[qlora] model=local model.path=FOLDER hardware=l40s_x2
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.method.lora import ALL
+from winnow.method.training import Training
+from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError, knob
+
+if TYPE_CHECKING:
+    import torch
+
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
+
+
+@dataclass(frozen=True)
+class QLoRA(Training):
+    """Trains rank-`rank` updates of the linear layers of a model whose weights are quantized by bitsandbytes and frozen. A
+    dense model is quantized to NF4 first; after `nf4`, `fp4` or `int8`, and on their artifacts, the weights stay as they are.
+
+    The adapters train in single precision and are stored in 16 bits; everything else stays as it was. The update is dense:
+    it fills the zeros of a pruned model (`lora` keeps them).
+
+    Attributes:
+        rank, alpha, rslora, dora, targets: as for `lora`.
+        merge: add the update to the weights and save a dense model in 16 bits, instead of an adapter beside the quantized one.
+
+    Source: Dettmers et al. 2023, arXiv:2305.14314, section 3.
+    Calibration: documents of the same source, as many as the steps need; the loss is on completions.
+    Cost: 6 N operations a token and step, and every weight unpacked twice; on the device the quantized model, 16 bytes for
+        each adapter weight, and a batch's activations (derived from the code).
+    Writes: safetensors, bitsandbytes' 4-bit layout, and `adapter/` in PEFT's format; dense safetensors with `merge`.
+    Loaded by: transformers with bitsandbytes and PEFT; with `merge` all that load the base model.
+    """
+
+    slot: ClassVar[Slot] = Slot.ADAPT
+    preload: ClassVar[tuple[str, ...]] = ("bitsandbytes", "peft", "winnow.recovery.fit")
+    perplexity_bound: ClassVar[float] = 1.02
+
+    rank: int = knob(16, choices=(4, 8, 16, 32, 64, 128, 256), searched=(4, 8, 16, 32, 64))
+    learning_rate: float = knob(1e-3, low=1e-6, high=1e-1, log=True, search_range=(3e-4, 5e-3))
+    alpha: float = knob(0.0, low=0.0, high=1e4, search=False)
+    rslora: bool = knob(False, choices=(False, True), search=False)
+    dora: bool = knob(False, choices=(False, True), search=False)
+    merge: bool = knob(False, choices=(False, True), search=False)
+    targets: Any = ALL
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.targets != ALL:
+            named = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+            object.__setattr__(self, "targets", named)
+
+    @property
+    def leaves_adapter(self) -> bool:
+        return not self.merge
+
+    def predict(self, plan: Plan) -> Plan:
+        from winnow.model.adapter import CONFIG_BYTES
+        from winnow.model.plan import Stored, dense_tensors
+
+        if self.merge:
+            return dataclasses.replace(plan.in_16_bits(), tensors=dense_tensors(plan.in_16_bits().config))
+        base = self._quantized(plan)
+        tensors, names = dict(base.tensors), 0
+        for name, shape in self._targeted(plan).items():
+            weights = self.rank * sum(shape)
+            magnitudes = shape[0] if self.dora else 0
+            size = 2 * weights + 4 * magnitudes
+            # loaded in single precision; PEFT names each tensor in full
+            tensors[f"adapter.{name}"] = Stored(
+                (weights + magnitudes,), size + 160, 4 * (weights + magnitudes), entries=3 if self.dora else 2
+            )
+            names += len(name)
+        return dataclasses.replace(base, tensors=tensors, other_bytes=base.other_bytes + CONFIG_BYTES + names)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work
+        from winnow.method.bnb import NF4
+
+        base = self._quantized(plan)
+        trained = self.rank * sum(sum(shape) for shape in self._targeted(plan).values())
+        mixed = self.precision == "bf16-mixed"
+        training = Work.trained(
+            base,
+            calibration,
+            self.steps,
+            self.tokens_per_batch,
+            trained,
+            self.documents,
+            mixed,
+            frozen=True,
+            device_tokens=self.tokens_per_device,
+        )
+        return NF4().work(plan, calibration).then(training) if is_dense(plan) else training
+
+    def _targeted(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """The shapes of the matrices that get an update, by the names of their layers."""
+        named = {name.removesuffix(".weight"): t.shape for name, t in plan.tensors.items() if t.linear}
+        if self.targets == ALL:
+            return named
+        return {n: shape for n, shape in named.items() if any(f".{n}".endswith(f".{t}") for t in self.targets)}
+
+    def _quantized(self, plan: Plan) -> Plan:
+        from winnow.method.bnb import NF4
+
+        return NF4().predict(plan) if is_dense(plan) else plan
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.method import bnb
+        from winnow.method.lora import adapted
+        from winnow.model import adapter
+
+        check_base(lm)
+        if self.dora and getattr(lm.model, "is_loaded_in_8bit", False):
+            raise UserError(
+                "method.qlora.dora=true loses the scales of 8-bit weights in PEFT; set method.qlora.dora=false, or write "
+                "method=[nf4,qlora]"
+            )
+        if getattr(lm.model.config, "quantization_config", None) is None:
+            lm = bnb.NF4()(lm, run)
+        bnb.keep_packing(lm.model)
+        model = adapted(lm.model, self, run.seed)
+        adapter.check_gradients(model, "qlora")
+        fitted = self.train(model, self.encoded(lm, run), run, learning_rate=self.learning_rate)
+        lm.manifest["_notes"] = {"training": fitted.record()}
+        adapter.round_matrices(model, lm.model.dtype)
+        return lm.changed(merged(model)) if self.merge else adapter.beside(lm, model)
+
+
+def is_dense(plan: Plan) -> bool:
+    """Whether the linear weights are stored with 16 bits or more each."""
+    return all(t.disk_bytes >= 2 * t.numel for t in plan.linears)
+
+
+def check_base(lm: LM) -> None:
+    """Refuses what it cannot train on, before anything heavy.
+
+    Raises:
+        UserError: a model that another library has quantized, or that has an adapter.
+        MissingExtra: PEFT or bitsandbytes is not installed.
+    """
+    import importlib.util
+
+    from winnow.model import adapter
+    from winnow.model.packing import is_packable
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtra("bitsandbytes", "bnb")
+    adapter.require_peft()
+    adapter.check_alone(lm, "qlora")
+    found = getattr(getattr(lm.model.config, "quantization_config", None), "quant_method", None)
+    if is_packable(lm.model) or found not in (None, "bitsandbytes"):
+        raise UserError(
+            f"method=[...,qlora] trains on weights in bitsandbytes' layouts, and those of {lm.path or lm.name} are packed "
+            f"by {getattr(found, 'value', found) or 'compressed-tensors'}; write method=[nf4,qlora], or train before they "
+            f"are quantized: method=[lora,...]"
+        )
+
+
+def merged(model: Any) -> Any:
+    """The dense model with the adapter in its weights, in the type that it computes in."""
+    import torch
+
+    from winnow.method.lora import layers
+    from winnow.model.load import quiet
+    from winnow.model.packing import linears
+
+    with torch.no_grad(), quiet():
+        weights = {name: _sum(layer) for name, layer in layers(model).items()}
+        dense = model.unload().dequantize()
+        for name, linear in linears(dense).items():
+            if name in weights:
+                linear.weight.copy_(weights[name])
+    return dense.eval()
+
+
+def _sum(layer: Any) -> torch.Tensor:
+    """`W + s B A` of a layer, rows scaled by DoRA, rounded to the type that the model computes in."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    base = layer.get_base_layer()
+    dense = dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
+    weight: torch.Tensor = dense.float() + layer.get_delta_weight("default").float()
+    if layer.use_dora["default"]:
+        weight = weight * (layer.lora_magnitude_vector["default"].weight / weight.norm(dim=1))[:, None]
+    return weight.to(dense.dtype)

@@ -1,0 +1,132 @@
+"""Soft prompts: a few trained embeddings before every text win back accuracy, and no weight is touched.
+
+python compress.py method=[rtn,soft_prompt]
+python compress.py method=[soft_prompt] model=local model.path=QUANTIZED_ARTIFACT method.soft_prompt.tokens=32
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.method.training import Training
+from winnow.types import LM, Calibration, Run, Slot, UserError, knob
+
+if TYPE_CHECKING:
+    import torch
+
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
+
+
+@dataclass(frozen=True)
+class SoftPrompt(Training):
+    """Prompt tuning: `tokens` embeddings that stand before every text are trained, through the model as it is. It takes dense
+    and quantized models, all whose layers have a gradient for their inputs.
+
+    The prompt takes part of the context, and its keys and values part of the cache.
+
+    Attributes:
+        tokens: of the prompt.
+        init: what it is at first: the embeddings of `text`, again and again until all are filled, or of `random` tokens.
+
+    Source: Lester et al. 2021, arXiv:2104.08691, section 2; initialisation: section 3.2.
+    Calibration: documents of the same source, as many as the steps need; the loss is on completions.
+    Cost: 4 N operations a token and step, those of the prompt included; on the device the model as it is stored, and a batch's
+        activations (derived from the code). Later, `tokens` more to read with every request.
+    Writes: `adapter/` in PEFT's format; the model's own files as they were.
+    Loaded by: transformers with PEFT, and what the model's own format needs.
+    """
+
+    slot: ClassVar[Slot] = Slot.PROMPT
+    preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
+    perplexity_bound: ClassVar[float] = 1.5
+    leaves_adapter: ClassVar[bool] = True
+
+    tokens: int = knob(16, choices=(4, 8, 16, 32, 64, 128), searched=(8, 16, 32))
+    learning_rate: float = knob(3e-2, low=1e-6, high=1.0, log=True, search_range=(3e-3, 3e-1))
+    init: str = knob("text", choices=("text", "random"), search=False)
+    text: str = "Read the question with care, then give the right answer and nothing else."
+
+    def predict(self, plan: Plan) -> Plan:
+        from winnow.model.adapter import CONFIG_BYTES
+        from winnow.model.plan import Stored
+
+        numbers = self.tokens * plan.spec.hidden_size
+        prompt = Stored((self.tokens, plan.spec.hidden_size), 4 * numbers, 4 * numbers)
+        tensors = {**plan.tensors, "adapter.prompt_embeddings": prompt}
+        return dataclasses.replace(plan, tensors=tensors, other_bytes=plan.other_bytes + CONFIG_BYTES)
+
+    def work(self, plan: Plan, calibration: Calibration) -> Work:
+        from winnow.hardware.work import Work, counted
+
+        seen = counted(calibration)
+        length = max(1.0, seen.tokens / max(1, seen.samples))
+        read = round(self.tokens_per_batch * (1 + self.tokens / length))  # a prompt with every document
+        numbers = self.tokens * plan.spec.hidden_size
+        mixed = self.precision == "bf16-mixed"
+        return Work.trained(plan, calibration, self.steps, read, numbers, self.documents, mixed, frozen=True)
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.method.bnb import keep_packing
+        from winnow.model import adapter
+        from winnow.recovery.devices import local_device
+        from winnow.recovery.prompted import PromptedStudent
+
+        adapter.require_peft()
+        adapter.check_alone(lm, "soft_prompt")
+        context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = min(self.max_length, (context or self.max_length + self.tokens) - self.tokens)
+        if longest < 8:
+            raise UserError(
+                f"method.soft_prompt.tokens={self.tokens} leaves no room for text in a context of {context} tokens; take fewer"
+            )
+        rows = dataclasses.replace(self, max_length=longest).encoded(lm, run)
+        keep_packing(lm.model)
+        model = prompted(lm, self, run.seed).to(local_device(run))
+        adapter.check_gradients(model, "soft_prompt")
+        fitted = self.train(model, rows, run, learning_rate=self.learning_rate, student=PromptedStudent(model))
+        lm.manifest["_notes"] = {"training": fitted.record()}
+        return adapter.beside(lm, model)
+
+
+def prompted(lm: LM, settings: SoftPrompt, seed: int) -> Any:
+    """The model behind a fresh prompt, which alone needs a gradient."""
+    import peft
+    import torch
+
+    from winnow.model.adapter import served
+
+    base: Any = lm.model
+    embedding = base.get_input_embeddings()
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=settings.tokens,
+        token_dim=base.config.get_text_config().hidden_size,
+        num_transformer_submodules=1,
+        prompt_tuning_init="RANDOM",  # replaced below: PEFT would note the tokenizer's path on this machine
+    )
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        # through the layer, not of its weight: some scale what they give (Gemma)
+        start_ph = embedding(first_ids(lm, settings, seed).to(embedding.weight.device)).float()
+        model.prompt_encoder["default"].embedding.weight.copy_(start_ph)
+    return served(model)
+
+
+def first_ids(lm: LM, settings: SoftPrompt, seed: int) -> torch.Tensor:
+    """The tokens whose embeddings the prompt starts from.
+
+    Raises:
+        UserError: a text without tokens.
+    """
+    import torch
+
+    if settings.init == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(len(lm.tokenizer), (settings.tokens,), generator=generator)
+    ids = lm.tokenizer(settings.text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("method.soft_prompt.text is empty; give one, or set method.soft_prompt.init=random")
+    return torch.tensor((ids * (settings.tokens // len(ids) + 1))[: settings.tokens])
