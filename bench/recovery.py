@@ -194,7 +194,27 @@ def trl() -> list[Result]:
 
 # what recovery wins back
 
-RECIPES: dict[str, tuple[list[str], list[str], float, float]] = {}  # pruning alone, with recovery, minutes, target
+# pruning alone, with recovery, minutes that pruning, recovery and saving may take, and the share to win back
+RECIPES: dict[str, tuple[list[str], list[str], float, float]] = {
+    "lora": (
+        ["method=[wanda]", "method.wanda.sparsity=0.6"],
+        [
+            "method=[wanda,lora]", "method.wanda.sparsity=0.6", "method.lora.rank=32", "method.lora.learning_rate=0.003",
+            "method.lora.steps=200",
+        ],
+        3.0,
+        0.8,
+    ),
+    "distill": (
+        ["method=[depth]", "method.depth.share=0.33"],
+        [
+            "method=[depth,distill]", "method.depth.share=0.33", "method.distill.learning_rate=0.0005",
+            "method.distill.tokens_per_batch=2048", "method.distill.steps=450",
+        ],
+        10.0,
+        0.85,
+    ),
+}  # fmt: skip
 
 
 def accuracy(folder: Path, *overrides: str) -> tuple[float, float]:

@@ -26,7 +26,7 @@ BATCH_TOKENS = 4096  # of a calibration batch at most, where it has not been cou
 # pass is holes: this share of what is kept in smaller blocks, by bytes of an activation.
 _HOLES = {2: 0.85, 4: 1.2}
 _HEAP_BLOCK = 32 * 2**20
-LOGITS_BYTES = 64 * 2**20  # of a chunk of logits in single precision, as the losses make them
+LOGITS_BYTES = 128 * 2**20  # of a chunk of logits in single precision, as the losses make them
 _TEXT_BYTES = 200  # measured, of a token while documents are tokenised and as a list
 
 

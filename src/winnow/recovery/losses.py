@@ -70,6 +70,16 @@ def cross_entropy(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> torch.Ten
     return F.cross_entropy(logits_nv, targets_n, reduction="sum")
 
 
+def cross_entropy_gradient(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cross_entropy`, and its gradient softmax(logits) - onehot(targets), which is written over the logits."""
+    targets_n1 = targets_n[:, None]
+    chosen_n1, top_n1 = logits_nv.gather(1, targets_n1), logits_nv.max(-1, keepdim=True).values
+    sums_n1 = logits_nv.sub_(top_n1).exp_().sum(-1, keepdim=True)
+    value = (sums_n1.log() + top_n1 - chosen_n1).sum()
+    logits_nv.div_(sums_n1)
+    return value, logits_nv.scatter_add_(1, targets_n1, logits_nv.new_full((1, 1), -1.0).expand_as(targets_n1))
+
+
 def forward_kl(student_nv: torch.Tensor, teacher_nv: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """T^2 KL(p || q), p the teacher's distribution (Hinton et al. 2015, arXiv:1503.02531, section 2.1)."""
     q, p = ((x / temperature).log_softmax(-1) for x in (student_nv, teacher_nv))
@@ -126,7 +136,7 @@ class _Chunked(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         loss: Loss,
-        finish: Callable[[torch.Tensor], torch.Tensor],
+        finish: Callable[[torch.Tensor], torch.Tensor] | None,
         size: int,
         hidden_nh: torch.Tensor,
         weight_vh: torch.Tensor,
@@ -146,13 +156,19 @@ class _Chunked(torch.autograd.Function):
             h = hidden_nh[part].detach().to(cast)
             with torch.autocast(h.device.type, enabled=False):
                 raw = F.linear(h, weight, bias)
-                with torch.enable_grad():
-                    raw.requires_grad_()
-                    value = loss(finish(raw), *(x[part] for x in others))
+                if loss is cross_entropy and finish is None:  # the common case, without autograd's passes over the logits
+                    value, grad_raw = cross_entropy_gradient(raw.float(), others[0][part])
+                    grad_raw = grad_raw.to(cast)
+                    total += value
+                else:
+                    with torch.enable_grad():
+                        raw.requires_grad_()
+                        value = loss(finish(raw) if finish else raw.float(), *(x[part] for x in others))
                     total += value.detach()
-                    if not any(wants):
-                        continue
-                    (grad_raw,) = torch.autograd.grad(value, raw)
+                    if any(wants):
+                        (grad_raw,) = torch.autograd.grad(value, raw)
+                if not any(wants):
+                    continue
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_raw @ weight).to(grad_hidden.dtype)
                 if grad_weight is not None:
@@ -186,7 +202,8 @@ def chunked(
     Differentiable in the hidden states and in the head, not in `others`, and once only.
     """
     size = max(1, chunk_bytes // (4 * head.weight.shape[0]))
-    total: torch.Tensor = _Chunked.apply(loss, head.finish, size, hidden_nh, head.weight, head.bias, *others)
+    finish = None if head.scale == 1.0 and head.softcap is None else head.finish
+    total: torch.Tensor = _Chunked.apply(loss, finish, size, hidden_nh, head.weight, head.bias, *others)
     return total
 
 
