@@ -31,6 +31,7 @@ _QUANTIZED_WITH = {
     "compressed-tensors": ("compressed_tensors", "packed"),
 }
 os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # auto_round reads it when it is imported
+logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it asks for an optional kernel when it is imported
 
 
 def pretrained(
