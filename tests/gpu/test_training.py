@@ -124,3 +124,16 @@ def test_two_devices_train_one_model(tmp_path: Path, method: str, parallel: str)
     record = json.loads((tmp_path / "artifact" / "manifest.json").read_text())["stages"][-1]
     assert record["training"]["steps"] == 40
     assert record["energy_source"] == "counter"
+
+
+def test_ligers_kernels_train_to_the_same_loss(run_there: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: pip install 'winnow[liger]'")
+    from winnow.recovery import kernels
+
+    losses = {}
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(kernels, "fuse", lambda *_: False)
+        trained = Lora(steps=10, tokens_per_batch=1024)(pretrained(str(WEIGHTS)), run_there)
+        losses[fused] = trained.manifest["_notes"]["training"]["loss"]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)

@@ -22,7 +22,7 @@ import lightning
 import torch
 
 from winnow.model.packing import cast_weights
-from winnow.recovery import batch_size, devices, preflight
+from winnow.recovery import batch_size, devices, kernels, preflight
 from winnow.recovery.attention import packed
 from winnow.recovery.callbacks import Checkpoints, EarlyStop, Progress, check_finite
 from winnow.recovery.data import Documents, Encoded
@@ -238,6 +238,7 @@ def _prepared(
         cast_weights(model, torch.float32)  # what is sharded together must be of one type
     else:  # what is spread is brought to the device a block at a time
         model.to(devices.local_device(run))
+    kernels.fuse(model, devices.local_device(run), run.log if world.first else _silent)
     student = student or Student(model)
     tokens = batch_size.choose(student, objective, rows, run, world, demand, flight, precision=precision, **asked)
     return student, dataclasses.replace(batching, tokens_per_device=tokens), flight
@@ -257,3 +258,6 @@ def digest(model: Any) -> str:
         some = flat[:: max(1, len(flat) // 64)].cpu()
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {some.tolist()}\n".encode())
     return found.hexdigest()[:12]
+
+
+def _silent(line: str) -> None: ...

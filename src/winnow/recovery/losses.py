@@ -156,7 +156,7 @@ class _Chunked(torch.autograd.Function):
             h = hidden_nh[part].detach().to(cast)
             with torch.autocast(h.device.type, enabled=False):
                 raw = F.linear(h, weight, bias)
-                if loss is cross_entropy and finish is None:  # the common case, without autograd's passes over the logits
+                if loss is cross_entropy and finish is None:  # without autograd's passes over the logits
                     value, grad_raw = cross_entropy_gradient(raw.float(), others[0][part])
                     grad_raw = grad_raw.to(cast)
                     total += value
