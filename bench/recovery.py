@@ -209,7 +209,7 @@ RECIPES: dict[str, tuple[list[str], list[str], float, float]] = {
         ["method=[depth]", "method.depth.share=0.33"],
         [
             "method=[depth,distill]", "method.depth.share=0.33", "method.distill.learning_rate=0.0005",
-            "method.distill.tokens_per_batch=2048", "method.distill.steps=450",
+            "method.distill.tokens_per_batch=2048", "method.distill.steps=1000",
         ],
         10.0,
         0.85,

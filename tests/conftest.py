@@ -15,7 +15,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-shapes", action="store_true", help="every method on every shape of model, not one a family")
+    parser.addoption("--all-shapes", action="store_true", help="every method on every shape of model, and slow tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all-shapes"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes long: make test-all runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -59,8 +59,9 @@ def test_each_command_on_the_embedded_model_runs(command, line: str) -> None:
         arguments += [*QUICK, "budget.trials=2", "wandb.mode=disabled"]
     elif script == "evaluate":
         arguments += QUICK
-    if "lora" in line:
-        arguments.append("method.lora.steps=2")
+    arguments += [
+        f"method.{name}.steps=2" for name in ("lora", "qlora", "distill") if re.search(rf"[\[,]{name}\b", line)
+    ]
     ended = command(script, *arguments)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()

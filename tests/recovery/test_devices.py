@@ -61,6 +61,7 @@ def test_two_processes_make_the_step_that_one_makes(parallel: str, lora: bool) -
     assert case().measure(parallel, lora) <= 1e-6
 
 
+@pytest.mark.slow
 def test_sharded_training_ends_where_replicated_training_does_and_goes_on_after_a_stop(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_sharded_training_ends_where_replicated_training_does_and_goes_on_after_
     assert apart < 0.02 * moved
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_sharded_weights_is_gone_on_from(tiny: Path, tmp_path: Path) -> None:
     more = ("method.lora.steps=200", "method.lora.checkpoint_minutes=0.001", "hardware.parallel=fsdp")
     output = f"output={tmp_path / 'artifact'}"
