@@ -166,7 +166,11 @@ def test_a_method_that_cannot_be_applied_is_a_row_with_its_reason(tiny: Path) ->
     assert "group_size=128 does not divide the width 64" in table
 
 
-@pytest.mark.parametrize("arguments", [("method=[rtn]",), ("method=[wanda,lora]", "method.lora.steps=5")], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [("method=[rtn]",), pytest.param(("method=[wanda,lora]", "method.lora.steps=5"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_peak_memory_is_as_forecast(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     predicted = predicted_peak(*arguments)
     assert predicted == pytest.approx(measured_peak(*arguments, outputs=tmp_path), rel=0.2)
