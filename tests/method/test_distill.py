@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from tests.method.shapes import random_model
 from tests.test_conf import composed
 from winnow.build import instantiate
-from winnow.method.carving import carved, spaced
+from winnow.method.carving import carved, smaller, spaced
 from winnow.method.depth import Depth, shallower
 from winnow.method.distill import Distill
 from winnow.method.prune import Wanda
@@ -186,7 +186,7 @@ def test_a_student_is_a_slice_of_the_model(family: str, tmp_path: Path) -> None:
     base, spent = pretrained(str(folder)), pretrained(str(folder))
     shape = {"num_hidden_layers": 3, "intermediate_size": 320, "hidden_size": 128, "num_attention_heads": 2}
     planned = Distill(student=shape).predict(plan_of(base))
-    made = carved(spent.model, shape, "student")
+    made = carved(spent.model, smaller(spent.model.config, shape, "student"))
     stored = {name: tuple(p.shape) for name, p in made.named_parameters()}
     assert stored == {name: t.shape for name, t in planned.tensors.items()}
     assert stored == {name: t.shape for name, t in dense_tensors(made.config).items()}

@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3Config, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
+from transformers import (
+    Gemma3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from winnow.model.spec import spec
+from winnow.types import UserError
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,
@@ -162,3 +171,8 @@ def test_it_reads_a_folder_and_leaves_the_configuration_alone(tmp_path: Any) -> 
     assert GEMMA_270M.to_dict() == before
     with pytest.raises(ValueError, match="dtype=int8"):
         spec(GEMMA_270M, dtype="int8")
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    with pytest.raises(UserError, match="MambaForCausalLM: its configuration has no num_attention_heads"):
+        spec(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))

@@ -158,7 +158,7 @@ def ranked(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     for name, value in known.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(devices, "_die_with_parent", lambda: None)
+    monkeypatch.setattr(devices, "end_with_parent", lambda: None)
 
 
 @pytest.mark.usefixtures("ranked")

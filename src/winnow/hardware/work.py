@@ -206,6 +206,7 @@ class Work:
         mixed: bool = True,
         adapters: bool = True,
         frozen: bool = False,
+        masked: bool = False,
         device_tokens: int = 0,
     ) -> Work:
         """`steps` optimizer steps of `batch_tokens` tokens; the whole model on the device, its weights in single precision.
@@ -213,7 +214,7 @@ class Work:
         Keeps what the backward pass of `device_tokens` tokens needs (0: of all tokens of a step): see `activations`. A
         trained parameter has a gradient and two moments. `mixed`: products in 16 bits, for which the linear weights are
         copied, and kept as frozen ones' are for the inputs' gradient. `frozen`: the model stays as it is stored,
-        and quantized weights are unpacked a matrix at a time.
+        and quantized weights are unpacked a matrix at a time. `masked`: the updates of pruned matrices are made whole.
         """
         n = plan.spec
         parameters = sum(t.numel for t in plan.tensors.values())
@@ -222,7 +223,7 @@ class Work:
         layers, logits = activations(n, min(device_tokens or batch_tokens, batch_tokens), mixed, adapters)
         kept = copies + layers + logits
         in_heap = kept - (logits if logits > _HEAP_BLOCK else 0)
-        masks = 4 * plan.linear_parameters if plan.sparse and adapters and not frozen else 0
+        masks = 4 * plan.linear_parameters if masked else 0
         held = plan.memory_bytes if frozen else 4 * parameters
         # forward, the inputs' gradient, and for what is trained the weights' gradient
         flops = 2 * batch_tokens * (2 * parameters + trained_parameters)

@@ -44,7 +44,7 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
     from winnow.model.load import quiet
     from winnow.recovery.devices import local_device, world
 
-    scratch = run.folder / f"dense-{world(run).rank}"
+    scratch = run.folder / f"dense-{world().rank}"
     try:
         with quiet():
             lm.model.save_pretrained(scratch)

@@ -79,11 +79,11 @@ def check_blocks(config: PretrainedConfig, shape: Mapping[str, int]) -> None:
         layers_of(on_meta(config))
 
 
-def carved(model: PreTrainedModel, shape: Mapping[str, int], option: str) -> PreTrainedModel:
-    """The student, from the weights of `model`, which is spent.
+def carved(model: PreTrainedModel, new: PretrainedConfig) -> PreTrainedModel:
+    """The student of a configuration that `smaller` gave, from the weights of `model`, which is spent.
 
     Raises:
-        UserError: as `smaller`, or a width of blocks that are not plain attention and a gated MLP.
+        UserError: a width of blocks that are not plain attention and a gated MLP.
     """
     import torch
 
@@ -92,8 +92,8 @@ def carved(model: PreTrainedModel, shape: Mapping[str, int], option: str) -> Pre
     from winnow.method.width import layers_of, narrow_block, narrow_stream, strongest_heads
     from winnow.model.reshape import rebuilt
 
-    old, new = model.config, smaller(model.config, shape, option)
-    narrower = any(getattr(new, key) < getattr(old, key) for key in shape if key in WIDTHS)
+    old = model.config
+    narrower = any(getattr(new, key) < getattr(old, key) for key in WIDTHS)
     if narrower:
         layers_of(model)  # refuses what cannot be narrowed
     blocks = decoder_blocks(model)

@@ -147,18 +147,7 @@ class Distilling(Training):
         from winnow.hardware.work import Work
 
         parameters = sum(t.numel for t in plan.tensors.values())
-        mixed = self.precision == "bf16-mixed"
-        trained = Work.trained(
-            plan,
-            calibration,
-            self.steps,
-            self.tokens_per_batch,
-            parameters,
-            self.documents,
-            mixed,
-            adapters=False,
-            device_tokens=self.tokens_per_device,
-        )
+        trained = self.cost(plan, calibration, parameters, adapters=False)
         base = plan.base or plan
         reading = Work(
             flops=2 * self.steps * self.tokens_per_batch * sum(t.numel for t in base.tensors.values()),
@@ -232,7 +221,7 @@ class Distill(Distilling):
         if self.hidden_weight:
             check_widths(teacher, config, f"{self.option}.hidden_weight")
         rows = self.documents_for(lm, teacher, run)
-        model = carved(lm.model, self.student, f"{self.option}.student") if self.student else lm.model
+        model = carved(lm.model, config) if self.student else lm.model
         record = self.learn(model, teacher, rows, run)
         lm.manifest["_notes"] = {"training": record, "teacher": {"name": teacher.name, "sha256": teacher.sha256()}}
         return lm.changed(model)

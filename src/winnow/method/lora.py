@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.method.training import Training
-from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError, knob
+from winnow.model.adapter import require_peft
+from winnow.types import LM, Calibration, Run, Slot, UserError, knob
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,34 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Lora(Training):
+class Adapting(Training):
+    """What stages that train low-rank updates share: their size, and the layers that get one."""
+
+    rank: int = knob(16, choices=(4, 8, 16, 32, 64, 128, 256), searched=(4, 8, 16, 32, 64))
+    learning_rate: float = knob(1e-3, low=1e-6, high=1e-1, log=True, search_range=(3e-4, 5e-3))
+    alpha: float = knob(0.0, low=0.0, high=1e4, search=False)
+    rslora: bool = knob(False, choices=(False, True), search=False)
+    dora: bool = knob(False, choices=(False, True), search=False)
+    targets: Any = ALL
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.targets != ALL:
+            named = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+            object.__setattr__(self, "targets", named)
+
+    def targeted(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """The shapes of the matrices that get an update, by the names of their layers."""
+        named = {name.removesuffix(".weight"): t.shape for name, t in plan.tensors.items() if t.linear}
+        return {name: shape for name, shape in named.items() if is_meant(name, self.targets)}
+
+    def trained(self, plan: Plan) -> int:
+        """Weights of the updates."""
+        return self.rank * sum(sum(shape) for shape in self.targeted(plan).values())
+
+
+@dataclass(frozen=True)
+class Lora(Adapting):
     """Trains rank-`rank` updates of linear layers on the calibration source's documents.
 
     Attributes:
@@ -48,39 +76,9 @@ class Lora(Training):
     shown_after: ClassVar[tuple[str, ...]] = ("wanda",)
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
 
-    rank: int = knob(16, choices=(4, 8, 16, 32, 64, 128, 256), searched=(4, 8, 16, 32, 64))
-    learning_rate: float = knob(1e-3, low=1e-6, high=1e-1, log=True, search_range=(3e-4, 5e-3))
-    alpha: float = knob(0.0, low=0.0, high=1e4, search=False)
-    rslora: bool = knob(False, choices=(False, True), search=False)
-    dora: bool = knob(False, choices=(False, True), search=False)
-    targets: Any = ALL
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.targets != ALL:
-            object.__setattr__(
-                self, "targets", tuple(self.targets) if not isinstance(self.targets, str) else (self.targets,)
-            )
-
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
-
-        trained = self.rank * sum(sum(t.shape) for t in plan.linears)
-        mixed = self.precision == "bf16-mixed"
-        as_stored = mixed and plan.spec.dtype == "bfloat16"
-        work = Work.trained(
-            plan,
-            calibration,
-            self.steps,
-            self.tokens_per_batch,
-            trained,
-            self.documents,
-            mixed,
-            frozen=as_stored,
-            device_tokens=self.tokens_per_device,
-        )
-        masked = plan.sparse and as_stored  # updates of pruned matrices, whole; `trained` counts them with weights cast
-        return work + Work(device_bytes=4 * plan.linear_parameters) if masked else work
+        as_stored = self.precision == "bf16-mixed" and plan.spec.dtype == "bfloat16"
+        return self.cost(plan, calibration, self.trained(plan), frozen=as_stored, masked=plan.sparse)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch
@@ -112,10 +110,8 @@ def adapted(model: Any, settings: Any, seed: int) -> Any:
         MissingExtra: PEFT is not installed.
         UserError: a target that is no linear layer of the model.
     """
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtra("peft", "peft") from None
+    require_peft()
+    import peft
     import torch
 
     config = peft.LoraConfig(
@@ -137,14 +133,19 @@ def targeted(model: nn.Module, targets: str | Sequence[str], method: str) -> lis
     names = sorted(linears(model))
     if targets == ALL:
         return names
-    found = [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]
-    lost = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    found = [name for name in names if is_meant(name, targets)]
+    lost = [t for t in targets if not any(is_meant(name, (t,)) for name in names)]
     if lost:
         there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         raise UserError(
             f"method.{method}.targets: {', '.join(lost)} is no linear layer of the blocks; there are {there}; `all` takes them all"
         )
     return found
+
+
+def is_meant(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether a layer is one of `targets`, which give the last name or more of it."""
+    return targets == ALL or any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def layers(model: nn.Module) -> dict[str, Any]:

@@ -141,10 +141,10 @@ def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
         lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256()}, "stages": []}
     if is_finished(lm, lm.model.config):
         lm.release()
-        lm = copied(lm, run.folder / f"files-{world(run).rank}")
+        lm = copied(lm, run.folder / f"files-{world().rank}")
     run = dataclasses.replace(run, base=run.base or lm.path)
     made = apply(lm, stages, run)
-    if not world(run).first:
+    if not world().first:
         return made
     saved = save(made, output)
     lm.release()  # so that there is one model in memory at a time

@@ -41,21 +41,8 @@ class Pretrain(Training):
         return self.stream + self.held_out
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
-
         parameters = sum(t.numel for t in plan.tensors.values())
-        mixed = self.precision != "32-true"
-        return Work.trained(
-            plan,
-            calibration,
-            self.steps,
-            self.tokens_per_batch,
-            parameters,
-            self.documents,
-            mixed,
-            adapters=False,
-            device_tokens=self.tokens_per_device,
-        )
+        return self.cost(plan, calibration, parameters, adapters=False)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch

@@ -11,8 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.method.lora import ALL
-from winnow.method.training import Training
+from winnow.method.lora import Adapting
 from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError, knob
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QLoRA(Training):
+class QLoRA(Adapting):
     """Trains rank-`rank` updates of the linear layers of a model whose weights are quantized by bitsandbytes and frozen. A
     dense model is quantized to NF4 first; after `nf4`, `fp4` or `int8`, and on their artifacts, the weights stay as they are.
 
@@ -46,19 +45,7 @@ class QLoRA(Training):
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes", "peft", "winnow.recovery.fit")
     perplexity_bound: ClassVar[float] = 1.02
 
-    rank: int = knob(16, choices=(4, 8, 16, 32, 64, 128, 256), searched=(4, 8, 16, 32, 64))
-    learning_rate: float = knob(1e-3, low=1e-6, high=1e-1, log=True, search_range=(3e-4, 5e-3))
-    alpha: float = knob(0.0, low=0.0, high=1e4, search=False)
-    rslora: bool = knob(False, choices=(False, True), search=False)
-    dora: bool = knob(False, choices=(False, True), search=False)
     merge: bool = knob(False, choices=(False, True), search=False)
-    targets: Any = ALL
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.targets != ALL:
-            named = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-            object.__setattr__(self, "targets", named)
 
     @property
     def leaves_adapter(self) -> bool:
@@ -72,7 +59,7 @@ class QLoRA(Training):
             return dataclasses.replace(plan.in_16_bits(), tensors=dense_tensors(plan.in_16_bits().config))
         base = self._quantized(plan)
         tensors, names = dict(base.tensors), 0
-        for name, shape in self._targeted(plan).items():
+        for name, shape in self.targeted(plan).items():
             weights = self.rank * sum(shape)
             magnitudes = shape[0] if self.dora else 0
             size = 2 * weights + 4 * magnitudes
@@ -84,31 +71,10 @@ class QLoRA(Training):
         return dataclasses.replace(base, tensors=tensors, other_bytes=base.other_bytes + CONFIG_BYTES + names)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
         from winnow.method.bnb import NF4
 
-        base = self._quantized(plan)
-        trained = self.rank * sum(sum(shape) for shape in self._targeted(plan).values())
-        mixed = self.precision == "bf16-mixed"
-        training = Work.trained(
-            base,
-            calibration,
-            self.steps,
-            self.tokens_per_batch,
-            trained,
-            self.documents,
-            mixed,
-            frozen=True,
-            device_tokens=self.tokens_per_device,
-        )
+        training = self.cost(self._quantized(plan), calibration, self.trained(plan), frozen=True)
         return NF4().work(plan, calibration).then(training) if is_dense(plan) else training
-
-    def _targeted(self, plan: Plan) -> dict[str, tuple[int, ...]]:
-        """The shapes of the matrices that get an update, by the names of their layers."""
-        named = {name.removesuffix(".weight"): t.shape for name, t in plan.tensors.items() if t.linear}
-        if self.targets == ALL:
-            return named
-        return {n: shape for n, shape in named.items() if any(f".{n}".endswith(f".{t}") for t in self.targets)}
 
     def _quantized(self, plan: Plan) -> Plan:
         from winnow.method.bnb import NF4

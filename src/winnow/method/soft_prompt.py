@@ -59,14 +59,13 @@ class SoftPrompt(Training):
         return dataclasses.replace(plan, tensors=tensors, other_bytes=plan.other_bytes + CONFIG_BYTES)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work, counted
+        from winnow.hardware.work import counted
 
         seen = counted(calibration)
         length = max(1.0, seen.tokens / max(1, seen.samples))
         read = round(self.tokens_per_batch * (1 + self.tokens / length))  # a prompt with every document
         numbers = self.tokens * plan.spec.hidden_size
-        mixed = self.precision == "bf16-mixed"
-        return Work.trained(plan, calibration, self.steps, read, numbers, self.documents, mixed, frozen=True)
+        return self.cost(plan, calibration, numbers, tokens_per_batch=read, frozen=True)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method.bnb import keep_packing

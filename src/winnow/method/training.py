@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.types import LM, Calibration, Checked, Run, knob
 
 if TYPE_CHECKING:
+    from winnow.hardware.work import Work
+    from winnow.model.plan import Plan
     from winnow.recovery.data import Encoded
     from winnow.recovery.fit import Fitted
     from winnow.recovery.objective import Objective
@@ -44,6 +46,29 @@ class Training(Checked):
     def documents(self) -> int:
         """To draw: four times what the steps need at 64 tokens each, so that a document is seldom seen twice."""
         return max(64, self.steps * self.tokens_per_batch // 16) + self.held_out
+
+    def cost(
+        self, plan: Plan, calibration: Calibration, trained: int, *, tokens_per_batch: int = 0, **how: bool
+    ) -> Work:
+        """What these steps on a model of this plan cost, of which `trained` parameters get a gradient.
+
+        Args:
+            tokens_per_batch: where more is read than the documents.
+            how: as for `Work.trained`.
+        """
+        from winnow.hardware.work import Work
+
+        return Work.trained(
+            plan,
+            calibration,
+            self.steps,
+            tokens_per_batch or self.tokens_per_batch,
+            trained,
+            self.documents,
+            self.precision != "32-true",
+            device_tokens=self.tokens_per_device,
+            **how,
+        )
 
     def encoded(self, lm: LM, run: Run, calibration: Calibration | None = None) -> list[Encoded]:
         """The documents to train on, cut to what the model can read; how many were cut is said."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from winnow.types import UserError
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
@@ -164,7 +166,8 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
         dtype: of the cache and of what is not quantized; by default that of the configuration, else bfloat16.
 
     Raises:
-        ValueError: transformers knows no causal LM for the configuration, or it is not a stack of decoder blocks.
+        ValueError: transformers knows no causal LM for the configuration.
+        UserError: it is not a stack of decoder blocks with attention.
     """
     from transformers import AutoConfig
 
@@ -183,7 +186,12 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
     groups = sum(math.prod(shape[:-1]) * math.ceil(shape[-1] / group_size) for shape in shapes)
     embeddings = {id(w): w.numel() for w in _embeddings(model)}
     total = sum(p.numel() for p in model.parameters())
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        raise UserError(
+            f"{type(model).__name__}: its configuration has no num_attention_heads; models without attention, "
+            f"such as pure state-space models, are not supported: give one with attention in its decoder blocks"
+        )
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     key, value = _cached_widths(text, kv_heads, head_dim)
@@ -235,7 +243,7 @@ def _block_matrices(model: nn.Module, layers: int) -> list[tuple[int, ...]]:
     senses = ("vision", "visual", "audio")
     blocks = next((m for n, m in stacks.items() if not any(sense in n for sense in senses)), None)
     if blocks is None:
-        raise ValueError(f"{type(model).__name__} has no list of {layers} decoder blocks")
+        raise UserError(f"{type(model).__name__} has no list of {layers} decoder blocks")
     holders = [m for m in blocks.modules() if not isinstance(m, nn.Conv1d)]
     return [tuple(p.shape) for m in holders for p in m.parameters(recurse=False) if p.ndim >= 2]
 

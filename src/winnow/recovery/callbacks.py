@@ -28,6 +28,9 @@ from winnow.recovery.data import Documents
 from winnow.types import Run, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+WAY_OUT = (  # of numbers that are not finite
+    "lower the learning rate, or train with precision=32-true; the last checkpoint, if there is one, is from before that"
+)
 PREEMPTED = 128 + signal.SIGTERM  # the exit code of a training that was asked to stop and left a checkpoint
 
 
@@ -96,19 +99,19 @@ class Progress(EachStep):
     def _show(self, step: int, loss: float) -> None:
         now = time.monotonic()
         figures = {"loss": loss}
+        if self._bar is not None:
+            self._bar.update()
         if now - self._since >= (min(1.0, self.seconds) if self._bar else self.seconds) or step == self.steps:
             mean, rate = self._loss / (step - self._shown), self._tokens / max(now - self._since, 1e-9)
             figures["tokens_per_second"] = rate
             if self._bar is not None:
-                self._bar.set_postfix_str(f"loss {mean:.4f}, {rate:,.0f} tokens/s", refresh=False)
+                self._bar.set_postfix_str(f"loss {mean:.4f}, {rate:,.0f} tokens/s")
             else:
                 left = (self.steps - step) * (now - self.started) / max(1, step - self.first)
                 self.run.log(
                     f"step {step}/{self.steps}  loss {mean:.4f}  {rate:,.0f} tokens/s  {timedelta(seconds=round(left))} left"
                 )
             self._tokens, self._loss, self._shown, self._since = 0.0, 0.0, step, now
-        if self._bar is not None:
-            self._bar.update()
         self.run.curve(step, figures)
 
     def close(self) -> None:
@@ -292,10 +295,7 @@ def check_finite(parameters: Mapping[str, torch.Tensor], when: str) -> None:
     """Raises UserError if one of them is NaN or infinite."""
     for name, parameter in parameters.items():
         if not parameter.isfinite().all():
-            raise UserError(
-                f"{name} holds NaN or infinity {when}; lower the learning rate, or train with precision=32-true; "
-                f"the last checkpoint, if there is one, is from before that"
-            )
+            raise UserError(f"{name} holds NaN or infinity {when}; {WAY_OUT}")
 
 
 def _is_whole(path: Path) -> bool:

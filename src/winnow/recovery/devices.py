@@ -14,12 +14,12 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import os
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from winnow.hardware.process import end_with_parent
 from winnow.types import Run, Slot, Stage, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 LOST_SECONDS = 600  # a device that has not answered for so long is given up; one that has died is noticed at once
 TRAINING = (Slot.RECOVER, Slot.ADAPT, Slot.PROMPT)  # the slots of stages that train
-_PR_SET_PDEATHSIG = 1
 HELD = "WINNOW_DEVICE_HELD"  # in the environment of a training whose pipeline shares the device already
 
 
@@ -60,7 +59,7 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def world(run: Run | None = None) -> World:
+def world() -> World:
     """As `torchrun` has put it into the environment; one process where it has not."""
     if not under_torchrun():
         return World()
@@ -89,25 +88,12 @@ def enter(hardware: Hardware, stages: Mapping[str, Stage]) -> World:
             f"method=[{','.join(stages)}] under torchrun: {', '.join(others)} is no training, and would be done once on every "
             f"device; run python compress.py without torchrun, which starts it by itself for the stages that train"
         )
-    _die_with_parent()
+    end_with_parent()
     if hardware.device == "cuda":
         import torch
 
         torch.cuda.set_device(found.local_rank)
     return found
-
-
-def _die_with_parent() -> None:
-    """Lets the kernel end this process with its `torchrun`, which may be killed and could not tell it then."""
-    import ctypes
-
-    parent = os.getppid()
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (AttributeError, OSError):  # not Linux
-        return
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def join(run: Run, world: World) -> None:

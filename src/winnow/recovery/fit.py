@@ -21,6 +21,7 @@ from typing import Any
 import lightning
 import torch
 
+from winnow.model.adapter import bare
 from winnow.model.packing import cast_weights
 from winnow.recovery import batch_size, devices, kernels, preflight
 from winnow.recovery.attention import packed
@@ -109,7 +110,7 @@ def fit(
             training.
         SystemExit: 143, after a checkpoint, when the process is told to stop.
     """
-    world = devices.world(run)
+    world = devices.world()
     devices.join(run, world)
     objective = objective or CrossEntropy()
     student, batching, flight = _prepared(model, student, rows, objective, schedule, batching, run, world, precision)
@@ -238,7 +239,7 @@ def _prepared(
         cast_weights(model, torch.float32)  # what is sharded together must be of one type
     else:  # what is spread is brought to the device a block at a time
         model.to(devices.local_device(run))
-    kernels.fuse(model, devices.local_device(run), run.log if world.first else _silent)
+    kernels.fuse(model, devices.local_device(run), run.log)
     student = student or Student(model)
     tokens = batch_size.choose(student, objective, rows, run, world, demand, flight, precision=precision, **asked)
     return student, dataclasses.replace(batching, tokens_per_device=tokens), flight
@@ -246,7 +247,7 @@ def _prepared(
 
 def recompute(model: Any) -> None:
     """Lets every block keep its input alone, and compute the rest a second time in the backward pass."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -258,6 +259,3 @@ def digest(model: Any) -> str:
         some = flat[:: max(1, len(flat) // 64)].cpu()
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {some.tolist()}\n".encode())
     return found.hexdigest()[:12]
-
-
-def _silent(line: str) -> None: ...

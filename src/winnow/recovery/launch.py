@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from winnow.hardware.process import end_with_parent
 from winnow.recovery.devices import HELD, TRAINING, RankLost, under_torchrun
 from winnow.types import LM, Run, Stage, UserError
 
@@ -183,7 +184,7 @@ def _watched(command: list[str], run: Run, passing: _Passing) -> tuple[int, list
         cwd=Path.cwd(),
         env=environment(run),
         process_group=0,
-        preexec_fn=_end_with_parent,  # noqa: PLW1509  (one system call)
+        preexec_fn=lambda: end_with_parent(signal.SIGTERM),  # noqa: PLW1509  (one system call)
     ) as child:
         passing.child = child
         try:
@@ -196,14 +197,6 @@ def _watched(command: list[str], run: Run, passing: _Passing) -> tuple[int, list
         except BaseException:
             child.terminate()  # it ends its workers, within 30 s
             raise
-
-
-def _end_with_parent() -> None:
-    """In the child, before it becomes torchrun: it is told to end when this process dies."""
-    import ctypes
-
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _failure(name: str, code: int, lines: list[str], asked: int) -> BaseException:

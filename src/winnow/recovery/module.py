@@ -15,6 +15,7 @@ import torch
 
 from winnow.method.blocks import decoder_blocks
 from winnow.recovery import devices
+from winnow.recovery.callbacks import WAY_OUT
 from winnow.recovery.data import fingerprint
 from winnow.recovery.objective import CrossEntropy, Objective
 from winnow.recovery.optimizer import build_optimizer
@@ -73,9 +74,7 @@ class Recovery(lightning.LightningModule):
         total = self.objective(self.student, batch)
         if not total.isfinite():
             raise UserError(
-                f"the loss is {total.item()} at step {self.trainer.global_step} on batch {fingerprint(batch)}; "
-                f"lower the learning rate, or train with precision=32-true; "
-                f"the last checkpoint, if there is one, is from before that"
+                f"the loss is {total.item()} at step {self.trainer.global_step} on batch {fingerprint(batch)}; {WAY_OUT}"
             )
         share = total / max(1, batch["step_targets"])
         # Lightning divides by the batches of a step, and the mean over devices divides by these

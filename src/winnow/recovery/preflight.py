@@ -20,6 +20,7 @@ from winnow.hardware.device import available_cores, physical_memory_bytes
 from winnow.hardware.feasibility import HEADROOM
 from winnow.hardware.machine import EFFICIENCY, resident_bytes
 from winnow.hardware.work import activations, heap_holes
+from winnow.model.adapter import bare
 from winnow.model.plan import Plan
 from winnow.model.spec import ModelSpec
 from winnow.recovery.devices import World
@@ -107,7 +108,7 @@ def demand(model: Any, run: Run, mixed: bool, others: Sequence[nn.Module] = ()) 
     from winnow.method.blocks import decoder_blocks
     from winnow.model.packing import linears
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     in_blocks = [sum(p.nbytes for p in block.parameters()) for block in decoder_blocks(base)]
     everything = sum(p.nbytes for p in model.parameters())
     masks = sum(b.nbytes for b in model.buffers())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from winnow.model.adapter import bare
 from winnow.recovery.attention import packed
 from winnow.recovery.data import IGNORED
 from winnow.recovery.losses import Head, head_of
@@ -34,7 +35,7 @@ class Student(nn.Module):
     @property
     def base(self) -> Any:
         """The model itself, without PEFT's wrapping; adapters stay in its layers."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return bare(self.model)
 
     @property
     def head(self) -> Head:

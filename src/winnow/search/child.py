@@ -6,7 +6,6 @@ the fork server, which dies with the search: whatever way a search ends, nothing
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import importlib
 import multiprocessing
@@ -21,11 +20,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from winnow.hardware.process import end_with_parent
 from winnow.types import MissingExtra, Reason, Unservable, UserError
 
 PRELOAD = ("torch", "transformers", "lm_eval", "winnow.search.preload")  # for every trial
 _POLL_S = 0.25
-_PR_SET_PDEATHSIG = 1
 
 
 class Failed(Exception):
@@ -101,10 +100,7 @@ def call(
 def _main(connection: Connection, function: str, arguments: dict[str, Any], output: str) -> None:
     """The child: its own process group, output to a file, result or typed failure over the pipe."""
     os.setpgid(0, 0)
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the fork server died before the call above
-        os._exit(1)
+    end_with_parent()
     with open(output, "a", encoding="utf-8", buffering=1) as file:  # noqa: PTH123
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
