@@ -125,6 +125,7 @@ def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
         memory_limit_bytes=used.memory_limit_bytes,
         carbon_g_per_kwh=used.carbon_g_per_kwh,
         cache=Path(cfg.outputs) / "cache",
+        stage_cache_bytes=int(cfg.get("stage_cache_gb", 0) * 1e9),
     )
 
 

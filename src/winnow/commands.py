@@ -9,9 +9,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import DictConfig
 
@@ -20,7 +20,11 @@ from winnow.hardware.lock import sharing
 from winnow.method.pipeline import compress as run_pipeline
 from winnow.model.save import remove_empty
 from winnow.recovery import devices
-from winnow.types import Figures
+from winnow.types import LM, Figures, Run, Stopped
+
+if TYPE_CHECKING:
+    from winnow.benchmark.samples import Sample
+    from winnow.hardware.runtime import Served
 
 
 def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compress") -> Path:
@@ -53,8 +57,30 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     return Path(artifact.path)
 
 
-def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
-    """Scores and measures `cfg.model` as it lies on disk; writes `metrics.json` and `samples.parquet`, and returns the metrics."""
+class Gates(Protocol):
+    """What a search puts between the parts of an evaluation; each may raise `Stopped` to end it there.
+
+    Attributes:
+        scores_first: whether the hardware is of interest only in what has been scored to its end.
+    """
+
+    scores_first: bool
+
+    def served(self, lm: LM, served: Served, run: Run) -> Figures:
+        """Figures that cost little, once the model is open."""
+
+    def measured(self, figures: Figures) -> None:
+        """Is shown them, and those of the hardware if they were measured."""
+
+    def scored(self, samples: Sequence[Sample], left: int) -> None:
+        """Is shown the items' outcomes so far, after each round but the last."""
+
+
+def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = None) -> dict[str, Any]:
+    """Measures and scores `cfg.model` as it lies on disk; writes `metrics.json` and the items' outcomes, returns the metrics.
+
+    Where a gate has stopped it, `stopped` says why, and the figures are those that were found before.
+    """
     from winnow.hardware.meters import Meters
     from winnow.hardware.runtime import serving
     from winnow.hardware.runtime.check import check
@@ -67,16 +93,33 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
     hardware.check()
     figures, seconds = Figures(), dict[str, float]()
     output = build.output(cfg, "evaluate", lm, {str(cfg.benchmark.name): benchmark})
+    stopped = None
     with whole_folder(output) as folder, contextlib.ExitStack() as opened:
         run = build.run(cfg, folder, log)
-        with sharing(hardware.device, log):  # with other work; the meters wait until they have the device alone
-            with _timed(seconds, "load"):
-                served = opened.enter_context(serving(lm, hardware, log))
-                check(lm, served)  # before any score is paid for
-            with _timed(seconds, "benchmark"):
-                figures.merge(benchmark(lm, run))
-        with _timed(seconds, "meters"):
-            figures.merge(Meters(hardware)(lm, run))
+
+        def measure() -> None:
+            with _timed(seconds, "meters"):
+                figures.merge(Meters(hardware)(lm, run))
+
+        def score() -> None:
+            if gates is not None:
+                gates.measured(figures)
+            with sharing(hardware.device, log), _timed(seconds, "benchmark"):
+                figures.merge(benchmark(lm, run, gates.scored) if gates is not None else benchmark(lm, run))
+
+        try:
+            with sharing(hardware.device, log):  # with other work; the meters wait until they have the device alone
+                with _timed(seconds, "load"):
+                    served = opened.enter_context(serving(lm, hardware, log))
+                    check(lm, served)  # before anything is paid for
+                if gates is not None:
+                    with _timed(seconds, "divergence"):
+                        figures.merge(gates.served(lm, served, run))
+            for part in (score, measure) if gates is not None and gates.scores_first else (measure, score):
+                part()
+        except Stopped as end:
+            log(f"stopped: {end}")
+            stopped = end.to_json()
         metrics = {
             "model": {"name": lm.name, "path": lm.path, "sha256": lm.manifest.get("sha256")},
             "benchmark": str(cfg.benchmark.name),
@@ -87,6 +130,7 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None]) -> dict[str, Any]:
             "sources": figures.sources,
             "seconds": seconds,
             "versions": manifest.versions(),
+            **({"stopped": stopped} if stopped else {}),
         }
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     log(f"metrics: {output / 'metrics.json'}")
@@ -105,8 +149,10 @@ def _sharing(device: str, log: Callable[[str], None], world: devices.World) -> c
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - started, 3)
+    try:
+        yield
+    finally:
+        seconds[name] = round(time.perf_counter() - started, 3)
 
 
 def _remove(scratch: Path) -> None:

@@ -222,6 +222,7 @@ class Run:
     tflops: float | None = None  # of one device, for forecasts of time; None: a processor is measured
     carbon_g_per_kwh: float = 475.0
     cache: Path | None = None  # what outlives a run: a teacher's targets, batch sizes; None: the run's own folder
+    stage_cache_bytes: int = 0  # of `cache`, for what the first stages of pipelines made; 0: none of it is kept
     bars: bool = True  # whether to draw progress bars in a terminal
     curve: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None  # a point of a training's curves
 
@@ -341,11 +342,39 @@ class Reason(enum.StrEnum):
     NOT_FINITE = "not_finite"  # an objective is NaN or infinite
     DISK_FULL = "disk_full"
     LOST = "lost"  # the search itself was killed while the trial ran
+    HOPELESS = "hopeless"  # stopped: far off the base model, where one that is no worse elsewhere is near it
+    DOMINATED = "dominated"  # stopped: by the items scored so far another is better, with confidence
+
+
+STOPPED = (Reason.HOPELESS, Reason.DOMINATED)
+
+
+class Stopped(Exception):
+    """An evaluation was ended before its end, because more of it would not put the candidate on the front.
+
+    Attributes:
+        estimates: what was found by then: of each score its estimate, `<name>_low` and `<name>_high`, and `share_scored`.
+    """
+
+    def __init__(self, reason: Reason, message: str, estimates: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.reason, self.message, self.estimates = reason, message, dict(estimates)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"reason": self.reason.value, "message": self.message, "estimates": self.estimates}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished trial; a failed one has a reason and no figures."""
+    """A finished trial. One that is not complete has a reason; a stopped one keeps the figures found until then.
+
+    Attributes:
+        estimates: of a stopped trial: its scores so far, each with `<name>_low` and `<name>_high`, and `share_scored`.
+        seconds: compress, evaluate and their parts, overhead, total.
+        stages: of each, `method`, `seconds`, and whether an earlier trial had made it (`reused`).
+        commands: the compress.py and evaluate.py lines that make it again.
+        decision: why it was proposed, and what retraces that.
+    """
 
     number: int
     strategy: Strategy
@@ -353,13 +382,25 @@ class Trial:
     sources: Mapping[str, str] = field(default_factory=dict)
     reason: Reason | None = None
     message: str = ""
-    seconds: Mapping[str, float] = field(default_factory=dict)  # compress, evaluate, overhead, total
-    commands: tuple[str, ...] = ()  # the compress.py and evaluate.py lines that make it again
+    estimates: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    stages: Sequence[Mapping[str, Any]] = ()
+    commands: tuple[str, ...] = ()
     proposed_by: str = ""
+    decision: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
         return self.reason is None
+
+    @property
+    def stopped(self) -> bool:
+        """Ended early because it could not reach the front: neither complete nor failed."""
+        return self.reason in STOPPED
+
+    @property
+    def failed(self) -> bool:
+        return not (self.complete or self.stopped)
 
 
 @dataclass(frozen=True)

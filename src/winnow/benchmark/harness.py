@@ -10,19 +10,28 @@ fixed batch size and items and exemplars that depend on the seed alone make a sc
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.benchmark import figures, samples
 from winnow.benchmark.spec import Spec
 from winnow.hardware.runtime import serving
 from winnow.types import LM, Figures, Run, UserError
 
+if TYPE_CHECKING:
+    from winnow.benchmark.score import Question
+
+Watch = Callable[[Sequence[samples.Sample], int], None]
+ROUNDS_FILE = "rounds.json"  # of each round, and by benchmark: items and seconds
+SILENT_S = 3.0  # a round that takes longer says so
 PRELOAD = [
     "datasets",
     "lm_eval.tasks",
@@ -44,7 +53,9 @@ class Harness:
         num_fewshot: exemplars before each question; None leaves each benchmark's own number.
         batch_size: prompts at a time; keep it fixed, since it moves scores by rounding.
         max_gen_toks: upper limit of tokens to generate for an answer; None leaves each task's own.
-        seed: of the choice of items and exemplars.
+        seed: of the choice of items and exemplars, and of the order in which items are put.
+        rounds: shares of all items after which a race looks at the outcomes so far (`winnow.search.racing`); part of
+            what makes scores comparable, since they decide which prompts share a batch.
     """
 
     preload: ClassVar[tuple[str, ...]] = tuple(PRELOAD)
@@ -57,6 +68,7 @@ class Harness:
     batch_size: int = 16
     max_gen_toks: int | None = None
     seed: int = 1234
+    rounds: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
     specs: tuple[Spec, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +77,13 @@ class Harness:
             value = getattr(self, key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise UserError(f"benchmark.{key}={value} is not a number of at least {low}")
+        if (
+            list(self.rounds) != sorted(set(self.rounds))
+            or not self.rounds
+            or self.rounds[0] <= 0
+            or self.rounds[-1] != 1
+        ):
+            raise UserError(f"benchmark.rounds={list(self.rounds)} does not rise to 1, such as [0.1,0.4,1.0]")
         if not self.tasks:
             raise UserError("benchmark.tasks is empty; give at least one task")
         object.__setattr__(self, "specs", tuple(Spec.read(name, dict(values)) for name, values in self.tasks.items()))
@@ -77,26 +96,70 @@ class Harness:
         scored = [spec for spec in self.specs if spec.metric is not None]
         return tuple(name for spec in scored for name in (spec.name, *(f"{spec.name}_{s}" for s in spec.also)))
 
-    def __call__(self, lm: LM, run: Run) -> Figures:
-        """Scores `lm`; writes `samples.parquet` into the run's folder.
+    def __call__(self, lm: LM, run: Run, watch: Watch | None = None) -> Figures:
+        """Scores `lm`, in rounds; writes `samples.parquet` and `rounds.json` into the run's folder.
+
+        Args:
+            watch: shown all outcomes after each round and how many are to come; what it raises ends the scoring.
 
         Raises:
             UserError: items are missing, or code cannot be run safely here.
         """
-        from winnow.benchmark.score import score
+        from winnow.benchmark.score import questions, score
         from winnow.benchmark.tasks import load
 
-        scored = []
+        found: dict[str, list[samples.Sample]] = {spec.name: [] for spec in self.specs}
+        seconds: dict[str, float] = dict.fromkeys(found, 0.0)
+        spent: list[dict[str, Any]] = []
         with quiet(), serving(lm, log=run.log) as served:
-            tasks = [load(spec, self.data_dir, self.num_fewshot) for spec in self.specs]  # all found before any is run
+            tasks = {spec.name: load(spec, self.data_dir, self.num_fewshot) for spec in self.specs}  # all before any
+            asked = {name: questions(main, self.limit, self.seed) for name, (main, _) in tasks.items()}
             adapter = served.scorer(self.batch_size, self.max_gen_toks)
-            for spec, (main, also) in zip(self.specs, tasks, strict=True):
-                started = time.perf_counter()
-                found = score(adapter, spec, main, also, self.limit, self.seed)
-                run.log(_line(spec, found, time.perf_counter() - started))
-                scored.append((spec, found))
-        samples.write([sample for _, found in scored for sample in found], run.folder / samples.FILE)
+            try:
+                for chunk, left in self.schedule(asked):
+                    begun = dict(seconds)
+                    for spec in (spec for spec in self.specs if spec.name in chunk):
+                        started = time.perf_counter()
+                        found[spec.name] += score(adapter, spec, chunk[spec.name], tasks[spec.name][1], self.seed)
+                        seconds[spec.name] += time.perf_counter() - started
+                    spent.append(
+                        {name: [len(items), round(seconds[name] - begun[name], 4)] for name, items in chunk.items()}
+                    )
+                    took = sum(seconds.values()) - sum(begun.values())
+                    if left and took > SILENT_S:
+                        run.log(f"{sum(map(len, found.values())):,} items are scored, {left:,} to go; {took:.0f} s")
+                    if watch is not None and left:
+                        watch([sample for of_one in found.values() for sample in of_one], left)
+            finally:
+                places = {q.doc_hash: n for of_one in asked.values() for n, q in enumerate(of_one)}
+                scored = [(spec, sorted(found[spec.name], key=lambda s: places[s.doc_hash])) for spec in self.specs]
+                samples.write([sample for _, of_one in scored for sample in of_one], run.folder / samples.FILE)
+                (run.folder / ROUNDS_FILE).write_text(json.dumps(spent) + "\n", encoding="utf-8")
+        for spec, of_one in scored:
+            run.log(_line(spec, of_one, seconds[spec.name]))
         return figures.figures(scored)
+
+    def schedule(self, asked: Mapping[str, Sequence[Question]]) -> Iterator[tuple[dict[str, list[Question]], int]]:
+        """The items of each round by benchmark, and how many that are right or wrong come after it.
+
+        All of these are in one order, which depends on their hashes and the seed alone; texts come last.
+        """
+        from winnow.benchmark.score import digest
+
+        texts = {spec.name for spec in self.specs if spec.metric is None}
+        order = sorted(
+            ((name, q) for name, of_one in asked.items() if name not in texts for q in of_one),
+            key=lambda pair: digest(self.seed, "order", pair[0], pair[1].doc_hash),
+        )
+        ends = [round(share * len(order)) for share in self.rounds]
+        for start, end in itertools.pairwise([0, *ends]):
+            chunk: dict[str, list[Question]] = defaultdict(list)
+            for name, question in order[start:end]:
+                chunk[name].append(question)
+            if chunk:
+                yield dict(chunk), len(order) - end
+        if texts:
+            yield {name: list(asked[name]) for name in texts}, 0
 
 
 def _line(spec: Spec, found: list[samples.Sample], seconds: float) -> str:

@@ -110,30 +110,27 @@ def judge(task: Any, asked: Sequence[Asked], filter_name: str | None) -> None:
 def score(
     adapter: Any,
     spec: Spec,
-    tasks: Sequence[Loaded],
+    asking: Sequence[Question],
     also: dict[str, Any] | None = None,
-    limit: int | None = None,
     seed: int = 1234,
 ) -> list[Sample]:
     """Every item's outcome.
 
     Args:
         adapter: an `lm_eval.api.model.LM`, which for text counts tokens, too (`count_tokens`).
-        tasks: of the benchmark, from `winnow.benchmark.tasks.load`.
+        asking: the items, from `questions`.
         also: further tasks over the same items, by suffix.
-        limit: how many items; None is all.
-        seed: of the choice of items and exemplars.
+        seed: of the choice of exemplars.
 
     Raises:
         UserError: the task has no such metric or filter.
     """
-    asking = questions(tasks, limit, seed)
     grouped: dict[int, list[Question]] = defaultdict(list)
     for question in asking:
         grouped[id(question.loaded)].append(question)
     jobs: list[tuple[str, Any, list[Asked]]] = []
-    for loaded in tasks:
-        mine = grouped[id(loaded)]
+    for mine in grouped.values():
+        loaded = mine[0].loaded
         for suffix, task in ({"": loaded.task} | (also or {})).items():
             made = [Asked(q, requests(task, n, q, seed)) for n, q in enumerate(mine)]
             if made:

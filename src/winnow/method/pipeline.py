@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnow.method import prefixes
 from winnow.model import adapter
 from winnow.types import LM, Run, Slot, Stage, UserError
 
@@ -86,8 +87,8 @@ def copied(lm: LM, folder: Path) -> LM:
     return lm.stored(folder)
 
 
-def apply(lm: LM, stages: Mapping[str, Stage], run: Run) -> LM:
-    """The model after all stages, in memory, with a record of each in its manifest.
+def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], None] = lambda made: None) -> LM:
+    """The model after all stages, in memory, with a record of each in its manifest; `after` sees it between two of them.
 
     A record says what the stage took: seconds, `energy_wh` and `co2_g` (at `run.carbon_g_per_kwh`) with their source. That of
     a training has `training` too: its loss and held-out losses, steps, tokens per second. What a training that was cut off
@@ -96,7 +97,9 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run) -> LM:
     from winnow.hardware.energy import EnergyMeter
     from winnow.recovery import devices, launch
 
-    for name, stage in stages.items():
+    for number, (name, stage) in enumerate(stages.items()):
+        if number:
+            after(lm)
         run.log(f"{name}: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(stage).items())}")  # type: ignore[call-overload]
         started = time.perf_counter()
         with EnergyMeter(run.carbon_g_per_kwh) as energy:
@@ -125,11 +128,36 @@ def check_finite(lm: LM) -> None:
 def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
     """Applies the stages and writes the artifact to `output`, whole or not at all; returns it as an LM on disk.
 
-    Then it is tried in the runtimes that there are for it; which of them serve it is added to its manifest.
+    It goes on from what an earlier pipeline that began alike has left, where `run.stage_cache_bytes` allows to keep such
+    (`winnow.method.prefixes`). Then it is tried in the runtimes that there are for it; which of them serve it is added to
+    its manifest.
 
     Raises:
         UserError: the model is quantized already, and a stage would change its weights; or it is damaged.
     """
+    from winnow.recovery.devices import world
+
+    if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
+        lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256()}, "stages": []}
+    run = dataclasses.replace(run, base=run.base or lm.path)
+    if not run.stage_cache_bytes or world().size > 1:
+        return _made(lm, stages, run, output)
+    kept = prefixes.of(lm, stages, run)
+    with kept.longest() as begun:
+        if begun is None:
+            return _made(lm, stages, run, output, kept.keep)
+        done = len(begun.manifest["stages"]) - len(lm.manifest["stages"])
+        run.log(f"{', '.join(list(stages)[:done])}: made before, in {begun.path}")
+        lm.release()
+        if done == len(stages):
+            return prefixes.linked(begun, output)
+        return _made(begun, dict(list(stages.items())[done:]), run, output, kept.keep)
+
+
+def _made(
+    lm: LM, stages: Mapping[str, Stage], run: Run, output: Path, keep: Callable[[LM], None] = lambda made: None
+) -> LM:
+    """See `compress`; `keep` is shown what lies between two stages, and the artifact."""
     from winnow.hardware.runtime.check import tried
     from winnow.model import manifest
     from winnow.model.save import save
@@ -137,17 +165,15 @@ def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
 
     check_dense(lm, lm.model.config, stages)
     check_finite(lm)
-    if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
-        lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256()}, "stages": []}
     if is_finished(lm, lm.model.config):
         lm.release()
         lm = copied(lm, run.folder / f"files-{world().rank}")
-    run = dataclasses.replace(run, base=run.base or lm.path)
-    made = apply(lm, stages, run)
+    made = apply(lm, stages, run, keep)
     if not world().first:
         return made
     saved = save(made, output)
     lm.release()  # so that there is one model in memory at a time
     saved.manifest["runtimes"] = tried(saved, run.device, run.log)
     manifest.write(output, saved.manifest)
+    keep(saved)
     return saved

@@ -114,6 +114,12 @@ class Space:
                     found.append((method.name, own | {d.key: v for d, v in zip(active, more, strict=True)}))
         return found
 
+    def size(self) -> int | None:
+        """How many strategies there are; None where a knob is a range of numbers."""
+        if any(not d.choices for method in self.methods for d in method.dimensions):
+            return None
+        return math.prod(1 + len(self._variants(group, 1)) for _, group in self.slots())
+
     def parameters(self, strategy: Strategy) -> dict[str, Any]:
         """The named choices that make `draw` return this strategy; knobs it does not set are left to the sampler."""
         chosen = {self.method(name).slot: name for name in strategy.methods}

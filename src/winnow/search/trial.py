@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[
     assert isinstance(settings, dict)
     limits = child.Limits(60 * cfg.limits.minutes if cfg.limits.minutes else None, cfg.limits.memory_bytes)
     artifact, metrics = folder / "artifact", folder / "metrics"
-    outcome: dict[str, Any] = {"figures": {}, "sources": {}, "reason": None, "message": ""}
+    outcome: dict[str, Any] = {"figures": {}, "sources": {}, "reason": None, "message": "", "stages": []}
     seconds: dict[str, float] = {}
     try:
         for step, target in (("compress", artifact), ("evaluate", metrics)):
@@ -48,11 +48,13 @@ def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[
             seconds[step] = result["seconds"]
             if step == "compress":
                 shutil.copyfile(artifact / manifest.NAME, folder / manifest.NAME)  # stays when the weights go
+                outcome["stages"] = _stages(manifest.read(artifact))
             else:
                 for path in list(metrics.iterdir()):
                     path.replace(folder / path.name)
                 metrics.rmdir()
-                outcome |= {"figures": result["figures"], "sources": result["sources"]}
+                seconds |= result["parts"]
+                outcome |= {"figures": result["figures"], "sources": result["sources"], **result["stopped"]}
     except child.Failed as failed:
         outcome |= {"reason": failed.reason.value, "message": failed.message, "figures": {}, "sources": {}}
     seconds["total"] = round(time.perf_counter() - started, 3)
@@ -74,14 +76,26 @@ def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable
 
 
 def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:
-    """In the child: `evaluate.py`'s work on the artifact."""
+    """In the child: `evaluate.py`'s work on the artifact, which ends early where the trial's gates say so."""
     from winnow import commands
+    from winnow.search.gates import Gates
 
     started = time.perf_counter()
     model = {**settings["model"], "_target_": "winnow.model.load.pretrained", "path": artifact}
-    metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log)
-    seconds = round(time.perf_counter() - started, 3)
-    return {"figures": metrics["figures"], "sources": metrics["sources"], "seconds": seconds}
+    gates = Gates(OmegaConf.create(settings), Path(output).parent, log)
+    metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log, gates)
+    return {
+        "figures": metrics["figures"],
+        "sources": metrics["sources"],
+        "stopped": metrics.get("stopped", {}),
+        "parts": metrics["seconds"],
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _stages(held: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each stage of an artifact took, in seconds, and whether an earlier trial had paid for it."""
+    return [{"method": r["method"], "seconds": r["seconds"], "reused": r.get("reused", False)} for r in held["stages"]]
 
 
 def read_outcome(folder: Path) -> dict[str, Any] | None:

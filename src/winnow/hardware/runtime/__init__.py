@@ -21,6 +21,8 @@ from winnow.model.load import gguf_file
 from winnow.types import LM, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from winnow.hardware.footprint import PeakMemory
     from winnow.hardware.latency import Timing
 
@@ -43,6 +45,12 @@ class Served(Protocol):
 
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
         """In nats, of each token but the first; a logit that is not finite shows as one that is not."""
+
+    def next_tokens(self, ids: Sequence[int], wanted: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """What is expected after each token but the last: token ids [T-1, K] and their log-probabilities, in nats.
+
+        `wanted`: of which tokens, or how many of the likeliest. A runtime that cannot tell raises NotImplementedError.
+        """
 
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         """Answers prompts of one length at once, greedily, each with exactly `output_tokens`, and times it."""

@@ -125,11 +125,23 @@ class Runtime:
         return LlamaCppAdapter(self, self._lm.tokenizer, batch_size, max_gen_toks)
 
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
+        _, found = self.next_tokens(ids, np.array(ids[1:])[:, None])
+        return [float(value) for value in found[:, 0]]
+
+    def next_tokens(self, ids: Sequence[int], wanted: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         cache = self.cache(1, len(ids))
-        targets = np.array(ids[1:])
         tokens = [Token(token, i, wanted=True) for i, token in enumerate(ids[:-1])]
-        rows = [row for logits in cache.compute(tokens) for row in log_softmax(logits)[:, targets].astype(float)]
-        return [float(row[i]) for i, row in enumerate(rows)]
+        columns, values = [], []
+        done = 0
+        for logits in cache.compute(tokens):
+            found = log_softmax(logits)
+            if isinstance(wanted, int):
+                columns.append(np.argsort(-found, axis=-1, kind="stable")[:, :wanted])
+            else:
+                columns.append(wanted[done : done + len(found)])
+            values.append(np.take_along_axis(found, columns[-1], -1))
+            done += len(found)
+        return np.concatenate(columns), np.concatenate(values)
 
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         sequences, length = len(prompts), len(prompts[0])

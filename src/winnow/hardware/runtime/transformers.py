@@ -19,6 +19,7 @@ from winnow.model.adapter import virtual_tokens
 from winnow.types import LM
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -49,13 +50,32 @@ class Runtime:
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
         import torch
 
-        ids_t = torch.tensor(ids, device=self.model.device)
         with torch.inference_mode():
-            # a soft prompt, if there is one, has logits before those of the text
-            logits_tv = self.model(input_ids=ids_t[None], use_cache=False).logits[0, -len(ids) : -1].float()
-            targets_t1 = ids_t[1:, None].to(logits_tv.device)
+            logits_tv = self._logits(ids)
+            targets_t1 = torch.tensor(ids[1:], device=logits_tv.device)[:, None]
             found: list[float] = (logits_tv.gather(-1, targets_t1)[:, 0] - logits_tv.logsumexp(-1)).tolist()
         return found
+
+    def next_tokens(self, ids: Sequence[int], wanted: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        with torch.inference_mode():
+            logits_tv = self._logits(ids)
+            if isinstance(wanted, int):
+                tokens_tk = logits_tv.topk(min(wanted, logits_tv.shape[-1]), -1).indices
+            else:
+                tokens_tk = torch.as_tensor(wanted, dtype=torch.int64, device=logits_tv.device)
+            found = logits_tv.gather(-1, tokens_tk) - logits_tv.logsumexp(-1, keepdim=True)
+        return tokens_tk.cpu().numpy(), found.cpu().numpy()
+
+    def _logits(self, ids: Sequence[int]) -> Tensor:
+        """Those after each token but the last [T-1, vocabulary], in single precision."""
+        import torch
+
+        ids_t = torch.tensor(ids, device=self.model.device)
+        # a soft prompt, if there is one, has logits before those of the text
+        logits: Tensor = self.model(input_ids=ids_t[None], use_cache=False).logits[0, -len(ids) : -1]
+        return logits.float()
 
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         """See `Served.request`.

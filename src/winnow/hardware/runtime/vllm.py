@@ -13,12 +13,15 @@ import os
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.hardware.device import Hardware
 from winnow.hardware.footprint import PeakMemory, weights_memory_bytes
 from winnow.hardware.latency import Timing
 from winnow.types import LM, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def version(device: str) -> str | None:
@@ -73,6 +76,9 @@ class Runtime:
         (answer,) = self._llm.generate([{"prompt_token_ids": list(ids)}], asked, use_tqdm=False)
         found = zip(ids[1:], answer.prompt_logprobs[1:], strict=True)
         return [float(logprobs[token].logprob) if token in logprobs else math.nan for token, logprobs in found]
+
+    def next_tokens(self, ids: Sequence[int], wanted: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError("vLLM tells the likeliest tokens of a prompt, not those that one asks for")
 
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         from vllm import SamplingParams

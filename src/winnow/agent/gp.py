@@ -1,0 +1,144 @@
+"""A Gaussian process for each objective, and the strategy with the most hypervolume to gain for the time that it takes.
+
+python search.py agent=gp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from winnow.agent.policy import Outlook, Suggestion, fresh
+from winnow.search.history import History
+from winnow.search.improvement import boxes, expected, nondominated
+from winnow.search.space import Space
+from winnow.search.surrogate import Features, GaussianProcess, Settings, features, fitted
+from winnow.types import Objective, Strategy, Trial
+
+MOST_OBSERVATIONS = 300  # that a process is conditioned on: solving for them is cubic
+ESTIMATED, GUESSED = 5.0, 30.0  # the noise of what was scored on some items, and of what only the divergence tells
+KL = "kl_to_base"
+MARGIN = 0.1  # of the range of an objective, past its worst value: where the hypervolume is counted from
+
+
+@dataclass
+class GP:
+    """Expected hypervolume improvement for each second of expected cost, over a pool of strategies that were not tried.
+
+    What is known of a strategy from its configuration (its size) is taken as known; everything else is learned, in the
+    logarithm. Scores count as what they miss of the best one, so that differences between good ones are seen.
+
+    Attributes:
+        startup: trials that are drawn at random before the processes count.
+        pool: strategies that are looked at for each proposal; half of them resemble those on the front.
+        cost_exponent: 1 asks for the most gain a second, 0 for the most gain whatever it costs.
+    """
+
+    seed: int = 0
+    startup: int = 8
+    pool: int = 512
+    cost_exponent: float = 1.0
+    _settings: dict[str, tuple[int, Settings]] = field(default_factory=dict, repr=False)
+
+    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+        """The next strategy.
+
+        Raises:
+            Exhausted: there is none that was not tried.
+        """
+        rng = np.random.default_rng([self.seed, history.proposals])
+        candidates = fresh(history, space, rng, self.pool)
+        if sum(trial.complete for trial in history.trials) < max(2, self.startup):
+            order, gains = rng.permutation(len(candidates)), None
+        else:
+            gains = self.gains(history, space, outlook, candidates)
+            seconds = np.array([outlook.seconds(s) for s in candidates])
+            order = np.argsort(-gains / seconds**self.cost_exponent, kind="stable")
+        for place in order:
+            if not outlook.refusal(candidates[place]):
+                if gains is None:
+                    return Suggestion(candidates[place], "gp", "drawn at random, to begin with")
+                why = f"{gains[place]:.2%} of the hypervolume to be gained in some {seconds[place]:.0f} s"
+                return Suggestion(candidates[place], "gp", why, expected_gain=float(gains[place]))
+        return Suggestion(candidates[order[0]], "gp", "nothing that can be made here is left")
+
+    def gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
+        """The expected improvement of each [candidates], as a share of all that could be dominated."""
+        new = features(space, candidates)
+        complete = [trial for trial in history.trials if trial.complete]
+        points = np.zeros((len(complete), len(history.objectives)))
+        means, deviations = np.zeros((2, len(candidates), len(history.objectives)))
+        for column, objective in enumerate(history.objectives):
+            top = best_of(objective, complete)
+            points[:, column] = missing(objective, np.array([t.figures[objective.name] for t in complete]), top)
+            known = [outlook.figures(s).get(objective.name) for s in candidates]
+            if all(value is not None for value in known):
+                means[:, column] = np.log(missing(objective, np.array(known, dtype=float), top))
+                continue
+            trials, values, noise = observed(objective, history)
+            y = np.log(missing(objective, values, top))
+            process = self._process(objective.name, features(space, [t.strategy for t in trials]), y, noise)
+            means[:, column], deviations[:, column] = process.predict(new)
+        worst, best = points.max(0), points.min(0)
+        reference = worst + MARGIN * np.maximum(worst - best, 1e-9 * worst)
+        gain = expected(boxes(nondominated(points), reference), means, deviations)
+        found: np.ndarray = gain * likely(history, candidates) / np.prod(reference - best)
+        return found
+
+    def _process(self, name: str, x: Features, y: np.ndarray, noise: np.ndarray) -> GaussianProcess:
+        """The posterior; hyperparameters are fitted anew when the observations have grown by a quarter."""
+        fitted_at, settings = self._settings.get(name, (0, Settings()))
+        if len(y) >= 1.25 * fitted_at:
+            settings = fitted(x, y, noise)
+            self._settings[name] = (len(y), settings)
+        return GaussianProcess(x, y, settings, noise)
+
+
+def best_of(objective: Objective, complete: Sequence[Trial]) -> float:
+    return max((t.figures[objective.name] for t in complete), default=0.0)
+
+
+def missing(objective: Objective, values: np.ndarray, top: float) -> np.ndarray:
+    """The objective as something positive of which less is better; a score counts as what it misses of the best, and 1 % more."""
+    values = top + 0.01 * abs(top) - values if objective.maximize else values
+    found: np.ndarray = np.maximum(values, 1e-3 * max(abs(top), 1e-9))
+    return found
+
+
+def observed(objective: Objective, history: History) -> tuple[list[Trial], np.ndarray, np.ndarray]:
+    """Trials that tell something of an objective, what they tell, and its noise as a multiple of a full score's.
+
+    Of stopped ones that is an estimate from some items, or what others with a divergence like theirs have scored.
+    """
+    name = objective.name
+    full = [t for t in history.trials if t.complete]
+    curve = sorted((t.figures[KL], t.figures[name]) for t in full if KL in t.figures)
+    rows: list[tuple[Trial, float, float]] = []
+    for trial in history.trials:
+        if trial.complete or name in trial.figures:
+            rows.append((trial, trial.figures[name], 1.0))
+        elif name in trial.estimates:
+            rows.append((trial, trial.estimates[name], ESTIMATED))
+        elif objective.maximize and KL in trial.figures and len(curve) > 3:
+            near = sorted(curve, key=lambda point: abs(np.log((point[0] + 1e-4) / (trial.figures[KL] + 1e-4))))[:3]
+            rows.append((trial, float(np.mean([value for _, value in near])), GUESSED))
+    if len(rows) > MOST_OBSERVATIONS:
+        front = set(history.front)
+        newest = {id(row[0]) for row in rows[-MOST_OBSERVATIONS // 2 :]}
+        others = [row for row in rows if row[0].number not in front and id(row[0]) not in newest]
+        kept = {id(row[0]) for row in others[:: max(1, 2 * len(others) // MOST_OBSERVATIONS)]}
+        rows = [row for row in rows if row[0].number in front or id(row[0]) in newest | kept][-MOST_OBSERVATIONS:]
+    return [row[0] for row in rows], np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
+
+
+def likely(history: History, candidates: Sequence[Strategy]) -> np.ndarray:
+    """The chance that a strategy does not fail, by how its methods have done (Laplace's rule, one success assumed)."""
+    done: dict[str, list[int]] = {}
+    for trial in history.trials:
+        for method in trial.strategy.methods:
+            counts = done.setdefault(method, [0, 0])
+            counts[trial.failed] += 1
+    chance = {method: (good + 1) / (good + bad + 1) for method, (good, bad) in done.items()}
+    return np.array([np.prod([chance.get(m, 1.0) for m in s.methods]) if s.methods else 1.0 for s in candidates])

@@ -1,0 +1,58 @@
+"""What is known of a search at a moment: the trials so far, their front, and what runs. All that a policy may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from winnow.search import pareto
+from winnow.types import Objective, Strategy, Trial
+
+
+class History:
+    """Finished trials and those under way.
+
+    Attributes:
+        trials: finished ones, in the order in which they ended.
+        running: by number.
+        seen: overrides of all strategies that were proposed.
+        front: numbers of the complete trials that no other dominates.
+        proposals: how many there were: a seed that moves on with each.
+    """
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        self.objectives = tuple(objectives)
+        self.trials: list[Trial] = []
+        self.running: dict[int, Strategy] = {}
+        self.seen: set[tuple[str, ...]] = set()
+        self.front: tuple[int, ...] = ()
+        self.proposals = 0
+        self._on_front: list[Trial] = []
+
+    @property
+    def on_front(self) -> Sequence[Trial]:
+        return self._on_front
+
+    @property
+    def base(self) -> Trial | None:
+        """The base model's trial."""
+        return next((trial for trial in self.trials[:1] if not trial.strategy.methods and trial.complete), None)
+
+    def begin(self, number: int, strategy: Strategy) -> None:
+        self.running[number] = strategy
+        self.seen.add(strategy.overrides)
+        self.proposals += 1
+
+    def forget(self, number: int) -> None:
+        """A proposal that came to nothing, and may be made again."""
+        self.seen.discard(self.running.pop(number).overrides)
+
+    def end(self, trial: Trial) -> None:
+        """Adds a finished trial; the front is that of the front so far and the new one."""
+        self.running.pop(trial.number, None)
+        self.seen.add(trial.strategy.overrides)
+        self.trials.append(trial)
+        if trial.complete:
+            candidates = [*self._on_front, trial]
+            kept = set(pareto.front(candidates, self.objectives))
+            self._on_front = [t for t in candidates if t.number in kept]
+            self.front = tuple(sorted(kept))
