@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from winnow.types import LM, Calibration, Probe, Run, Stage, UserError
+from winnow.types import LM, Benchmark, Calibration, Run, Stage, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.device import Hardware
@@ -99,8 +99,8 @@ def hardware(cfg: DictConfig) -> Hardware:
     return made
 
 
-def benchmark(cfg: DictConfig) -> Probe:
-    made: Probe = instantiate(cfg.benchmark, "benchmark")
+def benchmark(cfg: DictConfig) -> Benchmark:
+    made: Benchmark = instantiate(cfg.benchmark, "benchmark")
     return made
 
 

@@ -62,6 +62,9 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
 
         @functools.wraps(task)
         def entry() -> None:
+            if name == "search" and not any(argument.startswith("-") for argument in sys.argv[1:]):
+                # it always is one; unless it is told so, Hydra takes the sweep for the mistake when another option is wrong
+                sys.argv.insert(1, "--multirun")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting with 1
             try:
                 wrapped()

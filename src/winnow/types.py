@@ -278,6 +278,16 @@ class Probe(Protocol):
     def __call__(self, lm: LM, run: Run) -> dict[str, float]: ...
 
 
+class Benchmark(Probe, Protocol):
+    """A probe whose figures are scores of items."""
+
+    def scores(self) -> tuple[str, ...]:
+        """The names of those in which more is better."""
+
+    def __call__(self, lm: LM, run: Run, watch: Callable[[Sequence[Any], int], None] | None = None) -> Figures:
+        """`watch` is shown all outcomes so far and how many are to come, from time to time; what it raises ends the scoring."""
+
+
 class Figures(dict[str, float]):
     """What a probe found, by name; `sources` says of each where it came from, `measured` unless named otherwise."""
 
@@ -333,6 +343,7 @@ class Reason(enum.StrEnum):
     """Why a trial failed."""
 
     INVALID = "invalid"  # the settings were refused
+    INFEASIBLE = "infeasible"  # known from the configuration: it does not fit the hardware, or breaks a constraint
     MISSING = "missing_dependency"
     OUT_OF_MEMORY = "out_of_memory"
     TIMEOUT = "timeout"
@@ -371,6 +382,7 @@ class Trial:
     Attributes:
         estimates: of a stopped trial: its scores so far, each with `<name>_low` and `<name>_high`, and `share_scored`.
         seconds: compress, evaluate and their parts, overhead, total.
+        energy: `wh` and `co2_g` of the whole trial.
         stages: of each, `method`, `seconds`, and whether an earlier trial had made it (`reused`).
         commands: the compress.py and evaluate.py lines that make it again.
         decision: why it was proposed, and what retraces that.
@@ -384,6 +396,7 @@ class Trial:
     message: str = ""
     estimates: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    energy: Mapping[str, float] = field(default_factory=dict)
     stages: Sequence[Mapping[str, Any]] = ()
     commands: tuple[str, ...] = ()
     proposed_by: str = ""

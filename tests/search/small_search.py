@@ -13,11 +13,13 @@ from typing import Any
 
 from winnow.agent.samplers import TPE
 from winnow.search import child, trial
-from winnow.search.loop import Budget, Search
+from winnow.search.budget import Budget
+from winnow.search.loop import Search
+from winnow.search.outlook import Forecasts
 from winnow.search.space import read_space
-from winnow.search.study import open_study
+from winnow.search.study import Proposal, open_study
 from winnow.search.views import Views
-from winnow.types import Objective, Strategy
+from winnow.types import Objective
 
 METHODS = {
     "rtn": {"_target_": "winnow.method.rtn.RTN", "bits": 4, "group_size": 64},
@@ -41,10 +43,9 @@ def main(folder: Path) -> None:
     child.PRELOAD = ()
     study = open_study("small", f"sqlite:///{folder / 'study.db'}", OBJECTIVES, {"model": "m"})
 
-    def launch(number: int, strategy: Strategy) -> dict[str, Any]:
-        own = folder / "trials" / str(number)
-        own.mkdir(parents=True, exist_ok=True)
-        overrides = list(strategy.overrides)
+    def launch(proposal: Proposal, worker: int) -> dict[str, Any]:
+        own = folder / "trials" / str(proposal.number)
+        overrides = list(proposal.strategy.overrides)
         arguments = {"overrides": overrides, "started": str(folder / "started.jsonl")}
         figures = child.call("tests.search.small_search:work", arguments, child.Limits(), print, own / "log.txt")
         outcome = {
@@ -64,6 +65,7 @@ def main(folder: Path) -> None:
         study=study,
         space=read_space(METHODS, {}),
         policy=TPE(startup_trials=4),
+        outlook=Forecasts(lambda strategies: [{} for _ in strategies]),
         launch=launch,
         budget=Budget(trials=TRIALS),
         folder=folder,

@@ -10,7 +10,7 @@ import numpy as np
 
 from winnow.search.history import History
 from winnow.search.space import Space
-from winnow.types import Strategy
+from winnow.types import Strategy, Trial
 
 ENUMERABLE = 2000  # a space of so many strategies is looked at whole
 
@@ -47,6 +47,9 @@ class Outlook(Protocol):
 
     def seconds(self, strategy: Strategy) -> float:
         """What it is expected to take."""
+
+    def observe(self, trial: Trial) -> None:
+        """Is told of every finished trial."""
 
 
 class Policy(Protocol):

@@ -1,4 +1,4 @@
-"""Policies that need no language model: Optuna's samplers, and the grid.
+"""Policies that need no language model of their own making: uniform draws, Optuna's samplers, and the grid.
 
 python search.py agent=nsga2
 python search.py agent=grid agent.points=3
@@ -6,14 +6,22 @@ python search.py agent=grid agent.points=3
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from winnow.search.space import Space
-from winnow.search.study import Exhausted, Proposal, Study
+import numpy as np
+
+from winnow.agent.policy import Exhausted, Outlook, Suggestion, fresh
+from winnow.search.history import History
+from winnow.search.space import Space, distributions
+from winnow.types import Trial
 
 if TYPE_CHECKING:
     import optuna
+
+NOTES = "optuna"  # in the record of a decision
+DRAWS = 50  # by a sampler that comes back to what was tried, before plain chance decides
 
 
 @dataclass(frozen=True)
@@ -22,44 +30,10 @@ class Random:
 
     seed: int = 0
 
-    def ask(self, study: Study, space: Space) -> Proposal:
-        return study.propose(space, self.sampler(study), by=type(self).__name__.lower())
-
-    def sampler(self, study: Study) -> optuna.samplers.BaseSampler:
-        """Made anew for each proposal from the seed and the trials so far, so that a resumed search goes on as it would have."""
-        import optuna
-
-        return optuna.samplers.RandomSampler(seed=self.seed + study.asked)
-
-
-@dataclass(frozen=True)
-class TPE(Random):
-    """Multi-objective tree-structured Parzen estimator (Ozaki et al. 2022); multivariate and grouped, for conditional knobs."""
-
-    startup_trials: int = 10
-
-    def sampler(self, study: Study) -> optuna.samplers.BaseSampler:
-        import warnings
-
-        import optuna
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(
-                n_startup_trials=self.startup_trials, multivariate=True, group=True, seed=self.seed + study.asked
-            )
-
-
-@dataclass(frozen=True)
-class NSGA2(Random):
-    """NSGA-II (Deb et al. 2002)."""
-
-    population_size: int = 16
-
-    def sampler(self, study: Study) -> optuna.samplers.BaseSampler:
-        import optuna
-
-        return optuna.samplers.NSGAIISampler(population_size=self.population_size, seed=self.seed + study.asked)
+    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+        rng = np.random.default_rng([self.seed, history.proposals])
+        candidates = fresh(history, space, rng, 16)
+        return Suggestion(candidates[int(rng.integers(len(candidates)))], "random", "drawn at random")
 
 
 @dataclass(frozen=True)
@@ -69,8 +43,100 @@ class Grid:
     points: int = 3
     seed: int = 0
 
-    def ask(self, study: Study, space: Space) -> Proposal:
+    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
         for strategy in space.all(self.points):
-            if strategy.overrides not in study.seen:
-                return study.propose_strategy(space, strategy, by="grid")
+            if strategy.overrides not in history.seen:
+                return Suggestion(strategy, "grid", "next on the grid")
         raise Exhausted("every strategy of the grid was tried")
+
+
+@dataclass
+class Sampler:
+    """A sampler of Optuna, which works on a study of its own in memory: the finished trials of the history, and its drafts.
+
+    A trial that was stopped counts there as complete with its estimates, since samplers know no more of it than that.
+    """
+
+    seed: int = 0
+    _mirror: Any = field(default=None, init=False, repr=False)
+    _told: int = field(default=0, init=False, repr=False)
+
+    def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        raise NotImplementedError
+
+    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+        """The sampler's next draw that was not tried; one at random where it keeps to what was."""
+        import optuna
+
+        name = type(self).__name__.lower()
+        study = self._synced(history, space)
+        # made anew for each proposal, from what was proposed so far: a search that is resumed goes on as it would have
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.sampler = self.sampler(self.seed + history.proposals)
+        for _ in range(DRAWS):
+            draft = study.ask()
+            strategy = space.draw(draft)
+            # what the sampler wants to find at the finished trial, its generation say
+            notes = study._storage.get_trial_system_attrs(draft._trial_id)
+            study.tell(draft, state=optuna.trial.TrialState.FAIL)
+            if strategy.overrides not in history.seen and not outlook.refusal(strategy):
+                return Suggestion(strategy, name, "drawn by Optuna's sampler", record={NOTES: notes})
+        rng = np.random.default_rng([self.seed, history.proposals])
+        candidates = fresh(history, space, rng, 16)
+        chosen = candidates[int(rng.integers(len(candidates)))]
+        return Suggestion(chosen, name, "drawn at random: the sampler comes back to what was tried")
+
+    def _synced(self, history: History, space: Space) -> optuna.Study:
+        import optuna
+
+        if self._mirror is None:
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+            self._mirror = optuna.create_study(directions=[o.direction for o in history.objectives])
+        for trial in history.trials[self._told :]:
+            values = self._values(trial, history)
+            if values is not None:
+                chosen = space.parameters(trial.strategy)
+                known = distributions(space)
+                self._mirror.add_trial(
+                    optuna.trial.create_trial(
+                        params=chosen,
+                        distributions={name: known[name] for name in chosen},
+                        values=values,
+                        system_attrs=trial.decision.get(NOTES),
+                    )
+                )
+        self._told = len(history.trials)
+        study: optuna.Study = self._mirror
+        return study
+
+    def _values(self, trial: Trial, history: History) -> list[float] | None:
+        found = {**trial.figures, **({} if trial.complete else trial.estimates)}
+        names = [objective.name for objective in history.objectives]
+        return [found[name] for name in names] if all(name in found for name in names) else None
+
+
+@dataclass
+class TPE(Sampler):
+    """Multi-objective tree-structured Parzen estimator (Ozaki et al. 2022); multivariate and grouped, for conditional knobs."""
+
+    startup_trials: int = 10
+
+    def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        import optuna
+
+        return optuna.samplers.TPESampler(
+            n_startup_trials=self.startup_trials, multivariate=True, group=True, seed=seed
+        )
+
+
+@dataclass
+class NSGA2(Sampler):
+    """NSGA-II (Deb et al. 2002)."""
+
+    population_size: int = 16
+
+    def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        import optuna
+
+        return optuna.samplers.NSGAIISampler(population_size=self.population_size, seed=seed)

@@ -63,7 +63,8 @@ class Prefixes:
         """The artifact, if the stages after `count` do not change weights that are quantized; its records are marked."""
         rest = list(self.stages.values())[count:]
         held = manifest.read(entry)
-        if rest and rest[0].slot < Slot.CACHE and not held["dense"]:
+        dense = held.pop("dense")
+        if rest and rest[0].slot < Slot.CACHE and not dense:
             return None
         records = [dict(record, reused=True) for record in held["stages"][self.before :]]
         held = {**held, "stages": [*held["stages"][: self.before], *records]}
@@ -140,7 +141,7 @@ def linked(made: LM, output: Path) -> LM:
 
     with whole_folder(output) as folder:
         shutil.copytree(str(made.path), folder, dirs_exist_ok=True, copy_function=_link)
-        manifest.write(folder, {k: v for k, v in made.manifest.items() if k != "dense"})
+        manifest.write(folder, made.manifest)
     return LM(output, manifest=manifest.read(output), loading=made.loading, name=made.name)
 
 

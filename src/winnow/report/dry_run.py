@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from winnow.hardware.machine import Machine
     from winnow.hardware.work import Counted
     from winnow.model.plan import Plan
-    from winnow.search.loop import Budget
+    from winnow.search.budget import Budget
     from winnow.search.space import Method, Space
 
 SIZES = ("on disk", "weights", "KV cache", "served", "main memory", "GPU memory")

@@ -76,10 +76,12 @@ def best_kept(summary: Summary, name: str) -> Trial | None:
 
 def counts(summary: Summary) -> dict[str, Any]:
     """How many trials there are, by state, by reason of failure and by who proposed them."""
-    failed = [t for t in summary.trials if not t.complete]
+    failed = [t for t in summary.trials if t.failed]
+    stopped = sum(t.stopped for t in summary.trials)
     return {
         "trials": len(summary.trials),
-        "complete": len(summary.trials) - len(failed),
+        "complete": len(summary.trials) - len(failed) - stopped,
+        "stopped": stopped,
         "failed": len(failed),
         "front": len(summary.front),
         "failed_by_reason": dict(Counter(str(t.reason) for t in failed)),

@@ -47,7 +47,12 @@ def render(summary: Summary) -> str:
     axes = axes_of(summary)
     tally = counts(summary)
     scripts = [get_plotlyjs(), *(_resource(name) for name in SCRIPTS)]
-    facts = [f"{tally['complete']} complete", f"{tally['failed']} failed", f"{tally['front']} on the front"]
+    facts = [
+        f"{tally['complete']} complete",
+        f"{tally['stopped']} stopped early",
+        f"{tally['failed']} failed",
+        f"{tally['front']} on the front",
+    ]
     return _fill(
         _resource("template.html"),
         {

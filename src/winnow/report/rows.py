@@ -8,7 +8,7 @@ from html import escape
 
 from winnow.report.facts import base_of
 from winnow.report.figures import Axis, duration, plain, plain_lines, total_seconds
-from winnow.report.table import relative
+from winnow.report.table import relative, state_of
 from winnow.types import Summary, Trial
 
 SOURCES = {
@@ -48,10 +48,10 @@ def _row(trial: Trial, base: Trial | None, summary: Summary, axes: Sequence[Axis
     is_base = base is not None and trial.number == base.number
     front = trial.number in summary.front
     name = plain(str(trial.strategy))
-    kinds = [word for word, true in (("front", front), ("base", is_base), ("failed", not trial.complete)) if true]
+    kinds = [word for word, true in (("front", front), ("base", is_base), ("failed", trial.failed)) if true]
     cells = [
         _cell(f'<a href="#trial-{trial.number}">{trial.number}</a>', trial.number),
-        _cell(_badges(trial, front, is_base), "front" if front else "complete" if trial.complete else "failed"),
+        _cell(_badges(trial, front, is_base), "front" if front else state_of(trial)),
     ]
     message = plain(trial.message.strip().rpartition("\n")[2])
     says = f'<span class="message">{escape(message)}</span>' if not trial.complete and message else ""
@@ -81,7 +81,9 @@ def _badges(trial: Trial, front: bool, is_base: bool) -> str:
     badges = ['<span class="badge front">front</span>'] if front else []
     if is_base:
         badges.append('<span class="badge base">base</span>')
-    if not trial.complete:
+    if trial.stopped:
+        badges.append(f'<span class="badge stopped">{escape(str(trial.reason))}</span>')
+    elif trial.failed:
         badges.append(f'<span class="badge failed">{escape(str(trial.reason).replace("_", " "))}</span>')
     return " ".join(badges) or '<span class="badge">complete</span>'
 
@@ -112,7 +114,10 @@ def _details(trial: Trial, summary: Summary, axes: Sequence[Axis]) -> str:
     if not trial.complete:
         said = trial.message.strip() or "no message"
         parts.append(
-            _block("Failed", f'<p>{escape(str(trial.reason))}</p><pre class="said">{escape(plain_lines(said))}</pre>')
+            _block(
+                "Stopped early" if trial.stopped else "Failed",
+                f'<p>{escape(str(trial.reason))}</p><pre class="said">{escape(plain_lines(said))}</pre>',
+            )
         )
     if trial.commands:
         lines = "".join(_command(plain_lines(command)) for command in trial.commands)

@@ -8,7 +8,7 @@ from typing import Any
 
 from winnow.report.facts import base_of, counts, finite, front_of, headline, points, ratio
 from winnow.report.figures import Axis, axes_of, directions, duration, human, label_of, plain, total_seconds
-from winnow.types import Summary, Trial
+from winnow.types import Objective, Summary, Trial
 
 
 def front_table(summary: Summary) -> str:
@@ -21,6 +21,7 @@ def front_table(summary: Summary) -> str:
     tally = counts(summary)
     lines = [
         f"{plain(summary.name)}: {tally['front']} on the front of {tally['complete']} complete trials"
+        + (f", {tally['stopped']} stopped early" if tally["stopped"] else "")
         + (f", {tally['failed']} failed" if tally["failed"] else ""),
         directions(axes),
     ]
@@ -59,22 +60,28 @@ def relative(axis: Axis, value: float | None, base: float | None) -> str:
     return "" if share is None else f"{share:.2f}x"
 
 
-def trial_line(trial: Trial, summary: Summary) -> str:
+def trial_line(trial: Trial, objectives: Sequence[Objective], front: Sequence[int]) -> str:
     """One line of progress: `trial 7  rtn(bits=4)  accuracy 0.936  size 2.90 MB  12.3 s  front`."""
     parts = [f"trial {trial.number}", plain(str(trial.strategy))]
-    if trial.complete:
-        for objective in summary.objectives:
+    if not trial.failed:
+        for objective in objectives:
             value = trial.figures.get(objective.name)
             if value is not None:
                 parts.append(f"{label_of(objective.name)} {human(objective.name, value, objective.unit)}")
-    else:
+            elif objective.name in trial.estimates:
+                guess = human(objective.name, trial.estimates[objective.name], objective.unit)
+                parts.append(f"{label_of(objective.name)} about {guess}")
+    if trial.stopped:
+        share = trial.estimates.get("share_scored", 0.0)
+        parts.append(f"stopped ({trial.reason}) with {share:.0%} of the items scored")
+    elif trial.failed:
         # the last line of a traceback is the error itself
         message = plain(trial.message.strip().rpartition("\n")[2])
         parts.append(f"failed ({trial.reason}){': ' + message if message else ''}")
     seconds = total_seconds(trial)
     if seconds is not None:
         parts.append(duration(seconds))
-    if trial.number in summary.front:
+    if trial.number in front:
         parts.append("front")
     return "  ".join(parts)
 
@@ -83,16 +90,21 @@ def trial_json(trial: Trial) -> dict[str, Any]:
     """A trial as JSON holds it; figures in their own units, null where one is not finite."""
     return {
         "trial": trial.number,
-        "state": "complete" if trial.complete else "failed",
+        "state": state_of(trial),
         "strategy": str(trial.strategy),
         "methods": list(trial.strategy.methods),
         "overrides": list(trial.strategy.overrides),
         "figures": finite(trial.figures),
+        "estimates": finite(trial.estimates),
         "sources": dict(trial.sources),
         "seconds": finite(trial.seconds),
         "commands": list(trial.commands),
         "proposed_by": trial.proposed_by,
     }
+
+
+def state_of(trial: Trial) -> str:
+    return "complete" if trial.complete else "stopped" if trial.stopped else "failed"
 
 
 def front_json(summary: Summary) -> dict[str, Any]:

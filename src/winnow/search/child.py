@@ -97,6 +97,67 @@ def call(
         ours.close()
 
 
+class Service:
+    """A function in a child that answers as long as this process lives: made once, asked often.
+
+    Args:
+        function: ("module:name") takes the arguments and returns what answers; both run in the child.
+        output: a file for what the child prints.
+    """
+
+    def __init__(self, function: str, arguments: dict[str, Any], output: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._ours, theirs = context.Pipe()
+        self._output = output
+        self._process = context.Process(target=_serve, args=(theirs, function, arguments, str(output)), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, question: Any) -> Any:
+        """The answer.
+
+        Raises:
+            Failed: the child has died, or its answer was an exception.
+        """
+        try:
+            self._ours.send(question)
+            kind, payload = self._ours.recv()
+        except (EOFError, OSError):
+            self._process.join(timeout=1)
+            raise _death(self._process.exitcode, self._output) from None
+        if kind == "failed":
+            raise Failed(Reason(payload[0]), payload[1])
+        return payload
+
+    def close(self) -> None:
+        self._ours.close()
+        _kill(self._process)
+
+
+def _serve(connection: Connection, function: str, arguments: dict[str, Any], output: str) -> None:
+    """The child of a `Service`."""
+    os.setpgid(0, 0)
+    end_with_parent()
+    with open(output, "a", encoding="utf-8", buffering=1) as file:  # noqa: PTH123
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        answer: Callable[[Any], Any] | None = None
+        while True:
+            try:
+                question = connection.recv()
+            except (EOFError, OSError):
+                os._exit(0)
+            try:
+                if answer is None:
+                    module, _, name = function.partition(":")
+                    answer = getattr(importlib.import_module(module), name)(**arguments)
+                connection.send(("answer", answer(question)))  # type: ignore[misc]
+            except BaseException as error:
+                traceback.print_exc()
+                connection.send(("failed", (classify(error).value, describe(error))))
+
+
 def _main(connection: Connection, function: str, arguments: dict[str, Any], output: str) -> None:
     """The child: its own process group, output to a file, result or typed failure over the pipe."""
     os.setpgid(0, 0)

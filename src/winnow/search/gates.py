@@ -1,20 +1,60 @@
-"""What a trial meets on its way through an evaluation, from cheap to dear; it is stopped where it cannot reach the front."""
+"""What a trial meets on its way through an evaluation, from cheap to dear; it is stopped where it cannot reach the front.
+
+Its *rivals* are the trials that were on the front when it began and are at least as good in everything but the scores. It is
+*hopeless* if its predictions are much further from the base model's than a rival's, and *dominated* if it loses a race
+(`winnow.search.racing`) against them. Without rivals it is scored on all items, as is whatever reaches the front.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from omegaconf import DictConfig
 
 from winnow import build
 from winnow.benchmark import divergence
-from winnow.types import LM, Figures, Run
+from winnow.benchmark.harness import Harness, place
+from winnow.benchmark.samples import FILE, Sample, read
+from winnow.benchmark.spec import Spec
+from winnow.hardware.footprint import disk_bytes
+from winnow.search import pareto, racing
+from winnow.search.objectives import objectives
+from winnow.search.trial import RIVALS
+from winnow.types import LM, Figures, Objective, Reason, Run, Stopped, Trial, UserError
 
 if TYPE_CHECKING:
-    from winnow.benchmark.samples import Sample
     from winnow.hardware.runtime import Served
+
+KL = "kl_to_base"
+FROM_DISK = ("size_bytes",)  # hardware figures that no meter is needed for
+
+
+@dataclass(frozen=True)
+class Racing:
+    """When a trial is stopped early.
+
+    Attributes:
+        error_rate: of stopping one that no rival matches, over its whole race; 0 never races.
+        hopeless_ratio: of its divergence from the base model to that of a rival; 0 never stops for it.
+        hopeless_floor: in nats a token; below it nothing is hopeless.
+    """
+
+    error_rate: float = 0.05
+    hopeless_ratio: float = 4.0
+    hopeless_floor: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.error_rate < 1:
+            raise UserError(f"racing.error_rate={self.error_rate} is not a share; give 0.05, or 0 to score every item")
+        for name in ("hopeless_ratio", "hopeless_floor"):
+            if getattr(self, name) < 0:
+                raise UserError(f"racing.{name}={getattr(self, name)} is negative; give 0 to switch it off")
 
 
 class Gates:
@@ -22,25 +62,141 @@ class Gates:
 
     Args:
         config: of the trial; `model` is the base model.
-        folder: of the trial.
+        folder: of the trial, in which `rivals.json` lies.
     """
 
-    scores_first = False
-
     def __init__(self, config: DictConfig, folder: Path, log: Callable[[str], None]) -> None:
-        self._config, self._log = config, log
+        self._config, self._folder, self._log = config, folder, log
+        self._benchmark: Harness = build.benchmark(config)  # type: ignore[assignment]
+        scores = self._benchmark.scores()
+        found = objectives(list(config.objectives), scores)
+        self._scores = [o for o in found if o.name == "accuracy" or o.name in scores]
+        self._others = [o for o in found if o not in self._scores]
+        self._settings = Racing(**config.racing)
+        self._rivals: list[Mapping[str, Any]] = []
+        self._race: racing.Race | None = None
+        self.scores_first = all(o.name in FROM_DISK for o in self._others)
 
     def served(self, lm: LM, served: Served, run: Run) -> Figures:
+        """The divergence from the base model, and the size on disk."""
+        figures = Figures({"size_bytes": float(disk_bytes(lm))})
         base = build.model(self._config)
         base.manifest = {"sha256": lm.manifest["base"]["sha256"]}  # known: its weights need not be read for it
         is_base = not lm.manifest.get("stages")
         try:
             wanted = divergence.reference(base, served if is_base else None, run, run.device)
-            return divergence.divergence(served, wanted)
+            figures.merge(divergence.divergence(served, wanted))
         except NotImplementedError as error:
             self._log(f"no divergence from the base model: {error}")
-            return Figures()
+        return figures
 
-    def measured(self, figures: Figures) -> None: ...
+    def measured(self, figures: Figures) -> None:
+        """Finds the rivals.
 
-    def scored(self, samples: Sequence[Sample], left: int) -> None: ...
+        Raises:
+            Stopped: hopeless.
+        """
+        if any(o.name not in figures for o in self._others):
+            return  # text is scored last: whether it is matched there is not known before the end
+        path = self._folder / RIVALS
+        candidates = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        self._rivals = [rival for rival in candidates if matches(rival["figures"], figures, self._others)]
+        settings = self._settings
+        for rival in self._rivals if settings.hopeless_ratio and KL in figures else ():
+            bound = max(settings.hopeless_ratio * rival["figures"].get(KL, np.inf), settings.hopeless_floor)
+            if figures[KL] > bound:
+                raise Stopped(
+                    Reason.HOPELESS,
+                    f"its divergence from the base model is {figures[KL]:.3g} nats a token, that of trial {rival['number']}, "
+                    f"which is no worse in {_names(self._others)}, is {rival['figures'][KL]:.3g}",
+                    {"share_scored": 0.0},
+                )
+
+    def scored(self, samples: Sequence[Sample], left: int) -> None:
+        """Looks at the race.
+
+        Raises:
+            Stopped: dominated.
+        """
+        if not self._rivals or not self._settings.error_rate:
+            return
+        if self._race is None:
+            self._race = self._started()
+        found = self._in_order(samples)
+        scores = table(found, self._scores)
+        rival = self._race.beaten_by(scores)
+        if rival is None:
+            return
+        estimates = {"share_scored": len(scores) / len(self._race.weights)}
+        for column, objective in enumerate(self._scores):
+            name = objective.name
+            middle, low, high = racing.interval(
+                scores[:, column], self._race.weights[:, column], self._settings.error_rate
+            )
+            estimates |= {name: middle, f"{name}_low": low, f"{name}_high": high}
+        raise Stopped(
+            Reason.DOMINATED,
+            f"after {len(scores):,} of {len(self._race.weights):,} items trial {rival.number}, which is no worse in "
+            f"{_names(self._others)}, is at least as good in {_names(self._scores)}",
+            estimates,
+        )
+
+    def _started(self) -> racing.Race:
+        rivals, weights = [], None
+        for rival in self._rivals:
+            samples = self._in_order(read(self._folder.parent / str(rival["number"]) / FILE))
+            if weights is None:
+                weights = weights_of(samples, self._benchmark.specs, self._scores)
+            rivals.append(racing.Rival(rival["number"], table(samples, self._scores)))
+        assert weights is not None
+        return racing.Race(rivals, weights, self._settings.error_rate)
+
+    def _in_order(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those that are right or wrong, in the order in which items are put."""
+        seed = self._benchmark.seed
+        scored = [s for s in samples if s.correct is not None]
+        return sorted(scored, key=lambda s: place(seed, s.benchmark, s.doc_hash))
+
+
+def matches(rival: Mapping[str, float], figures: Mapping[str, float], others: Sequence[Objective]) -> bool:
+    """Whether a rival is at least as good in these objectives, differences below their resolution aside."""
+    if not others:
+        return True
+    trials = [Trial(n, strategy=None, figures=dict(f)) for n, f in enumerate((rival, figures))]  # type: ignore[arg-type]
+    first, second = pareto.snapped(pareto.points(trials, others), others)
+    return bool((first <= second).all())
+
+
+def weights_of(samples: Sequence[Sample], specs: Sequence[Spec], scores: Sequence[Objective]) -> np.ndarray:
+    """The share [items, scores] that each item has in each score."""
+    means = {spec.name: spec.mean for spec in specs if spec.metric is not None}
+    items = Counter(s.benchmark for s in samples)
+    parts = Counter((s.benchmark, s.subtask) for s in samples)
+    subtasks = Counter(benchmark for benchmark, _ in parts)
+    found = np.zeros((len(samples), len(scores)))
+    for row, sample in enumerate(samples):
+        name = sample.benchmark
+        share = 1 / items[name] if means[name] == "items" else 1 / parts[name, sample.subtask] / subtasks[name]
+        for column, objective in enumerate(scores):
+            if objective.name == "accuracy":
+                found[row, column] = share / len(items)
+            elif objective.name == name or objective.name.startswith(f"{name}_"):
+                found[row, column] = share
+    return found
+
+
+def table(samples: Sequence[Sample], scores: Sequence[Objective]) -> np.ndarray:
+    """The outcome [items, scores] of each item, 0 where it does not count for a score."""
+    found = np.zeros((len(samples), len(scores)))
+    for row, sample in enumerate(samples):
+        for column, objective in enumerate(scores):
+            suffix = objective.name.removeprefix(f"{sample.benchmark}_")
+            if objective.name in ("accuracy", sample.benchmark):
+                found[row, column] = sample.score
+            elif suffix != objective.name and suffix in sample.extra:
+                found[row, column] = float(sample.extra[suffix])
+    return found
+
+
+def _names(found: Sequence[Objective]) -> str:
+    return ", ".join(o.name for o in found) or "anything else"

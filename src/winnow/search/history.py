@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from winnow.search import pareto
-from winnow.types import Objective, Strategy, Trial
+from winnow.search.objectives import broken
+from winnow.types import Objective, Reason, Strategy, Trial
 
 
 class History:
     """Finished trials and those under way.
 
     Attributes:
+        limits: constraints, by figure; a trial that breaks one is complete, and never on the front.
         trials: finished ones, in the order in which they ended.
         running: by number.
         seen: overrides of all strategies that were proposed.
         front: numbers of the complete trials that no other dominates.
         proposals: how many there were: a seed that moves on with each.
+        run_trials: finished ones that were really run: those refused beforehand cost nothing.
+        since_gain: of these, how many have ended since one came onto the front.
+        energy_wh, co2_g: that they took.
     """
 
-    def __init__(self, objectives: Sequence[Objective]) -> None:
+    def __init__(self, objectives: Sequence[Objective], limits: Mapping[str, float] | None = None) -> None:
         self.objectives = tuple(objectives)
+        self.limits = dict(limits or {})
         self.trials: list[Trial] = []
         self.running: dict[int, Strategy] = {}
         self.seen: set[tuple[str, ...]] = set()
         self.front: tuple[int, ...] = ()
         self.proposals = 0
+        self.run_trials = 0
+        self.since_gain = 0
+        self.energy_wh = 0.0
+        self.co2_g = 0.0
         self._on_front: list[Trial] = []
 
     @property
@@ -36,6 +46,10 @@ class History:
     def base(self) -> Trial | None:
         """The base model's trial."""
         return next((trial for trial in self.trials[:1] if not trial.strategy.methods and trial.complete), None)
+
+    def breaks(self, trial: Trial) -> list[str]:
+        """The constraints that a trial breaks, in words."""
+        return broken(trial.figures, self.limits, self.base.figures if self.base else None)
 
     def begin(self, number: int, strategy: Strategy) -> None:
         self.running[number] = strategy
@@ -51,8 +65,15 @@ class History:
         self.running.pop(trial.number, None)
         self.seen.add(trial.strategy.overrides)
         self.trials.append(trial)
-        if trial.complete:
+        if trial.reason is not Reason.INFEASIBLE:
+            self.run_trials += 1
+            self.since_gain += 1
+        self.energy_wh += trial.energy.get("wh", 0.0)
+        self.co2_g += trial.energy.get("co2_g", 0.0)
+        if trial.complete and not self.breaks(trial):
             candidates = [*self._on_front, trial]
             kept = set(pareto.front(candidates, self.objectives))
             self._on_front = [t for t in candidates if t.number in kept]
             self.front = tuple(sorted(kept))
+            if trial.number in kept:
+                self.since_gain = 0

@@ -70,5 +70,6 @@ def shortfall(bound: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.
     bound = np.maximum(bound, 1e-300)
     spread = np.maximum(deviation, 1e-9)
     z = (np.log(bound) - mean) / spread
-    value: np.ndarray = bound * ndtr(z) - np.exp(mean + spread**2 / 2) * ndtr(z - spread)
-    return np.maximum(value, 0.0)
+    value = bound * ndtr(z) - np.exp(mean + spread**2 / 2) * ndtr(z - spread)
+    positive: np.ndarray = np.maximum(value, 0.0)
+    return positive

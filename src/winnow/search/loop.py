@@ -6,40 +6,27 @@ Nothing here knows Hydra: the sweeper passes in `launch`, which runs one trial.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json
 import math
 import shutil
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion
+from winnow.search.budget import Budget, Convergence
 from winnow.search.overrides import command_lines
 from winnow.search.space import Space
-from winnow.search.study import Exhausted, Proposal, Study
-from winnow.search.trial import read_outcome
+from winnow.search.study import Proposal, Study
+from winnow.search.trial import RIVALS, read_outcome
 from winnow.search.views import Views
-from winnow.types import Policy, Reason, Strategy, Trial, UserError
+from winnow.search.workers import Launch, Workers
+from winnow.types import Reason, Strategy, Trial, UserError
 
-Launch = Callable[[int, Strategy], dict[str, Any]]  # number, strategy -> outcome
 KEEP = ("front", "all", "none")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a search may spend; None is without limit. `hours` counts this start only, `trials` the whole study."""
-
-    trials: int | None = 20
-    hours: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.trials is None and self.hours is None:
-            raise UserError("budget.trials and budget.hours are both null: such a search would never end; set one")
-        for name in ("trials", "hours"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"budget.{name}={value} leaves nothing to do; give more than 0")
+TRANSIENT = (Reason.CRASHED, Reason.LOST)  # a trial that failed so is tried once more
 
 
 @dataclass
@@ -47,15 +34,20 @@ class Search:
     """One search over one study.
 
     Attributes:
+        outlook: what is known of a strategy before it runs; told of every trial.
+        launch: runs one trial and returns its outcome.
         shared: the overrides of every trial, for the command lines that make a trial again.
         folder: of the study; trials lie in `trials/<number>/`.
         first: strategies to try before the policy is asked; the base model is always the very first.
         keep: which trials' weights stay on disk: of the front, all, or none.
+        workers: trials that run at a time.
+        convergence: says when nothing more is gained.
     """
 
     study: Study
     space: Space
     policy: Policy
+    outlook: Outlook
     launch: Launch
     budget: Budget
     folder: Path
@@ -64,6 +56,9 @@ class Search:
     log: Callable[[str], None]
     first: Sequence[Strategy] = ()
     keep: str = "front"
+    workers: int = 1
+    convergence: Convergence = field(default_factory=Convergence)
+    _again: deque[Suggestion] = field(default_factory=deque, init=False)
 
     def run(self) -> None:
         """Runs trials until the budget or the space is spent; on Ctrl-C the study and its views are left in order.
@@ -71,16 +66,11 @@ class Search:
         Raises:
             UserError: the base model itself cannot be evaluated, or the disk is full.
         """
-        started = time.monotonic()
+        self.budget.start()
         self._resume()
         try:
-            while not self._spent(started):
-                try:
-                    proposal = self._next()
-                except Exhausted as end:
-                    self.log(f"search: {end}")
-                    break
-                self._trial(proposal)
+            with Workers(self.launch, self.workers) as workers:
+                self._work(workers)
         except BaseException as error:
             with contextlib.suppress(OSError):  # on a full disk, say, the first error is the one to show
                 self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody may be waiting
@@ -89,41 +79,89 @@ class Search:
             raise
         self.views.write(self.study.summary(), final=True)
 
+    def _work(self, workers: Workers) -> None:
+        ended = ""
+        while True:
+            while not ended and workers.free and (workers.idle or self.study.base is not None):
+                ended = self.budget.spent(self.study) or self.convergence.reached(self.study)
+                if ended:
+                    break
+                try:
+                    proposal = self._next()
+                except Exhausted as end:
+                    ended = str(end)
+                    break
+                if proposal is not None:
+                    self._announce(proposal)
+                    workers.start(proposal)
+            if workers.idle:
+                break
+            self._finish(*workers.wait())
+        if ended:
+            self.log(f"search: {ended}")
+
     def _resume(self) -> None:
         before = len(self.study.trials)
-        lost = self.study.recover(self._finished)
+        lost, again = self.study.recover(self._finished)
+        self._again.extend(again)
         for number in lost:
             shutil.rmtree(self._folder(number), ignore_errors=True)
+        for trial in self.study.trials:
+            self.outlook.observe(trial)
         if before or lost:
-            again = f"; {len(lost)} that were cut off will run again" if lost else ""
+            more = f"; {len(lost)} that were cut off will run again" if lost else ""
             self.log(
-                f"search: going on with study {self.study.name}: {len(self.study.trials)} trials are finished{again}"
+                f"search: going on with study {self.study.name}: {len(self.study.trials)} trials are finished{more}"
             )
 
-    def _spent(self, started: float) -> bool:
-        if self.budget.trials is not None and len(self.study.trials) >= self.budget.trials:
-            return True
-        return self.budget.hours is not None and time.monotonic() - started > 3600 * self.budget.hours
-
-    def _next(self) -> Proposal:
-        for strategy, by in [(Strategy(), "base"), *((s, "first") for s in self.first)]:
-            if strategy.overrides not in self.study.seen:
-                return self.study.propose_strategy(self.space, strategy, by)
-        proposal: Proposal = self.policy.ask(self.study, self.space)
+    def _next(self) -> Proposal | None:
+        """What to try now; None where it was refused, which costs nothing and is written down."""
+        suggestion = self._suggestion()
+        proposal = self.study.reserve(suggestion, self.space)
+        refusal = self.outlook.refusal(suggestion.strategy) if suggestion.strategy.methods else ""
+        if refusal:
+            outcome = {
+                "figures": {},
+                "sources": {},
+                "reason": Reason.INFEASIBLE.value,
+                "message": refusal,
+                "seconds": {},
+            }
+            self._record(self._made(proposal, outcome))
+            return None
         return proposal
 
-    def _trial(self, proposal: Proposal) -> None:
+    def _suggestion(self) -> Suggestion:
+        for strategy, by in [(Strategy(), "base"), *((s, "first") for s in self.first)]:
+            if strategy.overrides not in self.study.seen:
+                return Suggestion(strategy, by)
+        while self._again:
+            suggestion = self._again.popleft()
+            if suggestion.strategy.overrides not in self.study.seen:
+                return suggestion
+        return self.policy.ask(self.study, self.space, self.outlook)
+
+    def _announce(self, proposal: Proposal) -> None:
         of = f" of {self.budget.trials}" if self.budget.trials else ""
         self.log(f"trial {proposal.number} ({len(self.study.trials) + 1}{of}): {proposal.strategy}")
-        shutil.rmtree(self._folder(proposal.number), ignore_errors=True)  # of an earlier study of this name
-        begun = time.perf_counter()
-        outcome = self.launch(proposal.number, proposal.strategy)
-        trial = self._made(proposal.number, proposal.strategy, outcome, proposal.proposed_by)
-        seconds = {**trial.seconds, "total": round(time.perf_counter() - begun, 3)}
-        self.study.record(dataclasses.replace(trial, seconds=seconds))
-        summary = self.study.summary()
-        self.views.trial(self.study.trials[-1], summary)
-        self._forget_weights(summary.front)
+        folder = self._folder(proposal.number)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier study of this name
+        folder.mkdir(parents=True)
+        rivals = [{"number": t.number, "figures": dict(t.figures)} for t in self.study.on_front]
+        (folder / RIVALS).write_text(json.dumps(rivals) + "\n", encoding="utf-8")
+
+    def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> None:
+        trial = self._made(proposal, outcome, seconds)
+        if trial.reason in TRANSIENT and not trial.decision.get("retried"):
+            self.log(f"trial {trial.number} failed ({trial.reason}): {trial.message}; it is tried once more")
+            record = {**proposal.suggestion.record, "retried": trial.number}
+            self._record(trial)
+            self.study.seen.discard(trial.strategy.overrides)
+            self._again.append(
+                Suggestion(proposal.strategy, proposal.suggestion.by, proposal.suggestion.why, record=record)
+            )
+        else:
+            self._record(trial)
         if trial.reason is Reason.DISK_FULL:
             raise UserError(
                 f"outputs={self.folder.parent}: the disk is full ({trial.message}); free some space and go on"
@@ -131,7 +169,15 @@ class Search:
         if not trial.strategy.methods and not trial.complete:
             raise UserError(f"the base model cannot be evaluated ({trial.reason}): {trial.message}")
 
-    def _made(self, number: int, strategy: Strategy, outcome: dict[str, Any], by: str) -> Trial:
+    def _record(self, trial: Trial) -> None:
+        front = self.study.front
+        self.study.record(trial)
+        self.outlook.observe(trial)
+        self.views.trial(trial, self.study)
+        if self.study.front != front or not trial.complete:
+            self._forget_weights()
+
+    def _made(self, proposal: Proposal, outcome: dict[str, Any], seconds: float | None = None) -> Trial:
         """The record of an outcome; one without a finite value for every objective is a failure."""
         reason = Reason(outcome["reason"]) if outcome["reason"] else None
         message, figures = outcome["message"], outcome["figures"]
@@ -139,33 +185,40 @@ class Search:
             bad = [o.name for o in self.study.objectives if not math.isfinite(figures.get(o.name, math.nan))]
             if bad:
                 reason, message = Reason.NOT_FINITE, f"{', '.join(bad)} is not a finite number"
+        suggestion = proposal.suggestion
+        decision = {"why": suggestion.why, "expected_gain": suggestion.expected_gain, **suggestion.record}
         return Trial(
-            number=number,
-            strategy=strategy,
+            number=proposal.number,
+            strategy=proposal.strategy,
             figures=figures,
             sources=outcome["sources"],
             reason=reason,
             message=message,
-            seconds=outcome["seconds"],
-            commands=command_lines(self.shared, strategy, str(self._folder(number) / "artifact")),
-            proposed_by=by,
+            estimates=outcome.get("estimates", {}),
+            seconds={**outcome["seconds"], **({} if seconds is None else {"total": round(seconds, 3)})},
+            energy=outcome.get("energy", {}),
+            stages=outcome.get("stages", []),
+            commands=command_lines(self.shared, proposal.strategy, str(self._folder(proposal.number) / "artifact")),
+            proposed_by=suggestion.by,
+            decision=decision,
         )
 
-    def _finished(self, number: int, strategy: Strategy) -> Trial | None:
+    def _finished(self, number: int, suggestion: Suggestion) -> Trial | None:
         """The trial of a killed search whose outcome had reached the disk."""
         outcome = read_outcome(self._folder(number))
-        if outcome is None or not set(strategy.overrides) <= set(outcome.get("overrides") or ()):
+        if outcome is None or not set(suggestion.strategy.overrides) <= set(outcome.get("overrides") or ()):
             return None
-        return self._made(number, strategy, outcome, "recovered")
+        return self._made(Proposal(number, suggestion), outcome)
 
     def _folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)
 
-    def _forget_weights(self, front: Sequence[int]) -> None:
+    def _forget_weights(self) -> None:
         """Removes the weights of trials that `keep` does not name; manifest and figures stay."""
         if self.keep == "all":
             return
-        for trial in self.study.trials:
-            artifact = self._folder(trial.number) / "artifact"
-            if artifact.is_dir() and not (self.keep == "front" and trial.number in front):
+        kept = set(self.study.front) if self.keep == "front" else set()
+        for artifact in (self.folder / "trials").glob("*/artifact"):
+            number = int(artifact.parent.name)
+            if number not in kept and number not in self.study.running:
                 shutil.rmtree(artifact, ignore_errors=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from winnow.types import Objective, UserError
 
@@ -55,3 +56,42 @@ def objectives(names: Sequence[str], scores: Sequence[str]) -> tuple[Objective, 
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise UserError(f"objectives: {name} is not reported; {hint}there are: {', '.join(known)}")
     return tuple(known[name] for name in names)
+
+
+ACCURACY_DROP = "accuracy_drop"
+
+
+def constraints(given: Mapping[str, Any], scores: Sequence[str]) -> dict[str, float]:
+    """Limits that what comes onto the front has to keep, by figure.
+
+    Args:
+        given: upper limits of figures of which less is better, lower ones of those of which more is; `accuracy_drop` is how
+            far the accuracy may lie below the base model's.
+
+    Raises:
+        UserError: a figure that nothing reports, or a limit that is no number.
+    """
+    known = KNOWN | {name: Objective(name, True) for name in scores}
+    for name, limit in given.items():
+        if name != ACCURACY_DROP and name not in known:
+            near = difflib.get_close_matches(name, [ACCURACY_DROP, *known], n=2)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UserError(f"constraints.{name} is not reported; {hint}there are: {ACCURACY_DROP}, {', '.join(known)}")
+        if isinstance(limit, bool) or not isinstance(limit, int | float):
+            raise UserError(f"constraints.{name}={limit} is no number; give e.g. constraints={{accuracy_drop: 0.02}}")
+    return {name: float(limit) for name, limit in given.items()}
+
+
+def broken(figures: Mapping[str, float], limits: Mapping[str, float], base: Mapping[str, float] | None) -> list[str]:
+    """Which constraints a trial's figures break, in words."""
+    found = []
+    for name, limit in limits.items():
+        if name == ACCURACY_DROP:
+            drop = base["accuracy"] - figures["accuracy"] if base and "accuracy" in figures else 0.0
+            if drop > limit:
+                found.append(f"its accuracy is {drop:.3f} below the base model's, over accuracy_drop={limit:g}")
+        elif name in figures:
+            more_is_better = name not in KNOWN or KNOWN[name].maximize
+            if figures[name] < limit if more_is_better else figures[name] > limit:
+                found.append(f"{name} is {figures[name]:.4g}, {'below' if more_is_better else 'over'} {limit:g}")
+    return found

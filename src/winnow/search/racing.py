@@ -70,7 +70,8 @@ class Race:
         """The least over the scores: the null says that the candidate is better in one of them."""
         columns = range(scores.shape[1])
         found = [evidence(scores[:, c], rival.scores[:, c], self.weights[:, c]) for c in columns]
-        return np.minimum.reduce(found)
+        least: np.ndarray = np.minimum.reduce(found)
+        return least
 
 
 def evidence(scores: np.ndarray, rival: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -126,6 +126,23 @@ class Space:
         return {slot_key(slot): chosen.get(slot, NONE) for slot, _ in self.slots()} | dict(strategy.knobs)
 
 
+def distributions(space: Space) -> dict[str, Any]:
+    """Those that Optuna draws the parameters of strategies from, by name (`Space.parameters`)."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, Any] = {}
+    for slot, methods in space.slots():
+        found[slot_key(slot)] = CategoricalDistribution([NONE, *(m.name for m in methods)])
+        for d in (d for method in methods for d in method.dimensions):
+            if d.choices:
+                found[d.key] = CategoricalDistribution(list(d.choices))
+            elif d.integer:
+                found[d.key] = IntDistribution(int(d.low), int(d.high), log=d.log)
+            else:
+                found[d.key] = FloatDistribution(d.low, d.high, log=d.log)
+    return found
+
+
 def slot_key(slot: Slot) -> str:
     return f"slot.{slot.name.lower()}"
 

@@ -14,11 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
 from winnow.cli import say
-from winnow.search import child, overrides, trial
-from winnow.search.loop import KEEP, Budget, Search
-from winnow.search.objectives import objectives
+from winnow.search import child, outlook, overrides, trial
+from winnow.search.budget import Budget, Convergence
+from winnow.search.gates import Racing
+from winnow.search.loop import KEEP, Search
+from winnow.search.objectives import constraints, objectives
 from winnow.search.space import Space, read_space
-from winnow.search.study import open_study
+from winnow.search.study import Proposal, open_study
 from winnow.search.views import Views
 from winnow.types import LM, Reason, Slot, Strategy, UserError
 
@@ -43,9 +45,12 @@ def search(
     space = read_space(OmegaConf.to_container(config.method, resolve=True) or {}, typed.narrowed)  # type: ignore[arg-type]
     if config.keep not in KEEP:
         raise UserError(f"keep={config.keep} is not known; it is one of {', '.join(KEEP)}")
-    budget = Budget(**config.budget)
+    budget, convergence = Budget(**config.budget), Convergence(config.convergence)
+    Racing(**config.racing)
     lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
-    wanted = objectives(list(config.objectives), getattr(benchmark, "scores", lambda: ())())
+    scores = benchmark.scores()
+    wanted = objectives(list(config.objectives), scores)
+    limits = constraints(dict(config.constraints), scores)
     if config.dry_run:
         from winnow.report.dry_run import search_table
 
@@ -61,14 +66,14 @@ def search(
     storage = str(config.storage or f"sqlite:///{folder / 'study.db'}")
     if storage.startswith("sqlite:///"):
         _make(folder)
-    study = open_study(config.study, storage, wanted, held)
+    study = open_study(config.study, storage, wanted, held, limits)
     _make(folder)
     _write_spec(folder, lm)
 
-    def run_trial(number: int, strategy: Strategy) -> dict[str, Any]:
-        lines = typed.of_trial(strategy)
+    def run_trial(proposal: Proposal, worker: int) -> dict[str, Any]:
+        lines = typed.of_trial(proposal.strategy)
         validate([lines])
-        job = launch(number, lines)
+        job = launch(proposal.number, lines)
         if job.status.name != "COMPLETED":
             error = job._return_value  # `return_value` would raise it
             if isinstance(error, KeyboardInterrupt):
@@ -81,6 +86,7 @@ def search(
         study=study,
         space=space,
         policy=build.instantiate(config.agent, "agent"),
+        outlook=outlook.forecasts(config, folder, wanted, limits),
         launch=run_trial,
         budget=budget,
         folder=folder,
@@ -89,6 +95,8 @@ def search(
         log=say,
         first=_first(space, config),
         keep=config.keep,
+        workers=config.workers,
+        convergence=convergence,
     )
     logging.getLogger("hydra").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's way of asking

@@ -15,146 +15,142 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnow.agent.policy import Suggestion
 from winnow.search import pareto
-from winnow.search.space import Space
+from winnow.search.history import History
+from winnow.search.space import Space, distributions
 from winnow.types import Objective, Reason, Strategy, Summary, Trial, UserError
 
 if TYPE_CHECKING:
     import optuna
 
-_RECORD, _STRATEGY, _NUMBER, _SKIPPED, _BY = "record", "strategy", "number", "skipped", "proposed_by"
+_RECORD, _STRATEGY, _LOST, _BY, _DECISION = "record", "strategy", "lost", "proposed_by", "decision"
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A strategy that was asked for, with the number it will have in the study."""
+    """A suggestion that will be tried, with the number it has in the study."""
 
     number: int
-    strategy: Strategy
-    proposed_by: str
+    suggestion: Suggestion
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.suggestion.strategy
 
 
-class Study:
-    """Finished trials, and the means to ask for the next one and to record it."""
+class Study(History):
+    """A history in Optuna's storage, and the means to add to it. Trials have the numbers that the storage gives them."""
 
-    def __init__(self, study: optuna.Study, objectives: Sequence[Objective], fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        objectives: Sequence[Objective],
+        fingerprint: Mapping[str, Any],
+        limits: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(objectives, limits)
         self._study = study
-        self.objectives = tuple(objectives)
         self.fingerprint = fingerprint
-        self.trials: list[Trial] = []
+        self._ids: dict[int, int] = {}  # of unfinished trials, in the storage, by number
         for frozen in study.get_trials(deepcopy=False):
+            self.proposals += 1
             if _RECORD in frozen.user_attrs:
-                self.trials.append(trial_from_json(frozen.user_attrs[_RECORD]))
-        self.seen = {trial.strategy.overrides for trial in self.trials}
-        # a trial's number counts the strategies that were really run; Optuna's own counts its drafts too
-        self._frozen = {f.user_attrs[_NUMBER]: f for f in study.get_trials(deepcopy=False) if _NUMBER in f.user_attrs}
+                self.end(trial_from_json(frozen.user_attrs[_RECORD]))
 
     @property
     def name(self) -> str:
         return str(self._study.study_name)
 
-    @property
-    def asked(self) -> int:
-        """How many trials were ever asked for: a seed that moves on with every proposal."""
-        return len(self._study.get_trials(deepcopy=False))
-
-    def propose(self, space: Space, sampler: optuna.samplers.BaseSampler, by: str) -> Proposal:
-        """The next strategy as `sampler` draws it from `space`; one that was tried already is passed over.
-
-        Raises:
-            Exhausted: the sampler kept coming back to strategies that were tried.
-        """
+    def reserve(self, suggestion: Suggestion, space: Space) -> Proposal:
+        """Writes down that a strategy is being tried, in one write, and gives it its number."""
         import optuna
 
-        for attempt in range(400):
-            # a sampler that repeats itself is nudged by plain random draws, so that small spaces are finished
-            self._study.sampler = sampler if attempt < 20 else optuna.samplers.RandomSampler(seed=self.asked)
-            trial = self._study.ask()
-            strategy = space.draw(trial)
-            if strategy.overrides not in self.seen:
-                number = max(self._frozen, default=-1) + 1
-                trial.set_user_attr(_NUMBER, number)
-                trial.set_user_attr(_BY, by)
-                trial.set_user_attr(_STRATEGY, _strategy_json(strategy))
-                self._frozen[number] = self._study.get_trials(deepcopy=False)[trial.number]
-                self.seen.add(strategy.overrides)
-                return Proposal(number, strategy, by)
-            trial.set_user_attr(_SKIPPED, "tried before")
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        raise Exhausted(f"no untried strategy was found in {attempt + 1} draws; the space seems to be exhausted")
-
-    def propose_strategy(self, space: Space, strategy: Strategy, by: str) -> Proposal:
-        """Proposes just this strategy."""
-        import optuna
-
-        self._study.enqueue_trial(space.parameters(strategy))
-        return self.propose(space, optuna.samplers.RandomSampler(seed=self.asked), by)
+        chosen, known = space.parameters(suggestion.strategy), distributions(space)
+        decision = {"why": suggestion.why, "expected_gain": suggestion.expected_gain, **suggestion.record}
+        template = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            params=chosen,
+            distributions={name: known[name] for name in chosen},
+            user_attrs={
+                _BY: suggestion.by,
+                _STRATEGY: _strategy_json(suggestion.strategy),
+                _DECISION: decision,
+            },
+        )
+        storage = self._study._storage
+        identity = storage.create_new_trial(self._study._study_id, template)
+        number = storage.get_trial_number_from_id(identity)
+        self._ids[number] = identity
+        self.begin(number, suggestion.strategy)
+        return Proposal(number, suggestion)
 
     def record(self, trial: Trial) -> None:
         """Makes a trial finished."""
-        self._study._storage.set_trial_user_attr(self._frozen[trial.number]._trial_id, _RECORD, trial_json(trial))
-        self._tell(trial)
-        self.trials.append(trial)
-        self.seen.add(trial.strategy.overrides)
+        identity = self._ids.pop(trial.number)
+        self._study._storage.set_trial_user_attr(identity, _RECORD, trial_json(trial))
+        self._tell(identity, trial)
+        self.end(trial)
 
-    def _tell(self, trial: Trial) -> None:
-        import optuna
+    def _tell(self, identity: int, trial: Trial) -> None:
+        from optuna.trial import TrialState
 
-        number = self._frozen[trial.number].number
-        if trial.complete:
-            self._study.tell(number, [trial.figures[o.name] for o in self.objectives], skip_if_finished=True)
-        else:
-            self._study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+        # a stopped trial has no values: in Optuna's terms it was pruned
+        state = TrialState.COMPLETE if trial.complete else TrialState.PRUNED if trial.stopped else TrialState.FAIL
+        values = [trial.figures[o.name] for o in self.objectives] if trial.complete else None
+        self._study._storage.set_trial_state_values(identity, state, values)
 
-    def recover(self, finished: Callable[[int, Strategy], Trial | None]) -> list[int]:
-        """Settles what a killed search left behind; returns the numbers of the trials that are lost and will be tried again.
+    def recover(self, finished: Callable[[int, Suggestion], Trial | None]) -> tuple[list[int], list[Suggestion]]:
+        """Settles what a killed search left behind: the numbers of the trials that are lost, and what is to be tried again.
 
         Args:
-            finished: given a number and a strategy, the trial if its outcome had already reached the disk.
+            finished: given a number and what was suggested, the trial if its outcome had already reached the disk.
         """
-        import optuna
+        from optuna.trial import TrialState
 
-        lost = []
-        for frozen in self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        lost, again = [], {}
+        for frozen in self._study.get_trials(deepcopy=False):
             attributes = frozen.user_attrs
-            if _RECORD in attributes:
-                self._tell(trial_from_json(attributes[_RECORD]))
-                continue
             if _STRATEGY not in attributes:
-                self._study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
                 continue
-            strategy = _strategy_from(attributes[_STRATEGY])
-            number = attributes[_NUMBER]
-            found = finished(number, strategy)
-            if found is not None:
-                self.record(found)
-                continue
-            self._study._storage.set_trial_user_attr(frozen._trial_id, _SKIPPED, Reason.LOST.value)
-            self._study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
-            self._study.enqueue_trial(frozen.params)
-            self.seen.discard(strategy.overrides)
-            lost.append(number)
+            number, strategy = frozen.number, _strategy_from(attributes[_STRATEGY])
+            suggestion = Suggestion(strategy, attributes[_BY], record=attributes.get(_DECISION, {}))
+            if frozen.state is TrialState.RUNNING:
+                self._ids[number] = frozen._trial_id
+                if _RECORD in attributes:
+                    self._tell(self._ids.pop(number), trial_from_json(attributes[_RECORD]))
+                elif (found := finished(number, suggestion)) is not None:
+                    self.record(found)
+                else:
+                    identity = self._ids.pop(number)
+                    self._study._storage.set_trial_user_attr(identity, _LOST, True)
+                    self._study._storage.set_trial_state_values(identity, TrialState.FAIL, None)
+                    lost.append(number)
+                    again[strategy.overrides] = suggestion
+            elif attributes.get(_LOST):
+                again[strategy.overrides] = suggestion
         self.trials.sort(key=lambda t: t.number)
-        return lost
+        return lost, [suggestion for overrides, suggestion in again.items() if overrides not in self.seen]
 
     def summary(self) -> Summary:
-        trials = tuple(self.trials)
+        trials = tuple(sorted(self.trials, key=lambda t: t.number))
         return Summary(
             name=self.name,
             fingerprint=self.fingerprint,
             objectives=self.objectives,
             trials=trials,
-            front=pareto.front(trials, self.objectives),
+            front=self.front,
             hypervolume=pareto.hypervolume_series(trials, self.objectives),
         )
 
 
-class Exhausted(Exception):
-    """Nothing new is left to propose."""
-
-
 def open_study(
-    name: str, storage: str, objectives: Sequence[Objective], fingerprint: Mapping[str, Any], option: str = "study"
+    name: str,
+    storage: str,
+    objectives: Sequence[Objective],
+    fingerprint: Mapping[str, Any],
+    limits: Mapping[str, float] | None = None,
+    option: str = "study",
 ) -> Study:
     """Opens or creates a study.
 
@@ -191,7 +187,7 @@ def open_study(
                 study.set_metric_names([o.name for o in objectives])  # optuna-dashboard shows them
     except SQLAlchemyError as error:
         raise UserError(f"the study's storage {storage} cannot be used: {str(error).splitlines()[0]}") from error
-    return Study(study, objectives, fingerprint)
+    return Study(study, objectives, fingerprint, limits)
 
 
 def check_sqlite(path: Path) -> None:
@@ -247,9 +243,13 @@ def trial_json(trial: Trial) -> dict[str, Any]:
         "sources": dict(trial.sources),
         "reason": trial.reason.value if trial.reason else None,
         "message": trial.message,
+        "estimates": dict(trial.estimates),
         "seconds": dict(trial.seconds),
+        "energy": dict(trial.energy),
+        "stages": [dict(stage) for stage in trial.stages],
         "commands": list(trial.commands),
         "proposed_by": trial.proposed_by,
+        "decision": dict(trial.decision),
     }
 
 
@@ -262,7 +262,11 @@ def trial_from_json(data: Mapping[str, Any]) -> Trial:
         sources=data["sources"],
         reason=Reason(data["reason"]) if data["reason"] else None,
         message=data["message"],
+        estimates=data["estimates"],
         seconds=data["seconds"],
+        energy=data["energy"],
+        stages=tuple(data["stages"]),
         commands=tuple(data["commands"]),
         proposed_by=data["proposed_by"],
+        decision=data["decision"],
     )

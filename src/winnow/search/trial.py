@@ -20,6 +20,7 @@ from winnow.search import child
 from winnow.types import Reason
 
 OUTCOME = "outcome.json"
+RIVALS = "rivals.json"  # in a trial's folder: number and figures of each trial on the front when it began
 
 
 def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[
     limits = child.Limits(60 * cfg.limits.minutes if cfg.limits.minutes else None, cfg.limits.memory_bytes)
     artifact, metrics = folder / "artifact", folder / "metrics"
     outcome: dict[str, Any] = {"figures": {}, "sources": {}, "reason": None, "message": "", "stages": []}
+    energy: dict[str, float] = {}
     seconds: dict[str, float] = {}
     try:
         for step, target in (("compress", artifact), ("evaluate", metrics)):
@@ -46,6 +48,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[
                 folder / "log.txt",
             )
             seconds[step] = result["seconds"]
+            energy = {name: energy.get(name, 0.0) + used for name, used in result["energy"].items()}
             if step == "compress":
                 shutil.copyfile(artifact / manifest.NAME, folder / manifest.NAME)  # stays when the weights go
                 outcome["stages"] = _stages(manifest.read(artifact))
@@ -58,7 +61,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[
     except child.Failed as failed:
         outcome |= {"reason": failed.reason.value, "message": failed.message, "figures": {}, "sources": {}}
     seconds["total"] = round(time.perf_counter() - started, 3)
-    outcome["seconds"] = seconds
+    outcome |= {"seconds": seconds, "energy": energy}
     outcome["overrides"] = list(overrides)
     write_outcome(folder, outcome)
     return outcome
@@ -68,11 +71,11 @@ def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable
     """In the child: `compress.py`'s work."""
     from winnow import commands
 
-    started = time.perf_counter()
     # W&B sees the whole study (`winnow.report.tracking`), not the curves of each trial
     quiet = {**settings["wandb"], "mode": "disabled"}
-    commands.compress(OmegaConf.create({**settings, "output": output, "wandb": quiet}), log)
-    return {"seconds": round(time.perf_counter() - started, 3)}
+    with _Cost(settings) as cost:
+        commands.compress(OmegaConf.create({**settings, "output": output, "wandb": quiet}), log)
+    return cost.record()
 
 
 def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:
@@ -80,17 +83,38 @@ def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable
     from winnow import commands
     from winnow.search.gates import Gates
 
-    started = time.perf_counter()
     model = {**settings["model"], "_target_": "winnow.model.load.pretrained", "path": artifact}
     gates = Gates(OmegaConf.create(settings), Path(output).parent, log)
-    metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log, gates)
+    with _Cost(settings) as cost:
+        metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log, gates)
     return {
         "figures": metrics["figures"],
         "sources": metrics["sources"],
         "stopped": metrics.get("stopped", {}),
         "parts": metrics["seconds"],
-        "seconds": round(time.perf_counter() - started, 3),
+        **cost.record(),
     }
+
+
+class _Cost:
+    """Time and energy of a block."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        from winnow.hardware.energy import EnergyMeter
+
+        self._meter = EnergyMeter(settings["hardware"]["carbon_g_per_kwh"])
+
+    def __enter__(self) -> _Cost:
+        self._started = time.perf_counter()
+        self._energy = self._meter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._meter.__exit__(*error)
+        self.seconds = round(time.perf_counter() - self._started, 3)
+
+    def record(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "energy": {"wh": self._energy.wh, "co2_g": self._energy.co2_g}}
 
 
 def _stages(held: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.types import Summary, Trial
+
+if TYPE_CHECKING:
+    from winnow.search.study import Study
 
 REPORT_EVERY_S = 60.0
 
@@ -26,18 +29,21 @@ class Views:
     log: Callable[[str], None]
     tracker: Any = None
     _reported: float = field(default_factory=time.monotonic)
+    _front: tuple[int, ...] = ()
 
-    def trial(self, trial: Trial, summary: Summary) -> None:
-        """After a finished trial: a line, the small files, and from time to time the report."""
+    def trial(self, trial: Trial, study: Study) -> None:
+        """After a finished trial: a line; `front.json` if the front is another one; and from time to time the report."""
         from winnow.report.table import trial_line
 
-        self.log(trial_line(trial, summary))
-        self.write(summary, final=False)
+        self.log(trial_line(trial, study.objectives, study.front))
+        if study.front != self._front or time.monotonic() - self._reported > REPORT_EVERY_S:
+            self.write(study.summary(), final=False)
 
     def write(self, summary: Summary, final: bool, mirror: bool = True) -> None:
         from winnow.report.html import write_report
         from winnow.report.table import front_json, results_json
 
+        self._front = summary.front
         self._json("front.json", front_json(summary))
         if final or time.monotonic() - self._reported > REPORT_EVERY_S:
             self._json("final_results.json", results_json(summary))

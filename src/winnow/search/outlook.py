@@ -1,0 +1,126 @@
+"""What is known of a strategy before it runs: bytes and memory from its configuration, refusals, and its likely cost.
+
+The configuration is read in a process of its own that has the libraries for it, so that the search's own stays small and quick.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from winnow.search import child
+from winnow.search.costs import Costs
+from winnow.types import Objective, Strategy, Trial, UserError
+
+KNOWN_TO = 0.03  # relative: a size from shapes may be off by this much, and a constraint is broken beyond it
+MOST_KEPT = 50_000  # forecasts
+
+
+class Forecasts:
+    """Of a search; one that cannot be made (the process has died) is empty and refuses nothing.
+
+    Args:
+        ask: many strategies at once -> for each `figures` and `refusal`.
+        constraints: limits by figure; those that follow from the configuration are checked here.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+        objectives: Sequence[Objective] = (),
+        constraints: Mapping[str, float] | None = None,
+    ) -> None:
+        self._ask, self._constraints = ask, dict(constraints or {})
+        self._maximized = {o.name for o in objectives if o.maximize}
+        self._found: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.costs = Costs()
+
+    def observe(self, trial: Trial) -> None:
+        self.costs.observe(trial)
+
+    def prepare(self, strategies: Sequence[Strategy]) -> None:
+        """Asks for all that were not asked for yet, at once."""
+        new = {s.overrides: s for s in strategies if s.overrides not in self._found}
+        if not new:
+            return
+        if len(self._found) + len(new) > MOST_KEPT:
+            self._found.clear()
+        found = self._ask([{"methods": list(s.methods), "knobs": dict(s.knobs)} for s in new.values()])
+        self._found.update(zip(new, found, strict=True))
+
+    def figures(self, strategy: Strategy) -> Mapping[str, float]:
+        found: Mapping[str, float] = self._of(strategy).get("figures", {})
+        return found
+
+    def refusal(self, strategy: Strategy) -> str:
+        found = self._of(strategy)
+        if found.get("refusal"):
+            return str(found["refusal"])
+        for name, limit in self._constraints.items():
+            value = found.get("figures", {}).get(name)
+            if value is not None and value * (1 - KNOWN_TO) > limit:
+                return f"{name} would be {value:.4g}, over constraints.{name}={limit:g}"
+        return ""
+
+    def seconds(self, strategy: Strategy) -> float:
+        return self.costs.seconds(strategy)
+
+    def _of(self, strategy: Strategy) -> dict[str, Any]:
+        self.prepare([strategy])
+        return self._found[strategy.overrides]
+
+
+def forecasts(
+    cfg: DictConfig, folder: Path, objectives: Sequence[Objective], constraints: Mapping[str, float]
+) -> Forecasts:
+    """Those of the search that `cfg` describes."""
+    settings = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
+    service = child.Service("winnow.search.outlook:forecaster", {"settings": settings}, folder / "log.txt")
+
+    def ask(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            return service.ask(strategies)  # type: ignore[no-any-return]
+        except child.Failed:
+            return [{} for _ in strategies]
+
+    return Forecasts(ask, objectives, constraints)
+
+
+def forecaster(settings: dict[str, Any]) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """In the child: what answers."""
+    from winnow import build
+    from winnow.method.pipeline import check_order
+    from winnow.report.dry_run import base_of
+    from winnow.types import Stage
+
+    cfg = OmegaConf.create(settings)
+    base = base_of(cfg)
+
+    @functools.lru_cache(maxsize=10_000)
+    def stage(name: str, knobs: tuple[tuple[str, Any], ...]) -> Stage:
+        made: Stage = build.instantiate(OmegaConf.merge(cfg.method[name], dict(knobs)), f"method.{name}")  # type: ignore[arg-type]
+        return made
+
+    machine = base.machine([stage(str(name), ()) for name in cfg.method])
+
+    def answer(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [one(s["methods"], s["knobs"]) for s in strategies]
+
+    def one(methods: list[str], knobs: dict[str, Any]) -> dict[str, Any]:
+        try:
+            stages = {}
+            for name in methods:
+                own = f"method.{name}."
+                mine = tuple(sorted((k.removeprefix(own), v) for k, v in knobs.items() if k.startswith(own)))
+                stages[name] = stage(name, mine)
+            check_order(stages)
+            found = base.feasibility(stages, machine)
+        except UserError as error:
+            return {"refusal": str(error), "figures": {}}
+        return {"refusal": found.reason, "figures": {"size_bytes": float(found.last.disk_bytes)}}
+
+    return answer
