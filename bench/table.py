@@ -45,13 +45,9 @@ SPACE = [
 def run(arguments: list[str]) -> None:
     """The whole space, in order: what begins alike comes one after the other, and its beginning is made once."""
     settings = [
-        "agent=grid",
-        f"study={STUDY}",
-        "budget.trials=100000",
-        "first_slots=[]",
-        "keep=none",
-        "wandb.mode=disabled",
-    ]
+        "agent=grid", f"study={STUDY}", "budget.trials=100000", "convergence=null", "first_slots=[]", "keep=none",
+        "racing.error_rate=0", "racing.hopeless_ratio=0", "wandb.mode=disabled",
+    ]  # fmt: skip
     line = [sys.executable, str(REPOSITORY / "search.py"), *settings, *SPACE, *arguments]
     sys.exit(subprocess.run(line, cwd=REPOSITORY, check=False).returncode)
 
