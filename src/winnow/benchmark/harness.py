@@ -69,7 +69,7 @@ class Harness:
     batch_size: int = 16
     max_gen_toks: int | None = None
     seed: int = 1234
-    rounds: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+    rounds: Sequence[float] = (0.05, 0.15, 0.4, 1.0)
     specs: tuple[Spec, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
