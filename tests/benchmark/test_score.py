@@ -16,7 +16,7 @@ from tests.benchmark.scripted import Scripted
 from winnow.benchmark import figures
 from winnow.benchmark.harness import Harness, quiet
 from winnow.benchmark.samples import Sample
-from winnow.benchmark.score import score
+from winnow.benchmark.score import questions, score
 from winnow.benchmark.spec import Spec
 from winnow.benchmark.tasks import load
 from winnow.build import instantiate
@@ -42,7 +42,7 @@ def ask(right: bool, name: str, **changes: Any) -> tuple[Figures, list[Sample], 
     with quiet():
         for spec in made.specs:
             main, also = load(spec, made.data_dir, made.num_fewshot)
-            scored.append((spec, score(adapter, spec, main, also, made.limit, made.seed)))
+            scored.append((spec, score(adapter, spec, questions(main, made.limit, made.seed), also, made.seed)))
     return figures.figures(scored), [sample for _, found in scored for sample in found], adapter
 
 
@@ -89,7 +89,7 @@ def test_prompts_are_what_the_model_was_trained_on() -> None:
 
 
 def test_likelihood_choices_are_the_completions() -> None:
-    from winnow.benchmark.score import questions, requests
+    from winnow.benchmark.score import requests
     from winnow.nano.items import benchmark_items
 
     made = harness("nano")
@@ -186,7 +186,7 @@ def test_unknown_tasks_folders_filters_and_metrics_are_named() -> None:
     ):
         spec = Spec.read("x", nano | change)
         with pytest.raises(UserError, match=message), quiet():
-            score(Scripted(True), spec, *load(spec), limit=2)
+            score(Scripted(True), spec, questions(load(spec)[0], 2, 0))
 
 
 def test_without_items_and_network_it_says_so_in_a_line(tmp_path: Path) -> None:

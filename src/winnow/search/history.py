@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from winnow.search import pareto
 from winnow.search.objectives import broken
 from winnow.types import Objective, Reason, Strategy, Trial
@@ -18,6 +20,8 @@ class History:
         running: by number.
         seen: overrides of all strategies that were proposed.
         front: numbers of the complete trials that no other dominates.
+        gains: of each finished trial, by number: the hypervolume that it added, as a share of the box between the best and
+            the worst values known by then.
         proposals: how many there were: a seed that moves on with each.
         run_trials: finished ones that were really run: those refused beforehand cost nothing.
         since_gain: of these, how many have ended since one came onto the front.
@@ -31,12 +35,14 @@ class History:
         self.running: dict[int, Strategy] = {}
         self.seen: set[tuple[str, ...]] = set()
         self.front: tuple[int, ...] = ()
+        self.gains: dict[int, float] = {}
         self.proposals = 0
         self.run_trials = 0
         self.since_gain = 0
         self.energy_wh = 0.0
         self.co2_g = 0.0
         self._on_front: list[Trial] = []
+        self._bounds: tuple[np.ndarray, np.ndarray] | None = None  # of the complete trials, less is better
 
     @property
     def on_front(self) -> Sequence[Trial]:
@@ -70,10 +76,20 @@ class History:
             self.since_gain += 1
         self.energy_wh += trial.energy.get("wh", 0.0)
         self.co2_g += trial.energy.get("co2_g", 0.0)
+        self.gains[trial.number] = 0.0
         if trial.complete and not self.breaks(trial):
+            self.gains[trial.number] = self._gain(trial)
             candidates = [*self._on_front, trial]
             kept = set(pareto.front(candidates, self.objectives))
             self._on_front = [t for t in candidates if t.number in kept]
             self.front = tuple(sorted(kept))
             if trial.number in kept:
                 self.since_gain = 0
+
+    def _gain(self, trial: Trial) -> float:
+        """See `gains`; also widens the bounds."""
+        point = pareto.points([trial], self.objectives)[0]
+        low, high = self._bounds or (point, point)
+        self._bounds = low, high = np.minimum(low, point), np.maximum(high, point)
+        front = pareto.points(self._on_front, self.objectives)
+        return pareto.added(front, point, low, high)

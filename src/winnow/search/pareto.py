@@ -38,6 +38,21 @@ def front(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[int
     return tuple(t.number for t, kept in zip(complete, keep, strict=True) if kept)
 
 
+MARGIN = 0.1  # past the worst value, as a share of the range: so that extreme points count
+
+
+def added(front: np.ndarray, point: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
+    """The hypervolume that a point adds to a front, as a share of the box between `low` and a margin past `high`."""
+    import moocore
+
+    span = np.where(high > low, high - low, 1.0)
+    reference = np.full(len(point), 1 + MARGIN)
+    before = (front - low) / span
+    after = np.vstack([before, (point - low) / span])
+    volumes = [float(moocore.hypervolume(part, ref=reference)) if len(part) else 0.0 for part in (before, after)]
+    return (volumes[1] - volumes[0]) / (1 + MARGIN) ** len(point)
+
+
 def hypervolume_series(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[float, ...]:
     """The share of the box between the best and the worst values of the study that is dominated after each trial.
 
@@ -52,8 +67,8 @@ def hypervolume_series(trials: Sequence[Trial], objectives: Sequence[Objective])
     low, high = values.min(0), values.max(0)
     span = np.where(high > low, high - low, 1.0)
     scaled = dict(zip((t.number for t in complete), (values - low) / span, strict=True))
-    reference = np.full(len(objectives), 1.1)  # a tenth past the worst, so that extreme points count
-    full = 1.1 ** len(objectives)
+    reference = np.full(len(objectives), 1 + MARGIN)
+    full = (1 + MARGIN) ** len(objectives)
     series, seen = [], []
     for trial in trials:
         if trial.number in scaled:

@@ -1,0 +1,125 @@
+"""Several agents under a bandit: each is asked as often as its proposals have paid, in hypervolume for time spent.
+
+python search.py agent=portfolio
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from winnow.agent.bandit import Rates
+from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion
+from winnow.search.history import History
+from winnow.search.space import Space
+from winnow.types import Strategy, UserError
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """An agent that can say what a strategy would gain."""
+
+    def gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray: ...
+
+    def is_ready(self, history: History) -> bool: ...
+
+
+@dataclass
+class Portfolio:
+    """A mixture that begins with given shares; what an agent earns moves them, down to `floor`.
+
+    The first agent that can judge (`gp`) is asked at each proposal what it would have done instead, and what it expects of the
+    proposal of another. One from which it expects next to nothing is not tried, and counts as one that gained nothing in
+    the time of a mean trial: so a bad adviser is soon asked seldom, and costs little until then.
+
+    Attributes:
+        agents: by name.
+        shares: that they begin with, by name; they are scaled to a sum of 1.
+        floor: the least share of each.
+        veto: of the judge's own expected gain; a proposal with less is not tried. 0: all are.
+        memory: the weight that each earlier trial keeps when another ends.
+    """
+
+    agents: Mapping[str, Policy]
+    shares: Mapping[str, float]
+    seed: int = 0
+    floor: float = 0.05
+    veto: float = 0.02
+    memory: float = 0.97
+    _vetoed: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.agents:
+            raise UserError("agent.agents is empty; give at least one, e.g. agent=portfolio")
+        unknown = sorted(set(self.shares) ^ set(self.agents))
+        if unknown or any(share <= 0 for share in self.shares.values()):
+            raise UserError(f"agent.shares must have a positive share for each of {', '.join(self.agents)}")
+
+    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+        """The suggestion of one of the agents.
+
+        Raises:
+            Exhausted: none of them has another.
+        """
+        rng = np.random.default_rng([self.seed, history.proposals, 1])
+        shares = self.current(history)
+        for name in _drawn(shares, rng):
+            try:
+                found = self.agents[name].ask(history, space, outlook)
+            except Exhausted as end:
+                last = end
+                continue
+            return self._judged(name, found, shares, history, space, outlook)
+        raise last
+
+    def current(self, history: History) -> dict[str, float]:
+        """The share of each agent now: what it began with, times what it gains a second."""
+        took = {
+            t.number: (t.decision.get("agent", t.proposed_by),) for t in history.trials if not t.strategy.methods == ()
+        }
+        known = {number: options for number, options in took.items() if options[0] in self.agents}
+        rates = Rates.of(history, known, self.memory)
+        raw = {}
+        for name, share in self.shares.items():
+            vetoes = self._vetoed.get(name, 0)
+            raw[name] = share * rates.mean(name) / (1 + vetoes)
+        total = sum(raw.values())
+        floored = {name: max(self.floor, value / total) for name, value in raw.items()}
+        return {name: value / sum(floored.values()) for name, value in floored.items()}
+
+    def _judged(
+        self,
+        name: str,
+        found: Suggestion,
+        shares: Mapping[str, float],
+        history: History,
+        space: Space,
+        outlook: Outlook,
+    ) -> Suggestion:
+        record: dict[str, Any] = {**found.record, "agent": name, "shares": {k: round(v, 4) for k, v in shares.items()}}
+        judge, policy = next(((n, p) for n, p in self.agents.items() if isinstance(p, Judge)), (None, None))
+        if judge is None or judge == name or not isinstance(policy, Judge) or not policy.is_ready(history):
+            return replace(found, record=record)
+        own = self.agents[judge].ask(history, space, outlook)
+        record["instead"] = list(own.strategy.overrides)
+        if self.veto and own.expected_gain:
+            expected = float(policy.gains(history, space, outlook, [found.strategy])[0])
+            if expected < self.veto * own.expected_gain:
+                self._vetoed[name] = self._vetoed.get(name, 0) + 1
+                record |= {
+                    "agent": judge,
+                    "vetoed": {"by": judge, "of": name, "strategy": list(found.strategy.overrides)},
+                }
+                return replace(own, record={**own.record, **record})
+            self._vetoed[name] = max(0, self._vetoed.get(name, 0) - 1)
+        return replace(found, record=record)
+
+
+def _drawn(shares: Mapping[str, float], rng: np.random.Generator) -> list[str]:
+    """All names, those with larger shares likely to be first."""
+    names = list(shares)
+    order = rng.choice(len(names), size=len(names), replace=False, p=np.array([shares[name] for name in names]))
+    return [names[i] for i in order]
