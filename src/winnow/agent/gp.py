@@ -50,7 +50,7 @@ class GP:
         """
         rng = np.random.default_rng([self.seed, history.proposals])
         candidates = fresh(history, space, rng, self.pool)
-        if sum(trial.complete for trial in history.trials) < max(2, self.startup):
+        if not self.is_ready(history):
             order, gains = rng.permutation(len(candidates)), None
         else:
             gains = self.gains(history, space, outlook, candidates)
@@ -63,6 +63,10 @@ class GP:
                 why = f"{gains[place]:.2%} of the hypervolume to be gained in some {seconds[place]:.0f} s"
                 return Suggestion(candidates[place], "gp", why, expected_gain=float(gains[place]))
         return Suggestion(candidates[order[0]], "gp", "nothing that can be made here is left")
+
+    def is_ready(self, history: History) -> bool:
+        """Whether the processes count: there are as many complete trials as `startup` says."""
+        return sum(trial.complete for trial in history.trials) >= max(2, self.startup)
 
     def gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
         """The expected improvement of each [candidates], as a share of all that could be dominated."""

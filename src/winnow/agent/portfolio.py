@@ -6,7 +6,7 @@ python search.py agent=portfolio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,8 +32,8 @@ class Portfolio:
     """A mixture that begins with given shares; what an agent earns moves them, down to `floor`.
 
     The first agent that can judge (`gp`) is asked at each proposal what it would have done instead, and what it expects of the
-    proposal of another. One from which it expects next to nothing is not tried, and counts as one that gained nothing in
-    the time of a mean trial: so a bad adviser is soon asked seldom, and costs little until then.
+    proposal of another. One from which it expects next to nothing is not tried, and its agent's share falls: so a bad adviser
+    is soon asked seldom, and costs little until then.
 
     Attributes:
         agents: by name.
@@ -49,7 +49,6 @@ class Portfolio:
     floor: float = 0.05
     veto: float = 0.02
     memory: float = 0.97
-    _vetoed: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.agents:
@@ -77,15 +76,14 @@ class Portfolio:
 
     def current(self, history: History) -> dict[str, float]:
         """The share of each agent now: what it began with, times what it gains a second."""
-        took = {
-            t.number: (t.decision.get("agent", t.proposed_by),) for t in history.trials if not t.strategy.methods == ()
-        }
-        known = {number: options for number, options in took.items() if options[0] in self.agents}
-        rates = Rates.of(history, known, self.memory)
-        raw = {}
-        for name, share in self.shares.items():
-            vetoes = self._vetoed.get(name, 0)
-            raw[name] = share * rates.mean(name) / (1 + vetoes)
+        took = {t.number: (t.decision["agent"],) for t in history.trials if t.decision.get("agent") in self.agents}
+        rates = Rates.of(history, took, self.memory)
+        vetoes = dict.fromkeys(self.agents, 0.0)
+        for age, trial in enumerate(reversed(history.trials)):
+            vetoed = trial.decision.get("vetoed")
+            if vetoed and vetoed["of"] in vetoes:
+                vetoes[vetoed["of"]] += self.memory**age
+        raw = {name: share * rates.mean(name) / (1 + vetoes[name]) for name, share in self.shares.items()}
         total = sum(raw.values())
         floored = {name: max(self.floor, value / total) for name, value in raw.items()}
         return {name: value / sum(floored.values()) for name, value in floored.items()}
@@ -108,13 +106,11 @@ class Portfolio:
         if self.veto and own.expected_gain:
             expected = float(policy.gains(history, space, outlook, [found.strategy])[0])
             if expected < self.veto * own.expected_gain:
-                self._vetoed[name] = self._vetoed.get(name, 0) + 1
                 record |= {
                     "agent": judge,
                     "vetoed": {"by": judge, "of": name, "strategy": list(found.strategy.overrides)},
                 }
                 return replace(own, record={**own.record, **record})
-            self._vetoed[name] = max(0, self._vetoed.get(name, 0) - 1)
         return replace(found, record=record)
 
 
