@@ -120,10 +120,10 @@ def test_exemplars_belong_to_the_item() -> None:
 
 
 def test_exemplars_are_as_many_as_wanted() -> None:
-    for shots, questions in ((None, 9), (3, 4), (0, 1)):
+    for shots, asked in ((None, 9), (3, 4), (0, 1)):
         changes = {} if shots is None else {"num_fewshot": shots}
         _, _, adapter = ask(True, "gsm8k", data_dir=ITEMS, **changes)
-        assert {prompt.count("Question:") for prompt in adapter.prompts} == {questions}
+        assert {prompt.count("Question:") for prompt in adapter.prompts} == {asked}
     with pytest.raises(UserError, match="num_fewshot=20"):
         ask(True, "gsm8k", data_dir=ITEMS, num_fewshot=20)
 

@@ -40,7 +40,7 @@ class GP:
     startup: int = 8
     pool: int = 512
     cost_exponent: float = 1.0
-    _settings: dict[str, tuple[int, Settings]] = field(default_factory=dict, repr=False)
+    _settings: dict[str, tuple[int, Settings]] = field(default_factory=dict, init=False, repr=False)
 
     def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
         """The next strategy.
