@@ -426,6 +426,7 @@ class Summary:
     trials: tuple[Trial, ...]  # finished ones, by number; trial 0 is the base model
     front: tuple[int, ...]  # numbers of the non-dominated complete trials
     hypervolume: tuple[float, ...]  # after each of `trials`, relative to the reference point
+    confirmed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # scores on items the search did not use
 
 
 class Policy(Protocol):

@@ -55,6 +55,8 @@ class Harness:
         batch_size: prompts at a time; keep it fixed, since it moves scores by rounding.
         max_gen_toks: upper limit of tokens to generate for an answer; None leaves each task's own.
         seed: of the choice of items and exemplars, and of the order in which items are put.
+        held_back: a share of the items that is left out, for a search to confirm what it found on.
+        confirming: whether just these are scored.
         rounds: shares of all items after which a race looks at the outcomes so far (`winnow.search.racing`); part of
             what makes scores comparable, since they decide which prompts share a batch.
     """
@@ -69,6 +71,8 @@ class Harness:
     batch_size: int = 16
     max_gen_toks: int | None = None
     seed: int = 1234
+    held_back: float = 0.0
+    confirming: bool = False
     rounds: Sequence[float] = (0.05, 0.15, 0.4, 1.0)
     specs: tuple[Spec, ...] = field(init=False, repr=False)
 
@@ -85,6 +89,8 @@ class Harness:
             or self.rounds[-1] != 1
         ):
             raise UserError(f"benchmark.rounds={list(self.rounds)} does not rise to 1, such as [0.1,0.4,1.0]")
+        if not 0 <= self.held_back < 1:
+            raise UserError(f"benchmark.held_back={self.held_back} is not a share below 1; give e.g. 0.2")
         if not self.tasks:
             raise UserError("benchmark.tasks is empty; give at least one task")
         object.__setattr__(self, "specs", tuple(Spec.read(name, dict(values)) for name, values in self.tasks.items()))
@@ -114,7 +120,10 @@ class Harness:
         spent: list[dict[str, Any]] = []
         with quiet(), serving(lm, log=run.log) as served:
             tasks = {spec.name: load(spec, self.data_dir, self.num_fewshot) for spec in self.specs}  # all before any
-            asked = {name: questions(main, self.limit, self.seed) for name, (main, _) in tasks.items()}
+            asked = {
+                name: questions(main, self.limit, self.seed, self.held_back, self.confirming)
+                for name, (main, _) in tasks.items()
+            }
             adapter = served.scorer(self.batch_size, self.max_gen_toks)
             try:
                 for chunk, left in self.schedule(asked):

@@ -48,10 +48,13 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def questions(tasks: Sequence[Loaded], limit: int | None, seed: int) -> list[Question]:
+def questions(
+    tasks: Sequence[Loaded], limit: int | None, seed: int, held_back: float = 0.0, confirming: bool = False
+) -> list[Question]:
     """The items to ask, in the benchmark's order; with a limit those whose hash with the seed is lowest.
 
-    So the items of a lower limit are among those of a higher one.
+    So the items of a lower limit are among those of a higher one. `held_back` is a share of the items that is left out, and that
+    is asked instead when `confirming`: which ones depends on their hashes and the seed alone.
     """
     seen: Counter[str] = Counter()
     found = []
@@ -60,6 +63,9 @@ def questions(tasks: Sequence[Loaded], limit: int | None, seed: int) -> list[Que
             key = digest(loaded.subtask, doc)
             found.append(Question(loaded, doc, digest(key, seen[key])))  # an item that is there twice is two items
             seen[key] += 1
+    if held_back:
+        bound = int(held_back * 16**12)
+        found = [q for q in found if (int(digest(seed, "held back", q.doc_hash)[:12], 16) < bound) == confirming]
     if limit is None or limit >= len(found):
         return found
     kept = set(sorted((digest(seed, q.doc_hash), q.doc_hash) for q in found)[:limit])

@@ -41,6 +41,7 @@ class Search:
         first: strategies to try before the policy is asked; the base model is always the very first.
         keep: which trials' weights stay on disk: of the front, all, or none.
         workers: trials that run at a time.
+        confirm: scores the front again once the search has ended.
         convergence: says when nothing more is gained.
     """
 
@@ -57,6 +58,7 @@ class Search:
     first: Sequence[Strategy] = ()
     keep: str = "front"
     workers: int = 1
+    confirm: Callable[[], None] | None = None
     convergence: Convergence = field(default_factory=Convergence)
     _again: deque[Suggestion] = field(default_factory=deque, init=False)
 
@@ -71,6 +73,8 @@ class Search:
         try:
             with Workers(self.launch, self.workers) as workers:
                 self._work(workers)
+            if self.confirm is not None:
+                self.confirm()
         except BaseException as error:
             with contextlib.suppress(OSError):  # on a full disk, say, the first error is the one to show
                 self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody may be waiting
@@ -78,6 +82,7 @@ class Search:
                 self.log(f"search: interrupted; the same command goes on with study {self.study.name}")
             raise
         self.views.write(self.study.summary(), final=True)
+        self._forget_weights(self.keep)
 
     def _work(self, workers: Workers) -> None:
         ended = ""
@@ -175,7 +180,7 @@ class Search:
         self.outlook.observe(trial)
         self.views.trial(trial, self.study)
         if self.study.front != front or not trial.complete:
-            self._forget_weights()
+            self._forget_weights("front" if self.confirm is not None and self.keep == "none" else self.keep)
 
     def _made(self, proposal: Proposal, outcome: dict[str, Any], seconds: float | None = None) -> Trial:
         """The record of an outcome; one without a finite value for every objective is a failure."""
@@ -213,11 +218,13 @@ class Search:
     def _folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)
 
-    def _forget_weights(self) -> None:
+    def _forget_weights(self, keep: str) -> None:
         """Removes the weights of trials that `keep` does not name; manifest and figures stay."""
-        if self.keep == "all":
+        if keep == "all":
             return
-        kept = set(self.study.front) if self.keep == "front" else set()
+        kept = set(self.study.front) if keep == "front" else set()
+        if self.confirm is not None and self.study.base is not None:
+            kept.add(self.study.base.number)  # compared with, once more, at the end
         for artifact in (self.folder / "trials").glob("*/artifact"):
             number = int(artifact.parent.name)
             if number not in kept and number not in self.study.running:

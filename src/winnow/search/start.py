@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
 from winnow.cli import say
-from winnow.search import child, outlook, overrides, trial
+from winnow.search import child, confirm, outlook, overrides, trial
 from winnow.search.budget import Budget, Convergence
 from winnow.search.gates import Racing
 from winnow.search.loop import KEEP, Search
@@ -49,6 +49,7 @@ def search(
     Racing(**config.racing)
     lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
     scores = benchmark.scores()
+    confirm.check(config.confirm, benchmark)
     wanted = objectives(list(config.objectives), scores)
     limits = constraints(dict(config.constraints), scores)
     if config.dry_run:
@@ -93,10 +94,11 @@ def search(
         shared=_shared(config, typed.shared),
         views=Views(folder, say, tracker),
         log=say,
-        first=_first(space, config),
+        first=first_strategies(space, config),
         keep=config.keep,
         workers=config.workers,
         convergence=convergence,
+        confirm=functools.partial(confirm.confirm, study, config, folder, say) if config.confirm else None,
     )
     logging.getLogger("hydra").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's way of asking
@@ -124,7 +126,7 @@ def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict
     }
 
 
-def _first(space: Space, config: DictConfig) -> list[Strategy]:
+def first_strategies(space: Space, config: DictConfig) -> list[Strategy]:
     """Each method of the slots in `first_slots` alone, at its defaults and at every choice of its first knob.
 
     A rough front, ends included, before the policy begins.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import optuna
 
 _RECORD, _STRATEGY, _LOST, _BY, _DECISION = "record", "strategy", "lost", "proposed_by", "decision"
+_CONFIRMED = "confirmed"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Study(History):
         super().__init__(objectives, limits)
         self._study = study
         self.fingerprint = fingerprint
+        # scores on items that the search did not use, by number
+        self.confirmed: dict[int, dict[str, float]] = {
+            int(number): figures for number, figures in study.user_attrs.get(_CONFIRMED, {}).items()
+        }
         self._ids: dict[int, int] = {}  # of unfinished trials, in the storage, by number
         for frozen in study.get_trials(deepcopy=False):
             self.proposals += 1
@@ -91,6 +96,11 @@ class Study(History):
         self._study._storage.set_trial_user_attr(identity, _RECORD, trial_json(trial))
         self._tell(identity, trial)
         self.end(trial)
+
+    def confirm(self, number: int, figures: Mapping[str, float]) -> None:
+        """Keeps what a trial scored on items that the search did not use."""
+        self.confirmed[number] = dict(figures)
+        self._study.set_user_attr(_CONFIRMED, {str(n): kept for n, kept in self.confirmed.items()})
 
     def _tell(self, identity: int, trial: Trial) -> None:
         from optuna.trial import TrialState
@@ -141,6 +151,7 @@ class Study(History):
             trials=trials,
             front=self.front,
             hypervolume=pareto.hypervolume_series(trials, self.objectives),
+            confirmed=self.confirmed,
         )
 
 

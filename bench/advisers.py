@@ -1,0 +1,105 @@
+"""The portfolio with scripted advisers in the place of a language model: bad ones must cost little, a good one must pay."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from common import Result
+from replay import OBJECTIVES
+
+from winnow.agent.gp import GP
+from winnow.agent.policy import Exhausted, Outlook, Suggestion, fresh
+from winnow.agent.portfolio import Portfolio
+from winnow.search import pareto
+from winnow.search.gates import Racing
+from winnow.search.history import History
+from winnow.search.space import Space
+from winnow.types import Trial
+
+if TYPE_CHECKING:
+    from search_efficiency import World
+
+SHARE_OF_LLM = 0.3
+BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of what the optimizer alone needs for 99 %
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """An adviser that proposes the first strategy of a list that was not tried."""
+
+    strategies: tuple[Any, ...]
+
+    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+        for strategy in self.strategies:
+            if strategy.overrides not in history.seen:
+                return Suggestion(strategy, "adviser", "as told")
+        raise Exhausted("the adviser has nothing more to say")
+
+
+@dataclass(frozen=True)
+class Nonsense:
+    """An adviser whose answers are strategies of no sense: drawn blindly."""
+
+    seed: int
+
+    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+        rng = np.random.default_rng([self.seed, history.proposals, 7])
+        candidates = fresh(history, space, rng, 16)
+        return Suggestion(candidates[int(rng.integers(len(candidates)))], "adviser", "nonsense")
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """An adviser that never gives a usable answer: the language model's policy then passes on what the optimizer would do."""
+
+    optimizer: Any
+
+    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+        found: Suggestion = self.optimizer.ask(history, space, outlook)
+        return found
+
+
+def advisers(world: World, seeds: int) -> list[Result]:
+    """`portfolio_bad_adviser`: the least share, over budgets and bad advisers, of the optimizer's hypervolume, medians over seeds;
+    `portfolio_good_adviser`: cost to 99 % with one that knows the front, relative to the optimizer's alone."""
+    from search_efficiency import SHARE, _at, ours, reached
+
+    trials = [Trial(n, row.strategy, figures=row.figures) for n, row in enumerate(world.table.rows)]
+    front = set(pareto.front(trials, OBJECTIVES))
+    depth = np.array([world.share([n]) for n in range(len(trials))])  # what each adds by itself
+    best = tuple(trials[n].strategy for n in sorted(front, key=lambda n: -depth[n]))
+    worst = tuple(trials[n].strategy for n in np.argsort(depth) if n not in front)
+    makers = {
+        "garbage": lambda seed: Garbage(GP(seed)),
+        "nonsense": Nonsense,
+        "worst": lambda seed: Ranked(worst),
+        "good": lambda seed: Ranked(best),
+    }
+    alone = [ours(world, GP(seed), Racing(), True, until=1.0) for seed in range(seeds)]
+    cost = statistics.median(reached(curve) for curve in alone)
+    found = {}
+    for name, make in makers.items():
+        runs = []
+        for seed in range(seeds):
+            agents = {"llm": make(seed), "gp": GP(seed)}
+            policy = Portfolio(agents, {"llm": SHARE_OF_LLM, "gp": 1 - SHARE_OF_LLM}, seed)
+            runs.append(ours(world, policy, Racing(), True, until=1.0 if name != "good" else SHARE))
+        found[name] = runs
+    least = 1.0
+    for name in ("garbage", "nonsense", "worst"):
+        for budget in BUDGETS:
+            mine = statistics.median(_at(curve, budget * cost) for curve in found[name])
+            theirs = statistics.median(_at(curve, budget * cost) for curve in alone)
+            least = min(least, mine / theirs)
+            print(
+                f"adviser {name:<9} {budget:4.0%} of the cost: {mine:.4f} of the hypervolume, the optimizer alone {theirs:.4f}"
+            )
+    good = statistics.median(reached(curve) for curve in found["good"])
+    print(f"adviser that knows the front: {good:,.0f} s to {SHARE:.0%}, the optimizer alone {cost:,.0f} s")
+    return [
+        Result("portfolio_bad_adviser", least, 0.95, "higher"),
+        Result("portfolio_good_adviser", good / cost, 0.5, "lower"),
+    ]

@@ -1,0 +1,355 @@
+"""What a search pays for the front: every agent, and Optuna's samplers as they come, over the table of all strategies.
+
+    python bench/search_efficiency.py [seeds=50] [only=cost,racing,advisers,overhead]
+
+Each search is replayed with each seed: its cost is the seconds that its trials took when they were really run. Ours are the search
+as it is, with its stage cache, its gates and its races; peers pay every trial whole, and nothing for one they repeat.
+`cost_vs_best_peer`, `cost_vs_random`: cost to 99 % of the hypervolume of the exhaustive front, against the best of Optuna's TPE,
+NSGA-II and GPSampler, and against random search, medians. `racing_*`: random candidates against the fronts of random parts of the
+table. `portfolio_*`: with scripted advisers in the place of a language model; what a real one brings cannot be measured here.
+`proposal_ms_*`: of the search itself, for a proposal and its bookkeeping.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import moocore
+import numpy as np
+import table as tables
+from common import Result, report
+from replay import OBJECTIVES, OTHERS, SCORES, Replay, front_points, full_cost
+
+from winnow.search import pareto
+from winnow.search.gates import Racing, matches
+from winnow.search.racing import Race, Rival
+from winnow.types import Strategy, Trial
+
+SHARE = 0.99
+PLOT = Path(__file__).with_name("table") / "search_efficiency.html"
+
+
+class World:
+    """The table, and the hypervolume of any part of it relative to that of all of it."""
+
+    def __init__(self) -> None:
+        self.table, self.space = tables.load(), tables.space()
+        self.slots = {method.name: method.slot for method in self.space.methods}
+        points = front_points(self.table)
+        self.low, self.high = points.min(0), points.max(0)
+        self.scaled = (points - self.low) / (self.high - self.low)
+        self.reference = np.full(len(OBJECTIVES), 1 + pareto.MARGIN)
+        self.numbers = {row.strategy.overrides: n for n, row in enumerate(self.table.rows)}
+        self.whole = self.volume(self.scaled)
+
+    def volume(self, points: np.ndarray) -> float:
+        return float(moocore.hypervolume(points, ref=self.reference)) if len(points) else 0.0
+
+    def share(self, rows: Sequence[int]) -> float:
+        return self.volume(self.scaled[list(rows)]) / self.whole
+
+
+Curve = list[tuple[float, float]]  # seconds spent, share of the hypervolume
+
+
+def ours(world: World, policy: Any, racing: Racing | None, cached: bool, until: float = SHARE) -> Curve:
+    """A search of ours until it has a share of the hypervolume."""
+    replay = Replay(world.table, policy, world.slots, racing, cached, first=first(world))
+    curve: Curve = []
+    rows: list[int] = []
+    for trial in replay.run(world.space):
+        if trial.complete:
+            rows.append(world.numbers[trial.strategy.overrides])
+            curve.append((replay.seconds, world.share(rows)))
+            if curve[-1][1] >= until:
+                break
+    return curve
+
+
+def first(world: World) -> tuple[Strategy, ...]:
+    """What `search.py` begins with: each method of the slot `quantize` by itself."""
+    from hydra import compose, initialize_config_dir
+
+    from winnow.cli import CONF
+    from winnow.search.start import first_strategies
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("search", overrides=[tables.METHODS])
+    return tuple(s for s in first_strategies(world.space, cfg) if s.overrides in world.numbers)
+
+
+def peer(world: World, sampler: Any, until: float = SHARE) -> Curve:
+    """An Optuna study with a sampler as its package has it; a strategy that it repeats costs nothing."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(directions=[o.direction for o in OBJECTIVES], sampler=sampler)
+    curve: Curve = []
+    rows: list[int] = []
+    seconds = 0.0
+    for _ in range(20 * len(world.table.rows)):
+        trial = study.ask()
+        row = world.numbers[world.space.draw(trial).overrides]
+        found = world.table.rows[row]
+        if row not in rows:
+            rows.append(row)
+            seconds += full_cost(found)
+            curve.append((seconds, world.share(rows)))
+        study.tell(trial, [found.figures[o.name] for o in OBJECTIVES])
+        if curve[-1][1] >= until or len(rows) == len(world.table.rows):
+            break
+    return curve
+
+
+def peers() -> dict[str, Callable[[int], Any]]:
+    import optuna
+
+    return {
+        "optuna random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+        "optuna TPE": lambda seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
+        "optuna NSGA-II": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
+        "optuna GPSampler": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    }
+
+
+def agents() -> dict[str, Callable[[int], Any]]:
+    from hydra import compose, initialize_config_dir
+
+    from winnow.build import instantiate
+    from winnow.cli import CONF
+
+    def made(name: str, seed: int) -> Any:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("search", overrides=[f"agent={name}", f"seed={seed}"])
+        return instantiate(cfg.agent, "agent")
+
+    names = ("random", "tpe", "nsga2", "bandit", "gp", "portfolio")
+    return {name: functools.partial(made, name) for name in names}
+
+
+def reached(curve: Curve, share: float = SHARE) -> float:
+    """Seconds until the share; infinite if it was not reached."""
+    return next((seconds for seconds, volume in curve if volume >= share), float("inf"))
+
+
+def cost(world: World, seeds: int) -> list[Result]:
+    """Every search with every seed; prints quartiles, and draws the curves."""
+    curves: dict[str, list[Curve]] = {}
+    for name, make in agents().items():
+        curves[name] = [ours(world, make(seed), Racing(), cached=True) for seed in range(seeds)]
+        _line(name, curves[name])
+    curves["gp, all scored"] = [ours(world, agents()["gp"](seed), None, cached=True) for seed in range(seeds)]
+    _line("gp, all scored", curves["gp, all scored"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, make in peers().items():
+            curves[name] = [peer(world, make(seed)) for seed in range(seeds)]
+            _line(name, curves[name])
+    draw(curves)
+    middle = {name: statistics.median(map(reached, found)) for name, found in curves.items()}
+    best = min(middle[name] for name in peers() if name != "optuna random")
+    mine = middle["portfolio"]
+    return [
+        Result("cost_vs_best_peer", mine / best, 1 / 4, "lower"),
+        Result("cost_vs_random", mine / middle["optuna random"], 1 / 10, "lower"),
+    ]
+
+
+def _line(name: str, curves: Sequence[Curve]) -> None:
+    found = sorted(map(reached, curves))
+    quartiles = np.quantile(found, [0.25, 0.5, 0.75], method="inverted_cdf")
+    trials = statistics.median(len(curve) for curve in curves)
+    print(
+        f"{name:<18} {SHARE:.0%} of the hypervolume after {quartiles[1]:8,.0f} s "
+        f"({quartiles[0]:,.0f} to {quartiles[2]:,.0f}), {trials:.0f} complete trials",
+        flush=True,
+    )
+
+
+def draw(curves: dict[str, list[Curve]]) -> None:
+    """Medians and quartiles of the hypervolume over cost, as a page."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    colours = [
+        "#0b7285",
+        "#e8590c",
+        "#5f3dc4",
+        "#2b8a3e",
+        "#c2255c",
+        "#495057",
+        "#f08c00",
+        "#1864ab",
+        "#862e9c",
+        "#868e96",
+        "#d6336c",
+    ]
+    for (name, found), colour in zip(curves.items(), colours, strict=False):
+        end = max(curve[-1][0] for curve in found)
+        grid = np.geomspace(20, max(end, 30), 120)
+        values = np.array([[_at(curve, seconds) for seconds in grid] for curve in found])
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+        dash = "dash" if name.startswith("optuna") else "solid"
+        figure.add_scatter(x=grid, y=middle, name=name, line={"color": colour, "dash": dash})
+        band = {"fill": "toself", "fillcolor": colour, "opacity": 0.12, "line": {"width": 0}}
+        figure.add_scatter(
+            x=np.concatenate([grid, grid[::-1]]),
+            y=np.concatenate([high, low[::-1]]),
+            showlegend=False,
+            hoverinfo="skip",
+            **band,
+        )
+    figure.add_hline(y=SHARE, line={"color": "#868e96", "dash": "dot"})
+    figure.update_layout(
+        title="Hypervolume found for time spent: medians and quartiles",
+        template="plotly_white",
+        xaxis={"title": "seconds of compressing, measuring and scoring", "type": "log"},
+        yaxis={"title": "share of the exhaustive front's hypervolume", "range": [0.5, 1.005]},
+    )
+    figure.write_html(PLOT, include_plotlyjs="cdn")
+    print(f"plot: {PLOT}")
+
+
+def _at(curve: Curve, seconds: float) -> float:
+    return max((volume for spent, volume in curve if spent <= seconds), default=0.0)
+
+
+def races(world: World, count: int = 4000) -> list[Result]:
+    """Random candidates against the fronts of random parts of the table; a false rejection is of one that would have been on it."""
+    rng = np.random.default_rng(0)
+    scored = full = wrong = open_ = raced = 0
+    rounds = (0.05, 0.15, 0.4, 1.0)
+    trials = [Trial(n, r.strategy, figures=r.figures) for n, r in enumerate(world.table.rows)]
+    items = len(world.table.items)
+    while raced < count:
+        size = int(rng.integers(10, len(trials) - 1))
+        part = rng.permutation(len(trials))[: size + 1]
+        candidate, others = trials[part[0]], [trials[n] for n in part[1:]]
+        front = [trials[n] for n in pareto.front(others, OBJECTIVES)]
+        rivals = [t for t in front if matches(t.figures, candidate.figures, OTHERS)]
+        raced += 1
+        full += items
+        if not rivals:
+            scored += items
+            continue
+        order = rng.permutation(items)
+        made = [Rival(t.number, world.table.scores[t.number][order][:, None]) for t in rivals]
+        race = Race(made, world.table.weights[order][:, None], Racing().error_rate)
+        mine = world.table.scores[candidate.number][order][:, None]
+        for share in rounds:
+            done = round(share * items)
+            if share < 1 and race.beaten_by(mine[:done]) is not None:
+                break
+        scored += done
+        stopped = done < items
+        joins = not any(t.figures[SCORES[0].name] >= candidate.figures[SCORES[0].name] for t in rivals)
+        open_ += joins
+        wrong += stopped and joins
+    print(
+        f"{raced:,} races: {open_:,} of candidates that beat all their rivals, {wrong} of these stopped; {scored / full:.1%} of the items scored"
+    )
+    return [
+        Result("racing_false_rejections", wrong / max(1, open_), 0.05, "lower"),
+        Result("racing_item_saving", full / scored, 3.0, "higher"),
+    ]
+
+
+def overhead(world: World) -> list[Result]:
+    """Of a proposal and its bookkeeping, at 100 and at 10,000 trials, in a space that is large enough."""
+    return [
+        Result(f"proposal_ms_at_{count}", _proposal_ms(count), limit, "lower")
+        for count, limit in ((100, 20.0), (10_000, 100.0))
+    ]
+
+
+def _proposal_ms(count: int) -> float:
+    """Median of 21 proposals, each with its trial's start and end, on a study in SQLite."""
+    import tempfile
+
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from winnow.agent.policy import Draw, Suggestion
+    from winnow.build import instantiate
+    from winnow.cli import CONF
+    from winnow.search.outlook import Forecasts
+    from winnow.search.space import read_space
+    from winnow.search.study import open_study
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("search", overrides=["agent=portfolio"])
+    space = read_space(OmegaConf.to_container(cfg.method, resolve=True), {})  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    outlook = Forecasts(lambda strategies: [{"figures": {"size_bytes": 1e6 + len(s["methods"])}} for s in strategies])
+    policy = instantiate(cfg.agent, "agent")
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        study = open_study("overhead", f"sqlite:///{folder}/study.db", OBJECTIVES, {})
+
+        def once(suggestion: Any) -> None:
+            proposal = study.reserve(suggestion, space)
+            accuracy, latency = rng.random(2)
+            figures = {
+                "accuracy": accuracy,
+                "size_bytes": 1e6 * rng.random(),
+                "latency_ms": 100 + 100 * latency,
+                "kl_to_base": rng.random(),
+            }
+            stages = [{"method": name, "seconds": 2.0, "reused": False} for name in suggestion.strategy.methods]
+            seconds = {"evaluate": 10.0, "total": 12.0}
+            trial = Trial(
+                proposal.number,
+                suggestion.strategy,
+                figures=figures,
+                stages=stages,
+                seconds=seconds,
+                decision={"agent": "gp"},
+            )
+            study.record(trial)
+            outlook.observe(trial)
+
+        once(Suggestion(Strategy(), "base"))
+        while len(study.trials) < count:
+            strategy = space.draw(Draw(rng))
+            if strategy.overrides not in study.seen:
+                once(Suggestion(strategy, "random"))
+        for _ in range(22):
+            started = time.perf_counter()
+            once(policy.ask(study, space, outlook))
+            times.append(1000 * (time.perf_counter() - started))
+    print(f"{count:,} trials: {statistics.median(times[1:]):.1f} ms a proposal, the first of a start {times[0]:.0f} ms")
+    return statistics.median(times[1:])
+
+
+def parts(world: World, seeds: int) -> Iterator[tuple[str, Callable[[], list[Result]]]]:
+    from advisers import advisers
+
+    yield "racing", lambda: races(world)
+    yield "overhead", lambda: overhead(world)
+    yield "advisers", lambda: advisers(world, seeds)
+    yield "cost", lambda: cost(world, seeds)
+
+
+def main(arguments: Sequence[str]) -> None:
+    settings = {"seeds": "50", "only": "racing,overhead,advisers,cost"} | dict(a.split("=", 1) for a in arguments)
+    world = World()
+    print(
+        f"{len(world.table.rows)} strategies, {len(world.table.items):,} items; one after the other they took "
+        f"{sum(map(full_cost, world.table.rows)) / 3600:.1f} h"
+    )
+    results = []
+    for name, work in parts(world, int(settings["seeds"])):
+        if name in settings["only"].split(","):
+            results += work()
+    report("search_efficiency", results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
