@@ -252,9 +252,8 @@ def races(world: World, count: int = 4000) -> list[Result]:
         joins = not any(t.figures[SCORES[0].name] >= candidate.figures[SCORES[0].name] for t in rivals)
         open_ += joins
         wrong += stopped and joins
-    print(
-        f"{raced:,} races: {open_:,} of candidates that beat all their rivals, {wrong} of these stopped; {scored / full:.1%} of the items scored"
-    )
+    print(f"{raced:,} races, {open_:,} of candidates that beat all of their rivals, {wrong} of these were stopped")
+    print(f"{scored / full:.1%} of the items were scored")
     return [
         Result("racing_false_rejections", wrong / max(1, open_), 0.05, "lower"),
         Result("racing_item_saving", full / scored, 3.0, "higher"),

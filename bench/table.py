@@ -52,6 +52,7 @@ SETTINGS = [
     "convergence=null",
     "first_slots=[]",
     "keep=none",
+    "confirm=0",
     "racing.error_rate=0",
     "racing.hopeless_ratio=0",
     "wandb.mode=disabled",

@@ -148,7 +148,8 @@ def _shared(config: DictConfig, typed: Sequence[str]) -> list[str]:
     groups = {o.split("=")[0] for o in typed}
     choices = config.hydra.runtime.choices
     chosen = [f"{group}={choices[group]}" for group in ("model", "benchmark", "hardware") if group not in groups]
-    return [*chosen, *typed]
+    held_back = [f"benchmark.held_back={config.confirm}"] if config.confirm else []
+    return [*chosen, *typed, *held_back]
 
 
 def _make(folder: Path) -> None:
