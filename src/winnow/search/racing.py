@@ -97,7 +97,7 @@ def evidence(scores: np.ndarray, rival: np.ndarray, weights: np.ndarray) -> np.n
     capital = np.exp(np.minimum(logs, 700.0)).mean(0)
     to_come = most[::-1].cumsum()[::-1]
     catchable = np.append(to_come, 0.0)[1 : seen + 1] + sums[1:]
-    lost = np.logical_or.accumulate((catchable < -1e-9) | ~possible)
+    lost = np.logical_or.accumulate(catchable <= 1e-9)  # a tie is no win
     return np.where(lost, SURE, capital)
 
 
