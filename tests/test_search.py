@@ -23,6 +23,8 @@ SEARCH = [
     "agent.startup_trials=2",
     "keep=all",
     "study=small",
+    "racing.error_rate=0",
+    "racing.hopeless_ratio=0",
     *QUICK,
 ]
 

@@ -30,6 +30,9 @@ def front_table(summary: Summary) -> str:
     heads = [("trial", ""), ("strategy", "<")]
     for axis in axes:
         heads += [(axis.label, ""), ("", "")]
+    fresh = [axis for axis in axes if any(axis.name in found for found in summary.confirmed.values())]
+    heads += [(f"{axis.label} on fresh items", "") for axis in fresh]
+    lucky = luck_of(summary)
     rows = [[text for text, _ in heads]]
     for trial in front_of(summary):
         row = [str(trial.number), plain(str(trial.strategy))]
@@ -37,8 +40,20 @@ def front_table(summary: Summary) -> str:
             value = trial.figures.get(axis.name)
             other = base.figures.get(axis.name) if base is not None and trial.number != base.number else None
             row += [axis.show(value), relative(axis, value, other)]
+        found = summary.confirmed.get(trial.number, {})
+        row += [axis.show(found.get(axis.name)) + (" *" if lucky.get(trial.number) else "") for axis in fresh]
         rows.append(row)
-    return "\n".join([*lines, "", *aligned(rows, [side or ">" for _, side in heads])])
+    notes = [f"* trial {number}: luck: {why}" for number, why in lucky.items()]
+    return "\n".join([*lines, "", *aligned(rows, [side or ">" for _, side in heads]), *notes])
+
+
+def luck_of(summary: Summary) -> dict[int, str]:
+    """The trials whose place on the front does not hold on items that the search did not use, and why."""
+    from winnow.search.confirm import luck
+
+    front = front_of(summary)
+    found = {trial.number: luck(trial, front, summary.confirmed, summary.objectives) for trial in front}
+    return {number: why for number, why in found.items() if why}
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> list[str]:
@@ -111,8 +126,11 @@ def front_json(summary: Summary) -> dict[str, Any]:
     """What `front.json` holds: the front's strategies, smallest first, and all it takes to make each of them again."""
     base = base_of(summary)
     found = []
+    lucky = luck_of(summary)
     for trial in front_of(summary):
         entry = trial_json(trial)
+        if trial.number in summary.confirmed:
+            entry |= {"confirmed": finite(summary.confirmed[trial.number]), "luck": lucky.get(trial.number, "")}
         if base is not None:
             shares = {o.name: ratio(trial.figures.get(o.name), base.figures.get(o.name)) for o in summary.objectives}
             entry["relative_to_base"] = shares

@@ -13,6 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
+from winnow.agent.policy import Policy
+from winnow.agent.recipe import read_recipe
 from winnow.cli import say
 from winnow.search import child, confirm, outlook, overrides, trial
 from winnow.search.budget import Budget, Convergence
@@ -86,7 +88,7 @@ def search(
     run = Search(
         study=study,
         space=space,
-        policy=build.instantiate(config.agent, "agent"),
+        policy=_policy(config, space),
         outlook=outlook.forecasts(config, folder, wanted, limits),
         launch=run_trial,
         budget=budget,
@@ -94,7 +96,7 @@ def search(
         shared=_shared(config, typed.shared),
         views=Views(folder, say, tracker),
         log=say,
-        first=first_strategies(space, config),
+        first=first_strategies(space, config) if config.recipe is None else (),
         keep=config.keep,
         workers=config.workers,
         convergence=convergence,
@@ -106,6 +108,14 @@ def search(
     run.run()
     print(front_table(study.summary()))
     print(f"report: {(folder / 'report.html').resolve()}")
+
+
+def _policy(config: DictConfig, space: Space) -> Policy:
+    if config.recipe is None:
+        policy: Policy = build.instantiate(config.agent, "agent")
+        return policy
+    lines = OmegaConf.to_container(config.recipe, resolve=True)
+    return read_recipe(lines, space, functools.partial(OmegaConf.select, config))  # type: ignore[arg-type]
 
 
 def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict[str, Any]:
