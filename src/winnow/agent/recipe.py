@@ -40,7 +40,8 @@ def read_recipe(lines: Sequence[Sequence[str]], space: Space, configured: Callab
     found = []
     for line in lines:
         given = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(list(line))}
-        methods = tuple(given.pop("method", ()))
+        named = given.pop("method", None)
+        methods = tuple(map(str, named)) if isinstance(named, list) else ()
         known = {method.name: method for method in space.methods}
         missing = [name for name in methods if name not in known]
         if missing or not methods:

@@ -47,7 +47,7 @@ def search(
     space = read_space(OmegaConf.to_container(config.method, resolve=True) or {}, typed.narrowed)  # type: ignore[arg-type]
     if config.keep not in KEEP:
         raise UserError(f"keep={config.keep} is not known; it is one of {', '.join(KEEP)}")
-    budget, convergence = Budget(**config.budget), Convergence(config.convergence)
+    budget, convergence = Budget(**config.budget), Convergence(config.convergence if config.recipe is None else None)
     Racing(**config.racing)
     lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
     scores = benchmark.scores()
