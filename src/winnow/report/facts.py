@@ -113,6 +113,25 @@ def headline(summary: Summary) -> str:
     )
 
 
+ENERGY = "energy_wh_per_1k_tokens"
+
+
+def payback(summary: Summary) -> str:
+    """What the search itself has taken, and after how many served tokens the best saver of those that keep the score repays it."""
+    wh = sum(trial.energy.get("wh", 0.0) for trial in summary.trials)
+    if not wh:
+        return ""
+    co2_g = sum(trial.energy.get("co2_g", 0.0) for trial in summary.trials)
+    text = f"The search took {wh:,.3g} Wh ({co2_g:,.3g} g CO2)"
+    base, best = base_of(summary), best_kept(summary, ENERGY)
+    if base is None or best is None or ENERGY not in base.figures:
+        return f"{text}."
+    saved = base.figures[ENERGY] - best.figures[ENERGY]
+    if saved <= 0:
+        return f"{text}; none that keeps the score takes less energy than the base model."
+    return f"{text}, which trial {best.number} saves within {1000 * wh / saved:,.3g} served tokens."
+
+
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
     """For JSON, which has no NaN and no infinity: null where a figure is not finite."""
     return {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.report import rows
-from winnow.report.facts import WITHIN_POINTS, base_of, best_kept, counts, headline, points, quality_of, ratio
+from winnow.report.facts import WITHIN_POINTS, base_of, best_kept, counts, headline, payback, points, quality_of, ratio
 from winnow.report.figures import Axis, axes_of, directions, plain, plain_lines
 from winnow.types import Summary
 
@@ -59,7 +59,7 @@ def render(summary: Summary) -> str:
             "policy": _policy(scripts),
             "title": escape(plain(summary.name)),
             "style": _resource("report.css"),
-            "headline": escape(headline(summary)),
+            "headline": escape(" ".join(filter(None, (headline(summary), payback(summary))))),
             "counts": escape(f"{tally['trials']} trial{'s' * (tally['trials'] != 1)}: {', '.join(facts)}"),
             "directions": escape(directions(axes)),
             "tiles": "\n".join(tiles(summary, axes)),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from winnow.report.facts import base_of
 from winnow.report.figures import Axis, duration, plain, plain_lines, total_seconds
-from winnow.report.table import relative, state_of
+from winnow.report.table import luck_of, relative, state_of
 from winnow.types import Summary, Trial
 
 SOURCES = {
@@ -39,11 +39,14 @@ def _heading(key: str, label: str, note: str = "", number: bool = False) -> str:
 
 def body(summary: Summary, axes: Sequence[Axis]) -> list[str]:
     """Two rows for each trial: the figures, and the details."""
-    base = base_of(summary)
-    return [_row(t, base, summary, axes) + _details(t, summary, axes) for t in summary.trials]
+    base, lucky = base_of(summary), luck_of(summary)
+    return [
+        _row(t, base, summary, axes, lucky) + _details(t, summary, axes, lucky.get(t.number, ""))
+        for t in summary.trials
+    ]
 
 
-def _row(trial: Trial, base: Trial | None, summary: Summary, axes: Sequence[Axis]) -> str:
+def _row(trial: Trial, base: Trial | None, summary: Summary, axes: Sequence[Axis], lucky: Mapping[int, str]) -> str:
     objectives = axes[: len(summary.objectives)]
     is_base = base is not None and trial.number == base.number
     front = trial.number in summary.front
@@ -51,7 +54,7 @@ def _row(trial: Trial, base: Trial | None, summary: Summary, axes: Sequence[Axis
     kinds = [word for word, true in (("front", front), ("base", is_base), ("failed", trial.failed)) if true]
     cells = [
         _cell(f'<a href="#trial-{trial.number}">{trial.number}</a>', trial.number),
-        _cell(_badges(trial, front, is_base), "front" if front else state_of(trial)),
+        _cell(_badges(trial, front, is_base, trial.number in lucky), "front" if front else state_of(trial)),
     ]
     message = plain(trial.message.strip().rpartition("\n")[2])
     says = f'<span class="message">{escape(message)}</span>' if not trial.complete and message else ""
@@ -77,8 +80,10 @@ def _fold(trial: Trial) -> str:
     )
 
 
-def _badges(trial: Trial, front: bool, is_base: bool) -> str:
+def _badges(trial: Trial, front: bool, is_base: bool, is_luck: bool) -> str:
     badges = ['<span class="badge front">front</span>'] if front else []
+    if is_luck:
+        badges.append('<span class="badge stopped">luck</span>')
     if is_base:
         badges.append('<span class="badge base">base</span>')
     if trial.stopped:
@@ -109,8 +114,10 @@ def _tag(trial: Trial, name: str) -> str:
     return f' <abbr class="source" title="{escape(SOURCES.get(source, source))}">{escape(short)}</abbr>'
 
 
-def _details(trial: Trial, summary: Summary, axes: Sequence[Axis]) -> str:
+def _details(trial: Trial, summary: Summary, axes: Sequence[Axis], luck: str) -> str:
     parts = []
+    if why := plain(str(trial.decision.get("why", ""))):
+        parts.append(_block("Why", f"<p>{escape(why)}</p>"))
     if not trial.complete:
         said = trial.message.strip() or "no message"
         parts.append(
@@ -131,11 +138,33 @@ def _details(trial: Trial, summary: Summary, axes: Sequence[Axis]) -> str:
     if figures:
         header = "<tr><th scope=col>Figure</th><th scope=col>Value</th><th scope=col>Source</th></tr>"
         parts.append(_block("Figures", f'<table class="figures">{header}{"".join(figures)}</table>'))
+    fresh = summary.confirmed.get(trial.number, {})
+    rows = [
+        f"<tr><th scope=row>{escape(axis.label)}</th><td>{escape(axis.show(fresh[axis.name]))}</td></tr>"
+        for axis in axes
+        if axis.name in fresh
+    ]
+    if rows:
+        note = f"<p>Luck: {escape(luck)}.</p>" if luck else ""
+        parts.append(_block("On fresh items", f'<table class="figures">{"".join(rows)}</table>{note}'))
+    if trial.estimates:
+        parts.append(_block("Estimates when it was stopped", _estimates(trial, axes)))
     if trial.seconds:
         parts.append(_block("Time", _split(trial)))
     columns = len(summary.objectives) + 6
     inner = "".join(parts) or "<p>Nothing more was recorded.</p>"
     return f'<tr id="more-{trial.number}" class="details"><td colspan="{columns}"><div>{inner}</div></td></tr>'
+
+
+def _estimates(trial: Trial, axes: Sequence[Axis]) -> str:
+    rows = [f"<tr><th scope=row>items scored</th><td>{trial.estimates.get('share_scored', 0.0):.0%}</td></tr>"]
+    for axis in axes:
+        if axis.name in trial.estimates:
+            low, high = (trial.estimates.get(f"{axis.name}_{end}") for end in ("low", "high"))
+            interval = f" ({axis.show(low)} to {axis.show(high)})" if low is not None and high is not None else ""
+            shown = escape(axis.show(trial.estimates[axis.name]) + interval)
+            rows.append(f"<tr><th scope=row>{escape(axis.label)}</th><td>{shown}</td></tr>")
+    return f'<table class="figures">{"".join(rows)}</table>'
 
 
 def _block(title: str, html: str, wide: bool = False) -> str:

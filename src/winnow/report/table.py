@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from winnow.report.facts import base_of, counts, finite, front_of, headline, points, ratio
+from winnow.report.facts import base_of, counts, finite, front_of, headline, payback, points, ratio
 from winnow.report.figures import Axis, axes_of, directions, duration, human, label_of, plain, total_seconds
 from winnow.types import Objective, Summary, Trial
 
@@ -43,6 +43,8 @@ def front_table(summary: Summary) -> str:
         found = summary.confirmed.get(trial.number, {})
         row += [axis.show(found.get(axis.name)) + (" *" if lucky.get(trial.number) else "") for axis in fresh]
         rows.append(row)
+    if repaid := payback(summary):
+        lines.append(repaid)
     notes = [f"* trial {number}: luck: {why}" for number, why in lucky.items()]
     return "\n".join([*lines, "", *aligned(rows, [side or ">" for _, side in heads]), *notes])
 

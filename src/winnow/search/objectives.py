@@ -59,6 +59,7 @@ def objectives(names: Sequence[str], scores: Sequence[str]) -> tuple[Objective, 
 
 
 ACCURACY_DROP = "accuracy_drop"
+ALIASES = {"memory_bytes": "peak_memory_bytes"}
 
 
 def constraints(given: Mapping[str, Any], scores: Sequence[str]) -> dict[str, float]:
@@ -72,6 +73,7 @@ def constraints(given: Mapping[str, Any], scores: Sequence[str]) -> dict[str, fl
         UserError: a figure that nothing reports, or a limit that is no number.
     """
     known = KNOWN | {name: Objective(name, True) for name in scores}
+    given = {ALIASES.get(name, name): limit for name, limit in given.items()}
     for name, limit in given.items():
         if name != ACCURACY_DROP and name not in known:
             near = difflib.get_close_matches(name, [ACCURACY_DROP, *known], n=2)

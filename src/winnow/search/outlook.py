@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from winnow.search import child
 from winnow.search.costs import Costs
-from winnow.types import Objective, Strategy, Trial, UserError
+from winnow.types import Strategy, Trial, UserError
 
-KNOWN_TO = 0.03  # relative: a size from shapes may be off by this much, and a constraint is broken beyond it
+# a size from shapes may be off by this much, a memory by that: relative; a constraint is broken beyond it
+KNOWN_TO, ESTIMATED_TO = 0.03, 0.25
 MOST_KEPT = 50_000  # forecasts
 
 
@@ -24,18 +25,16 @@ class Forecasts:
     """Of a search; one that cannot be made (the process has died) is empty and refuses nothing.
 
     Args:
-        ask: many strategies at once -> for each `figures` and `refusal`.
+        ask: many strategies at once -> for each `figures` that are known, `estimates`, and a `refusal`.
         constraints: limits by figure; those that follow from the configuration are checked here.
     """
 
     def __init__(
         self,
         ask: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
-        objectives: Sequence[Objective] = (),
         constraints: Mapping[str, float] | None = None,
     ) -> None:
         self._ask, self._constraints = ask, dict(constraints or {})
-        self._maximized = {o.name for o in objectives if o.maximize}
         self._found: dict[tuple[str, ...], dict[str, Any]] = {}
         self.costs = Costs()
 
@@ -60,10 +59,11 @@ class Forecasts:
         found = self._of(strategy)
         if found.get("refusal"):
             return str(found["refusal"])
-        for name, limit in self._constraints.items():
-            value = found.get("figures", {}).get(name)
-            if value is not None and value * (1 - KNOWN_TO) > limit:
-                return f"{name} would be {value:.4g}, over constraints.{name}={limit:g}"
+        for kind, off in (("figures", KNOWN_TO), ("estimates", ESTIMATED_TO)):
+            for name, value in found.get(kind, {}).items():
+                limit = self._constraints.get(name)
+                if limit is not None and value * (1 - off) > limit:
+                    return f"{name} would be about {value:.4g}, over constraints.{name}={limit:g}"
         return ""
 
     def seconds(self, strategy: Strategy) -> float:
@@ -74,9 +74,7 @@ class Forecasts:
         return self._found[strategy.overrides]
 
 
-def forecasts(
-    cfg: DictConfig, folder: Path, objectives: Sequence[Objective], constraints: Mapping[str, float]
-) -> Forecasts:
+def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -> Forecasts:
     """Those of the search that `cfg` describes."""
     settings = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]), resolve=True)
     service = child.Service("winnow.search.outlook:forecaster", {"settings": settings}, folder / "log.txt")
@@ -87,7 +85,7 @@ def forecasts(
         except child.Failed:
             return [{} for _ in strategies]
 
-    return Forecasts(ask, objectives, constraints)
+    return Forecasts(ask, constraints)
 
 
 def forecaster(settings: dict[str, Any]) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
@@ -121,6 +119,10 @@ def forecaster(settings: dict[str, Any]) -> Callable[[list[dict[str, Any]]], lis
             found = base.feasibility(stages, machine)
         except UserError as error:
             return {"refusal": str(error), "figures": {}}
-        return {"refusal": found.reason, "figures": {"size_bytes": float(found.last.disk_bytes)}}
+        return {
+            "refusal": found.reason,
+            "figures": {"size_bytes": float(found.last.disk_bytes)},
+            "estimates": {"peak_memory_bytes": float(found.last.serving_bytes)},
+        }
 
     return answer

@@ -89,7 +89,7 @@ def search(
         study=study,
         space=space,
         policy=_policy(config, space),
-        outlook=outlook.forecasts(config, folder, wanted, limits),
+        outlook=outlook.forecasts(config, folder, limits),
         launch=run_trial,
         budget=budget,
         folder=folder,
