@@ -1,0 +1,74 @@
+"""The divergence from the base model: zero for itself, what it should be for others, and computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from winnow.benchmark import divergence
+from winnow.hardware.runtime import serving
+from winnow.method.rtn import RTN
+from winnow.model.load import pretrained
+from winnow.nano.model import WEIGHTS
+from winnow.types import Calibration, Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path, log=lambda line: None, calibration=Calibration(max_length=64), cache=tmp_path / "cache")
+
+
+def full_kl(p: np.ndarray, q: np.ndarray) -> float:
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def test_the_base_model_is_at_no_distance_from_itself(tiny: Path, run: Run) -> None:
+    lm = pretrained(str(tiny))
+    with serving(lm) as served:
+        found = divergence.divergence(served, divergence.reference(lm, served, run, "cpu"))
+    assert found["kl_to_base"] == pytest.approx(0.0, abs=1e-6) and found["top1_agreement"] == 1.0
+
+
+def test_more_damage_is_further_away_and_it_is_the_divergence_of_the_distributions(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergence, "TOKENS", 500)
+    base = pretrained(str(WEIGHTS))
+    wanted = divergence.reference(base, None, run, "cpu")
+    assert sum(map(len, wanted.rows)) <= divergence.TOKENS and len(wanted.tokens) == sum(
+        len(r) - 1 for r in wanted.rows
+    )
+    distances = []
+    for bits in (4, 2):
+        lm = RTN(bits=bits, group_size=32)(pretrained(str(WEIGHTS)), run)
+        with serving(base) as theirs, serving(lm) as served:
+            distances.append(divergence.divergence(served, wanted)["kl_to_base"])
+            vocabulary = served.vocab_size
+            row = wanted.rows[0]
+            columns, p = theirs.next_tokens(row, vocabulary)
+            _, q = served.next_tokens(row, columns)
+            top = divergence.kl_of_top(p[:, : divergence.TOP], q[:, : divergence.TOP]).mean()
+            assert top == pytest.approx(full_kl(p, q), rel=0.1) and top <= full_kl(p, q) + 1e-5
+    assert 0 < distances[0] < distances[1]
+
+
+def test_the_reference_is_computed_once_and_by_what_it_depends_on(
+    tiny: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = divergence.reference(pretrained(str(tiny)), None, run, "cpu")
+    other = divergence.reference(pretrained(str(tiny)), None, dataclasses.replace(run, seed=1), "cpu")
+    assert other.rows != first.rows
+    monkeypatch.setattr(divergence, "_computed", None)  # would fail if it were asked again
+    again = divergence.reference(pretrained(str(tiny)), None, run, "cpu")
+    assert again.rows == first.rows and np.array_equal(again.tokens, first.tokens)
+    assert np.allclose(again.log_probabilities, first.log_probabilities)
+
+
+def test_hopeless_distributions_are_far_away_and_finite() -> None:
+    p = np.log(np.array([[0.9, 0.05], [0.5, 0.5]]))
+    q = np.array([[-200.0, -0.01], [-np.inf, 0.0]])
+    found = divergence.kl_of_top(p, q)
+    assert np.isfinite(found).all() and (found > 10).all()

@@ -1,0 +1,153 @@
+"""Trials are stopped where they cannot reach the front, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_conf import composed
+from winnow.benchmark.harness import place
+from winnow.benchmark.samples import FILE, Sample, write
+from winnow.search.gates import Gates, matches, table, weights_of
+from winnow.search.objectives import KNOWN
+from winnow.search.trial import RIVALS
+from winnow.types import Figures, Reason, Stopped, UserError
+
+BENCHMARKS = ("nano_gsm8k", "nano_commonsenseqa", "nano_truthfulqa", "nano_humaneval")
+SIZE, SPEED = 1e6, 100.0
+
+
+def outcomes(accuracy: float, seed: int, items: int = 200) -> list[Sample]:
+    """Of four benchmarks, and of BBH with subtasks of unequal sizes; texts besides."""
+    rng = np.random.default_rng(seed)
+    names = [(name, name) for name in BENCHMARKS for _ in range(items)]
+    names += [("nano_bbh", "sorting")] * (items // 4) + [("nano_bbh", "counting")] * items
+    found = []
+    for number, (name, subtask) in enumerate(names):
+        right = bool(rng.random() < accuracy)
+        extra = {"mc2": float(right)} if name == "nano_truthfulqa" else {}
+        found.append(Sample(name, subtask, f"item {number}", "p", "", "", right, float(right), extra=extra))
+    return [*found, Sample("nano_text", "text", "text", "p", "", "", None, -12.0)]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """The folder of trials: 3 and 5 are on the front, and 9 has begun."""
+    rivals = []
+    for number, accuracy, size, kl in ((3, 0.9, SIZE, 0.01), (5, 0.6, SIZE / 2, 0.4)):
+        (tmp_path / str(number)).mkdir()
+        samples = outcomes(accuracy, number)
+        write(samples, tmp_path / str(number) / FILE)
+        figures = {"accuracy": accuracy, "size_bytes": size, "latency_ms": SPEED, "kl_to_base": kl}
+        rivals.append({"number": number, "figures": figures})
+    (tmp_path / "9").mkdir()
+    (tmp_path / "9" / RIVALS).write_text(json.dumps(rivals))
+    return tmp_path
+
+
+def gates(study: Path, *overrides: str) -> Gates:
+    return Gates(composed("search", *overrides), study / "9", lambda line: None)
+
+
+def figures(size: float = SIZE, latency: float = SPEED, kl: float = 0.03) -> Figures:
+    return Figures({"size_bytes": size, "latency_ms": latency, "kl_to_base": kl})
+
+
+def first(samples: Sequence[Sample], count: int) -> list[Sample]:
+    scored = [s for s in samples if s.correct is not None]
+    return sorted(scored, key=lambda s: place(1234, s.benchmark, s.doc_hash))[:count]
+
+
+def raced(gate: Gates, samples: Sequence[Sample]) -> Stopped | None:
+    total = len([s for s in samples if s.correct is not None])
+    for count in (50, 150, 400, 800):
+        try:
+            gate.scored(first(samples, count), total - count)
+        except Stopped as stopped:
+            return stopped
+    return None
+
+
+def test_a_worse_one_loses_its_race_with_an_estimate_and_an_interval(study: Path) -> None:
+    gate = gates(study)
+    gate.measured(figures())
+    samples = outcomes(0.5, seed=9)
+    stopped = raced(gate, samples)
+    assert stopped is not None and stopped.reason is Reason.DOMINATED and "trial 3" in stopped.message
+    found = stopped.estimates
+    assert 0 < found["share_scored"] < 0.5
+    assert found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"]
+    assert found["accuracy_low"] <= 0.5 <= found["accuracy_high"]
+
+
+def test_a_better_one_and_one_without_rivals_go_on(study: Path) -> None:
+    better, alone, smaller = gates(study), gates(study), gates(study)
+    better.measured(figures())
+    alone.measured(figures(latency=SPEED / 2, kl=5.0))  # nothing on the front is as quick
+    smaller.measured(figures(size=SIZE / 2, kl=0.5))  # only the weaker one is as small
+    assert raced(better, outcomes(0.95, seed=9)) is None
+    assert raced(alone, outcomes(0.1, seed=9)) is None
+    assert raced(smaller, outcomes(0.75, seed=9)) is None
+
+
+def test_what_is_far_off_the_base_model_is_hopeless_beside_one_that_is_near(study: Path) -> None:
+    with pytest.raises(
+        Stopped, match="that of trial 3, which is no worse in size_bytes, latency_ms, is 0.01"
+    ) as stopped:
+        gates(study).measured(figures(kl=0.05))
+    assert stopped.value.reason is Reason.HOPELESS and stopped.value.estimates == {"share_scored": 0.0}
+    gates(study).measured(figures(kl=0.03))  # within the ratio
+    gates(study).measured(figures(size=SIZE / 2, kl=0.5))  # nothing that small is nearer
+    gates(study, "racing.hopeless_ratio=0").measured(figures(kl=5.0))
+
+
+def test_an_error_rate_of_0_scores_everything(study: Path) -> None:
+    gate = gates(study, "racing.error_rate=0")
+    gate.measured(figures())
+    assert raced(gate, outcomes(0.1, seed=9)) is None
+
+
+def test_perplexity_is_known_only_at_the_end_so_nothing_is_stopped(study: Path) -> None:
+    gate = gates(study, "objectives=[accuracy,size_bytes,perplexity]")
+    gate.measured(figures(kl=5.0))
+    assert raced(gate, outcomes(0.1, seed=9)) is None
+
+
+def test_the_hardware_comes_last_where_no_objective_needs_it(study: Path) -> None:
+    assert gates(study, "objectives=[accuracy,size_bytes]").scores_first
+    assert not gates(study).scores_first
+
+
+def test_weights_are_those_of_the_mean() -> None:
+    samples = [s for s in outcomes(0.7, seed=1) if s.correct is not None]
+    benchmark = gates_benchmark()
+    scores = (KNOWN["accuracy"],)
+    weights = weights_of(samples, benchmark.specs, scores)
+    assert weights.sum() == pytest.approx(1.0)
+    from winnow.benchmark.figures import figures as figures_of
+
+    grouped = [(spec, [s for s in samples if s.benchmark == spec.name]) for spec in benchmark.specs if spec.metric]
+    assert float((weights * table(samples, scores)).sum()) == pytest.approx(figures_of(grouped)["accuracy"])
+
+
+def gates_benchmark():  # type: ignore[no-untyped-def]
+    from winnow import build
+
+    return build.benchmark(composed("search"))
+
+
+def test_equal_within_the_resolution_is_equal() -> None:
+    others = (KNOWN["size_bytes"], KNOWN["latency_ms"])
+    assert matches({"size_bytes": 1.00001e6, "latency_ms": 100.0}, {"size_bytes": 1e6, "latency_ms": 100.0}, others)
+    assert not matches({"size_bytes": 1.1e6, "latency_ms": 100.0}, {"size_bytes": 1e6, "latency_ms": 100.0}, others)
+    assert matches({}, {}, ())
+
+
+@pytest.mark.parametrize("setting", ["racing.error_rate=1.5", "racing.hopeless_ratio=-1", "racing.hopeless_floor=-0.1"])
+def test_settings_that_mean_nothing_are_refused(study: Path, setting: str) -> None:
+    with pytest.raises(UserError, match="racing"):
+        gates(study, setting)
