@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -321,7 +322,7 @@ class Strategy:
     methods: tuple[str, ...] = ()
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def overrides(self) -> tuple[str, ...]:
         return (f"method=[{','.join(self.methods)}]", *(f"{key}={value}" for key, value in sorted(self.knobs.items())))
 

@@ -117,16 +117,17 @@ def observed(objective: Objective, history: History) -> tuple[list[Trial], np.nd
     Of stopped ones that is an estimate from some items, or what others with a divergence like theirs have scored.
     """
     name = objective.name
-    full = [t for t in history.trials if t.complete]
-    curve = sorted((t.figures[KL], t.figures[name]) for t in full if KL in t.figures)
+    curve = sorted((t.figures[KL], t.figures[name]) for t in history.trials if t.complete and KL in t.figures)
+    known = np.log(np.array([kl for kl, _ in curve]) + 1e-4)
     rows: list[tuple[Trial, float, float]] = []
     for trial in history.trials:
-        if trial.complete or name in trial.figures:
+        if name in trial.figures and not trial.failed:
             rows.append((trial, trial.figures[name], 1.0))
         elif name in trial.estimates:
             rows.append((trial, trial.estimates[name], ESTIMATED))
         elif objective.maximize and KL in trial.figures and len(curve) > 3:
-            near = sorted(curve, key=lambda point: abs(np.log((point[0] + 1e-4) / (trial.figures[KL] + 1e-4))))[:3]
+            place = int(np.searchsorted(known, np.log(trial.figures[KL] + 1e-4)))
+            near = curve[min(max(0, place - 1), len(curve) - 3) :][:3]
             rows.append((trial, float(np.mean([value for _, value in near])), GUESSED))
     if len(rows) > MOST_OBSERVATIONS:
         front = set(history.front)
