@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from winnow.agent.policy import Outlook, Suggestion, fresh
+from winnow.agent.policy import ENUMERABLE, Outlook, Suggestion, drawn, fresh
 from winnow.search.history import History
 from winnow.search.improvement import boxes, expected, nondominated
 from winnow.search.space import Space
@@ -20,6 +20,7 @@ from winnow.types import Objective, Strategy, Trial
 MOST_OBSERVATIONS = 300  # that a process is conditioned on: solving for them is cubic
 ESTIMATED, GUESSED = 5.0, 30.0  # the noise of what was scored on some items, and of what only the divergence tells
 KL = "kl_to_base"
+STOCK = 2048  # strategies of a large space
 MARGIN = 0.1  # of the range of an objective, past its worst value: where the hypervolume is counted from
 
 
@@ -32,7 +33,8 @@ class GP:
 
     Attributes:
         startup: trials that are drawn at random before the processes count.
-        pool: strategies that are looked at for each proposal; half of them resemble those on the front.
+        pool: strategies that are looked at for each proposal: all of a small space; else three in four of a stock that is drawn
+            once, and the rest like those on the front.
         cost_exponent: 1 asks for the most gain a second, 0 for the most gain whatever it costs.
     """
 
@@ -40,6 +42,7 @@ class GP:
     startup: int = 8
     pool: int = 512
     cost_exponent: float = 1.0
+    _stock: list[Strategy] = field(default_factory=list, init=False, repr=False)
     _settings: dict[str, tuple[int, Settings]] = field(default_factory=dict, init=False, repr=False)
 
     def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
@@ -49,7 +52,7 @@ class GP:
             Exhausted: there is none that was not tried.
         """
         rng = np.random.default_rng([self.seed, history.proposals])
-        candidates = fresh(history, space, rng, self.pool)
+        candidates = self._candidates(history, space, rng)
         if not self.is_ready(history):
             order, gains = rng.permutation(len(candidates)), None
         else:
@@ -63,6 +66,16 @@ class GP:
                 why = f"{gains[place]:.2%} of the hypervolume to be gained in some {seconds[place]:.0f} s"
                 return Suggestion(candidates[place], "gp", why, expected_gain=float(gains[place]))
         return Suggestion(candidates[order[0]], "gp", "nothing that can be made here is left")
+
+    def _candidates(self, history: History, space: Space, rng: np.random.Generator) -> list[Strategy]:
+        if (size := space.size()) is not None and size <= ENUMERABLE:
+            return fresh(history, space, rng, self.pool)
+        if not self._stock:
+            self._stock = drawn(space, np.random.default_rng([self.seed, 0]), STOCK)
+        start = int(rng.integers(len(self._stock)))
+        turned = [*self._stock[start:], *self._stock[:start]]
+        found = [s for s in turned if s.overrides not in history.seen][: 3 * self.pool // 4]
+        return list({s.overrides: s for s in [*fresh(history, space, rng, self.pool // 4, near=1.0), *found]}.values())
 
     def is_ready(self, history: History) -> bool:
         """Whether the processes count: there are as many complete trials as `startup` says."""
@@ -131,10 +144,11 @@ def observed(objective: Objective, history: History) -> tuple[list[Trial], np.nd
             rows.append((trial, float(np.mean([value for _, value in near])), GUESSED))
     if len(rows) > MOST_OBSERVATIONS:
         front = set(history.front)
-        newest = {id(row[0]) for row in rows[-MOST_OBSERVATIONS // 2 :]}
-        others = [row for row in rows if row[0].number not in front and id(row[0]) not in newest]
-        kept = {id(row[0]) for row in others[:: max(1, 2 * len(others) // MOST_OBSERVATIONS)]}
-        rows = [row for row in rows if row[0].number in front or id(row[0]) in newest | kept][-MOST_OBSERVATIONS:]
+        best = [row for row in rows if row[0].number in front][-MOST_OBSERVATIONS // 3 :]
+        others = [row for row in rows if row[0].number not in front]
+        newest = others[-MOST_OBSERVATIONS // 3 :]
+        earlier = others[: -MOST_OBSERVATIONS // 3]
+        rows = best + newest + earlier[:: max(1, 3 * len(earlier) // MOST_OBSERVATIONS)][: MOST_OBSERVATIONS // 3]
     return [row[0] for row in rows], np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
 
 

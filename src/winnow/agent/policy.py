@@ -102,8 +102,8 @@ class Near(Draw):
         return super().suggest_int(name, low, high, log=log)
 
 
-def fresh(history: History, space: Space, rng: np.random.Generator, count: int) -> list[Strategy]:
-    """Strategies that were not proposed: all of a small space, else `count`, every other one like one on the front.
+def fresh(history: History, space: Space, rng: np.random.Generator, count: int, near: float = 0.5) -> list[Strategy]:
+    """Strategies that were not proposed: all of a small space, else `count`, a share `near` of them like one on the front.
 
     Raises:
         Exhausted: there is none.
@@ -118,10 +118,16 @@ def fresh(history: History, space: Space, rng: np.random.Generator, count: int) 
     for attempt in range(20 * count):
         if len(made) == count:
             break
-        near = front and attempt % 2
-        strategy = space.draw(Near(rng, front[int(rng.integers(len(front)))]) if near else Draw(rng))
+        alike = front and (attempt + 1) * near // 1 > attempt * near // 1
+        strategy = space.draw(Near(rng, front[int(rng.integers(len(front)))]) if alike else Draw(rng))
         if strategy.overrides not in history.seen:
             made[strategy.overrides] = strategy
     if not made:
         raise Exhausted(f"no untried strategy was found in {20 * count} draws; the space seems to be exhausted")
     return list(made.values())
+
+
+def drawn(space: Space, rng: np.random.Generator, count: int) -> list[Strategy]:
+    """So many strategies of a large space at random; less where they repeat themselves."""
+    found = (space.draw(Draw(rng)) for _ in range(2 * count))
+    return list({s.overrides: s for s in found}.values())[:count]

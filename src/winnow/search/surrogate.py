@@ -47,18 +47,19 @@ class Features:
 
 def features(space: Space, strategies: Sequence[Strategy]) -> Features:
     """See `Features`. A knob that depends on another and is not set stands in the middle."""
-    slots = space.slots()
+    places = {
+        method.name: (slot, number, method.dimensions)
+        for slot, (_, group) in enumerate(space.slots())
+        for number, method in enumerate(group)
+    }
     widest = max((len(m.dimensions) for m in space.methods), default=0)
-    methods = np.full((len(strategies), len(slots)), NO_METHOD)
-    knobs = np.zeros((len(strategies), len(slots), max(1, widest)))
+    methods = np.full((len(strategies), len(space.slots())), NO_METHOD)
+    knobs = np.zeros((*methods.shape, max(1, widest)))
     for row, strategy in enumerate(strategies):
-        chosen = set(strategy.methods)
-        for slot, (_, group) in enumerate(slots):
-            for number, method in enumerate(group):
-                if method.name in chosen:
-                    methods[row, slot] = number
-                    for place, dimension in enumerate(method.dimensions):
-                        knobs[row, slot, place] = position(dimension, strategy.knobs.get(dimension.key))
+        for name in strategy.methods:
+            slot, number, dimensions = places[name]
+            methods[row, slot] = number
+            knobs[row, slot, : len(dimensions)] = [position(d, strategy.knobs.get(d.key)) for d in dimensions]
     return Features(methods, knobs)
 
 
