@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,6 @@ TRIALS = 14  # the base, 12 settings of rtn, nf4: the whole space
 OBJECTIVES = (Objective("accuracy", True), Objective("size_bytes", False, "bytes"))
 
 
-def work(overrides: list[str], seconds: float, started: str, log: Any) -> dict[str, float]:
-    """Stands for compressing and evaluating: a figure that depends on the strategy alone, after a while."""
-    with Path(started).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(overrides) + "\n")
-    time.sleep(seconds)
-    value = sum(map(ord, "".join(overrides)))
-    return {"accuracy": value % 97 / 97, "size_bytes": float(value % 89)}
-
-
 def address(folder: Path) -> str:
     return f"sqlite:///{folder / 'study.db'}"
 
@@ -59,7 +49,7 @@ def main(folder: Path, url: str = "", workers: int = 1, seconds: float = 0.4, gr
         overrides = list(proposal.strategy.overrides)
         arguments = {"overrides": overrides, "seconds": seconds, "started": str(folder / "started.jsonl")}
         figures = child.call(
-            "tests.search.small_search:work",
+            "tests.search.workers:work",
             arguments,
             child.Limits(),
             print,

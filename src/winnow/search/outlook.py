@@ -78,7 +78,7 @@ def forecasts(
     cfg: DictConfig, folder: Path, objectives: Sequence[Objective], constraints: Mapping[str, float]
 ) -> Forecasts:
     """Those of the search that `cfg` describes."""
-    settings = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
+    settings = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]), resolve=True)
     service = child.Service("winnow.search.outlook:forecaster", {"settings": settings}, folder / "log.txt")
 
     def ask(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
