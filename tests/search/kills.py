@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -55,10 +56,9 @@ def start(folder: Path, **settings: Any) -> ForkProcess:
 def _search(folder: Path, settings: dict[str, Any]) -> None:
     os.setpgid(0, 0)
     forkserver._forkserver.__init__()  # type: ignore[misc]  # the tests may have one already; this search has its own
-    output = os.open(folder / "search.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    small_search.main(folder, **settings)
+    with (folder / "search.txt").open("a", buffering=1) as output:
+        sys.stdout = sys.stderr = output
+        small_search.main(folder, **settings)
 
 
 def lines(path: Path) -> list[str]:

@@ -47,7 +47,8 @@ def main(folder: Path, url: str = "", workers: int = 1, seconds: float = 0.4, gr
     def launch(proposal: Proposal, worker: int) -> dict[str, Any]:
         own = folder / "trials" / str(proposal.number)
         overrides = list(proposal.strategy.overrides)
-        arguments = {"overrides": overrides, "seconds": seconds, "started": str(folder / "started.jsonl")}
+        pause = seconds if proposal.strategy.methods else 0.0  # the others wait for the base model
+        arguments = {"overrides": overrides, "seconds": pause, "started": str(folder / "started.jsonl")}
         figures = child.call(
             "tests.search.workers:work",
             arguments,

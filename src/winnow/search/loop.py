@@ -183,7 +183,7 @@ class Search:
 
     def _announce(self, proposal: Proposal) -> None:
         of = f" of {self.budget.trials}" if self.budget.trials else ""
-        self.log(f"trial {proposal.number} ({len(self.study.trials) + 1}{of}): {proposal.strategy}")
+        self.log(f"trial {proposal.number} ({self.study.run_trials + 1}{of}): {proposal.strategy}")
         folder = self._folder(proposal.number)
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier study of this name
         folder.mkdir(parents=True)

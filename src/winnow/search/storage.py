@@ -68,7 +68,7 @@ def claim(url: str, study: str) -> None:
 def connect(name: str, url: str, directions: list[str]) -> optuna.Study:
     """Opens or creates a study in Optuna's storage, whatever it holds."""
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if (path := sqlite_file(url)) is not None:
@@ -80,7 +80,10 @@ def connect(name: str, url: str, directions: list[str]) -> optuna.Study:
             try:
                 storage = optuna.storages.RDBStorage(url, engine_kwargs=engine)
                 return optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
-            except SQLAlchemyError:  # two searches that make the tables at once stumble over one another
+            except (
+                ProgrammingError,
+                IntegrityError,
+            ):  # two searches that make the tables at once stumble over one another
                 if path is not None or attempt == _ATTEMPTS - 1:
                     raise
                 time.sleep(0.2 * 2**attempt)
