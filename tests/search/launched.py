@@ -1,14 +1,15 @@
 """`small_search` as a Hydra application whose trials a real launcher runs: everything of `search.py` but the model.
 
-python -m tests.search.launched outputs=FOLDER hydra/launcher=joblib workers=2 [+crash=true]
+python -m tests.search.launched outputs=FOLDER hydra/launcher=joblib workers=2 [+crash=true] [+seconds=600]
 
-A trial writes lines to `jobs.jsonl` (its process), `started.jsonl` and `finished.jsonl`; with `+crash=true` the first of `nf4` takes its process with it.
+A trial writes lines to `jobs.jsonl` (its process), `started.jsonl` and `finished.jsonl`; with `+crash=true` the first of `nf4` takes its process with it; with `+seconds` trials other than the base model's go on for so long, unless they are stopped.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from winnow.cli import command, say
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Stands for `trial.run`, in whatever process the launcher has chosen."""
     from tests.search import workers
-    from winnow.search import trial
+    from winnow.search import child, trial
 
     hydra = HydraConfig.get()
     own = Path(hydra.runtime.output_dir)
@@ -34,6 +35,11 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         crashed.touch()
         os._exit(1)
     figures = workers.work(overrides, 0.1, str(own.parent.parent / "started.jsonl"), say)
+    deadline = time.monotonic() + (cfg.get("seconds", 0) if "method=[]" not in overrides else 0)
+    while time.monotonic() < deadline:
+        if (own / trial.STOP).exists():
+            raise child.Cancelled("nobody waits")
+        time.sleep(0.05)
     outcome = {"figures": figures, "sources": {}, "reason": None, "message": "", "seconds": {}, "overrides": overrides}
     trial.write_outcome(own, outcome)
     with (own.parent.parent / "finished.jsonl").open("a", encoding="utf-8") as file:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.search import small_search
+from tests.conftest import REPOSITORY
+from tests.search import kills, small_search
 from winnow.search.study import open_study
 from winnow.types import Reason
 
@@ -33,20 +37,25 @@ def launcher(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def search(repository: Path, folder: Path, launcher: str, *arguments: str) -> str:
+def start(folder: Path, launcher: str, *arguments: str) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "tests.search.launched", f"hydra/launcher={launcher}", "workers=2", "study=s"]
-    environment = {**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
+    path = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.Popen(
         [*line, f"outputs={folder}", *arguments],
-        cwd=repository,
-        env=environment,
-        capture_output=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": path, "HOME": str(folder)},  # Ray leaves a token there
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=1200,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+
+
+def search(folder: Path, launcher: str, *arguments: str) -> str:
+    """What it said until its end."""
+    process = start(folder, launcher, *arguments)
+    _, said = process.communicate(timeout=1200)
+    assert process.returncode == 0, said
+    return said
 
 
 def recorded(folder: Path) -> list[Any]:
@@ -54,10 +63,8 @@ def recorded(folder: Path) -> list[Any]:
     return list(study.trials)
 
 
-def test_trials_run_in_processes_of_their_own_and_one_that_dies_is_tried_again(
-    launcher: str, repository: Path, tmp_path: Path
-) -> None:
-    search(repository, tmp_path, launcher, "+crash=true", f"budget.trials={small_search.TRIALS}")
+def test_trials_run_in_processes_of_their_own_and_one_that_dies_is_tried_again(launcher: str, tmp_path: Path) -> None:
+    search(tmp_path, launcher, "+crash=true", f"budget.trials={small_search.TRIALS}")
     trials = recorded(tmp_path)
     assert sum(trial.complete for trial in trials) == small_search.TRIALS
     (died,) = [trial for trial in trials if not trial.complete and trial.strategy.methods == ("nf4",)]
@@ -71,11 +78,27 @@ def test_trials_run_in_processes_of_their_own_and_one_that_dies_is_tried_again(
     assert (tmp_path / "s" / "trials" / "0" / ".hydra" / "overrides.yaml").exists()
 
 
-def test_a_launcher_that_cannot_start_anything_is_named(repository: Path, tmp_path: Path) -> None:
+def test_interrupted_it_leaves_no_job_running(launcher: str, tmp_path: Path) -> None:
+    process = start(tmp_path, launcher, "+seconds=600")
+    deadline = time.monotonic() + 1200
+    while len(kills.lines(tmp_path / "s" / "started.jsonl")) < 3:  # the base model, and two that will not end
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    below = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert len(recorded(tmp_path)) == 1
+    assert (tmp_path / "s" / "front.json").exists()
+
+
+def test_a_launcher_that_cannot_start_anything_is_named(tmp_path: Path) -> None:
     if importlib.util.find_spec("submitit") is None:
         pytest.skip("submitit is not installed: pip install 'winnow[slurm]'")
-    with pytest.raises(AssertionError, match=r"hydra/launcher=submitit_slurm has failed 3 times.*hydra.launcher"):
-        search(repository, tmp_path, "submitit_slurm")
+    with pytest.raises(AssertionError, match=r"search.py: the base model .*submitit_slurm: .*srun"):
+        search(tmp_path, "submitit_slurm")
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(command: Callable[..., Any]) -> None:
