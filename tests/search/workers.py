@@ -39,6 +39,10 @@ def fail(kind: str, log: Any) -> dict[str, Any]:
     raise errors[kind]
 
 
+def variable(name: str, log: Any) -> dict[str, str | None]:
+    return {name: os.environ.get(name)}
+
+
 def hang(log: Any) -> None:
     """Hangs with a child of its own, and says the process ids."""
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
