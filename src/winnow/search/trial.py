@@ -50,6 +50,7 @@ def run(
     if cancelled():  # it has waited in a cluster's queue, say
         raise child.Cancelled(f"{folder} is no longer wanted")
     child.start_server(preloads(cfg))
+    say = (lambda line: log(f"[{folder.name}] {line}")) if settings["workers"] > 1 else log  # whose line it is
     limits = child.Limits(60 * cfg.limits.minutes if cfg.limits.minutes else None, cfg.limits.memory_bytes)
     artifact, metrics = folder / "artifact", folder / "metrics"
     for leftover in (artifact, metrics):  # where a cluster starts a job once more
@@ -65,7 +66,7 @@ def run(
                 f"winnow.search.trial:{step}",
                 {"settings": settings, "output": str(target), "artifact": str(artifact)},
                 child.Limits(left, limits.memory_bytes),
-                log,
+                say,
                 folder / "log.txt",
                 environment,
                 cancelled,
