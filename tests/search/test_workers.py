@@ -104,6 +104,15 @@ def test_a_crash_is_tried_once_more_and_counts_once(tmp_path: Path) -> None:
     assert not again.runs, "it starts again with what was finished"
 
 
+def test_the_last_trial_of_a_budget_may_be_tried_once_more_too(tmp_path: Path) -> None:
+    def answer(strategy: Strategy, before: int) -> dict[str, Any]:
+        return failure(Reason.LOST, "") if strategy.methods and not before else fine(strategy)
+
+    search = Small(tmp_path, answer, budget=Budget(trials=2))
+    search.run()
+    assert [trial.complete for trial in search.study.trials] == [True, False, True]
+
+
 def test_a_second_attempt_is_made_after_a_restart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(trial: Any) -> None:
         raise KeyboardInterrupt

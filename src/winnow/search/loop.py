@@ -104,7 +104,8 @@ class Search:
                     self._announce(proposal)
                     workers.start(proposal)
             if not workers.idle:
-                self._finish(*workers.wait())
+                if self._finish(*workers.wait()):
+                    ended = ""  # its budget was not used up
             elif ended:
                 break
             else:
@@ -190,7 +191,8 @@ class Search:
         rivals = [{"number": t.number, "figures": dict(t.figures)} for t in self.study.on_front]
         (folder / RIVALS).write_text(json.dumps(rivals) + "\n", encoding="utf-8")
 
-    def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> None:
+    def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> bool:
+        """Records a trial; returns whether it is to be tried once more."""
         trial = self._made(proposal, outcome, seconds)
         self._record(trial)
         if tried_again(trial):
@@ -201,6 +203,7 @@ class Search:
                 f"outputs={self.folder.parent}: the disk is full ({trial.message}); free some space and go on"
             )
         _check_base(trial)
+        return tried_again(trial)
 
     def _retry(self, trial: Trial) -> None:
         self.study.seen.discard(trial.strategy.overrides)
