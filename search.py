@@ -1,6 +1,7 @@
 """Search for the Pareto front of compressed versions of a model. `python search.py --help` lists the options.
 
-`conf/search.yaml` makes this a Hydra multirun whose sweeper is winnow's: the sweeper proposes strategies, and this task runs one.
+`conf/search.yaml` makes this a Hydra multirun whose sweeper is winnow's: the sweeper proposes strategies, and this task runs one,
+wherever the launcher has it run. (Hydra's basic launcher has no place of its own: `winnow.search.launching`.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     from winnow.search import trial
 
     hydra = HydraConfig.get()
-    return trial.run(cfg, hydra.overrides.task, Path(hydra.runtime.output_dir), log=say)
+    folder, environment = Path(hydra.runtime.output_dir), dict(hydra.job.env_set)
+    return trial.run(cfg, hydra.overrides.task, folder, say, environment)
 
 
 if __name__ == "__main__":

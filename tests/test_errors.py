@@ -249,7 +249,7 @@ class TestStudy:
         assert path.read_bytes() == damaged
 
     def test_the_check_sees_a_sound_database_as_sound(self, tmp_path: Path) -> None:
-        from winnow.search.study import check_sqlite
+        from winnow.search.storage import check_sqlite
 
         self.open(tmp_path)
         check_sqlite(tmp_path / "study.db")

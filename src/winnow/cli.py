@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from winnow.model.save import is_disk_full
 from winnow.recovery.devices import RankLost
-from winnow.types import UserError
+from winnow.types import MissingExtra, UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path or "none")).name, replace=True)
@@ -38,6 +38,7 @@ def wandb_mode() -> str:
 
 
 OmegaConf.register_new_resolver("wandb_mode", wandb_mode, replace=True)
+LAUNCHERS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm"}  # and their extras
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -104,9 +105,10 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__
     if cause is not None and str(cause) not in text:
         text = f"{text.rstrip()} ({str(cause).splitlines()[0]})"
-    missing = re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text)
+    missing = re.search(r"Could not (?:find|load) '(hydra/launcher|\w+)/([^']*)'", text)
     if missing:
-        return unknown_option(*missing.groups())
+        group, name = missing.groups()
+        return unknown_launcher(name) if group == "hydra/launcher" else unknown_option(group, name)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type"))]
     key = re.search(r"full_key: (\S+)", text)
@@ -127,6 +129,13 @@ def unknown_option(group: str, name: str) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{group}={name}: there is no such option; {hint}{group} has: {', '.join(known)}"
+
+
+def unknown_launcher(name: str) -> str:
+    """The message for `hydra/launcher=name` when no plugin brings it."""
+    if name in LAUNCHERS:
+        return str(MissingExtra(f"hydra/launcher={name}", LAUNCHERS[name]))
+    return f"hydra/launcher={name}: there is no such launcher; there are basic, {', '.join(LAUNCHERS)}"
 
 
 def unknown_key(text: str) -> str:

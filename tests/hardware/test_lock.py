@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from winnow.hardware import lock
+from winnow.hardware.device import Gpu
 
 FORK = multiprocessing.get_context("fork")
 
 
-def _hold(hold: Callable[..., Any], pipe: Connection) -> None:
+def _hold(hold: Callable[..., Any], device: str, pipe: Connection) -> None:
     """Says when it has the device, and keeps it until told."""
-    with hold("cpu", lambda line: pipe.send(line)):
+    with hold(device, lambda line: pipe.send(line)):
         pipe.send("held")
         pipe.recv()
     pipe.send("given up")
@@ -28,9 +29,9 @@ def _hold(hold: Callable[..., Any], pipe: Connection) -> None:
 class Holder:
     """Another process that asks for the device."""
 
-    def __init__(self, hold: Callable[..., Any]) -> None:
+    def __init__(self, hold: Callable[..., Any], device: str = "cpu") -> None:
         self.pipe, theirs = FORK.Pipe()
-        self.process = FORK.Process(target=_hold, args=(hold, theirs), daemon=True)
+        self.process = FORK.Process(target=_hold, args=(hold, device, theirs), daemon=True)
         self.process.start()
 
     def says(self, line: str, within_s: float = 30) -> bool:
@@ -103,3 +104,19 @@ def test_devices_have_locks_of_their_own() -> None:
         with pytest.raises(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.close(descriptor)
+
+
+def test_gpus_have_locks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Gpu("g", "GPU-a", 8), Gpu("g", "GPU-b", 8)
+    monkeypatch.setattr(lock, "visible_gpus", lambda: (second,))
+    one = Holder(lock.alone, "cuda")
+    assert one.says("held")
+    monkeypatch.setattr(lock, "visible_gpus", lambda: (first,))
+    with lock.alone("cuda"), lock.alone("cpu"):
+        pass
+    monkeypatch.setattr(lock, "visible_gpus", lambda: (first, second))
+    both = Holder(lock.alone, "cuda")
+    assert not both.says("held", within_s=0.3)
+    one.let_go()
+    assert both.says("held")
+    both.let_go()

@@ -1,25 +1,28 @@
-"""A search over a small space whose trials take a moment: run, killed and started again by `test_resume`.
+"""A search over a small space whose trials take a moment: run, killed and started again by tests and by `bench/kill_search.py`.
 
-python -m tests.search.small_search FOLDER
+python -m tests.search.small_search FOLDER [seconds=0.4] [workers=1] [url=postgresql://...] [grace=180]
+
+Of each trial a line goes to `started.jsonl` when its work begins, and to `finished.jsonl` when its outcome is on the disk.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from winnow.agent.samplers import TPE
-from winnow.search import child, trial
+from winnow.cli import INTERRUPTED
+from winnow.search import child, start, storage, trial
 from winnow.search.budget import Budget
 from winnow.search.loop import Search
 from winnow.search.outlook import Forecasts
 from winnow.search.space import read_space
 from winnow.search.study import Proposal, open_study
 from winnow.search.views import Views
-from winnow.types import Objective
+from winnow.types import Objective, UserError
 
 METHODS = {
     "rtn": {"_target_": "winnow.method.rtn.RTN", "bits": 4, "group_size": 64},
@@ -29,25 +32,31 @@ TRIALS = 14  # the base, 12 settings of rtn, nf4: the whole space
 OBJECTIVES = (Objective("accuracy", True), Objective("size_bytes", False, "bytes"))
 
 
-def work(overrides: list[str], started: str, log: Any) -> dict[str, float]:
-    """Stands for compressing and evaluating: a figure that depends on the strategy alone, after a while."""
-    with Path(started).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(overrides) + "\n")
-    time.sleep(0.4)
-    value = sum(map(ord, "".join(overrides)))
-    return {"accuracy": value % 97 / 97, "size_bytes": float(value % 89)}
+def address(folder: Path) -> str:
+    return f"sqlite:///{folder / 'study.db'}"
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, url: str = "", workers: int = 1, seconds: float = 0.4, grace: float = storage.GRACE_S) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     child.PRELOAD = ()
-    study = open_study("small", f"sqlite:///{folder / 'study.db'}", OBJECTIVES, {"model": "m"})
+    storage.GRACE_S, storage.BEAT_S = grace, grace / 10
+    signal.signal(signal.SIGTERM, start._interrupt)
+    storage.claim(url or address(folder), "small")
+    study = open_study("small", url or address(folder), OBJECTIVES, {"model": "m"})
 
     def launch(proposal: Proposal, worker: int) -> dict[str, Any]:
         own = folder / "trials" / str(proposal.number)
         overrides = list(proposal.strategy.overrides)
-        arguments = {"overrides": overrides, "started": str(folder / "started.jsonl")}
-        figures = child.call("tests.search.small_search:work", arguments, child.Limits(), print, own / "log.txt")
+        pause = seconds if proposal.strategy.methods else 0.0  # the others wait for the base model
+        arguments = {"overrides": overrides, "seconds": pause, "started": str(folder / "started.jsonl")}
+        figures = child.call(
+            "tests.search.workers:work",
+            arguments,
+            child.Limits(),
+            print,
+            own / "log.txt",
+            cancelled=(own / trial.STOP).exists,
+        )
         outcome = {
             "figures": figures,
             "sources": {},
@@ -72,8 +81,16 @@ def main(folder: Path) -> None:
         shared=[],
         views=Views(folder, print),
         log=print,
+        workers=workers,
     ).run()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    given = dict(argument.split("=", 1) for argument in sys.argv[2:])
+    types = {"url": str, "workers": int, "seconds": float, "grace": float}
+    try:
+        main(Path(sys.argv[1]), **{name: types[name](value) for name, value in given.items()})
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except UserError as error:
+        sys.exit(str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,38 @@ def test_a_timeout_ends_the_child_and_its_children(tmp_path: Path) -> None:
     while not all(gone(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert all(gone(pid) for pid in pids)
+
+
+def test_it_has_variables_of_its_own(tmp_path: Path) -> None:
+    assert child.call(
+        f"{WORKERS}:variable",
+        {"name": "CUDA_VISIBLE_DEVICES"},
+        child.Limits(),
+        print,
+        tmp_path / "log.txt",
+        environment={"CUDA_VISIBLE_DEVICES": "1"},
+    ) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") != "1"
+
+
+def test_one_that_nobody_waits_for_any_more_is_ended(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(child.Cancelled):
+        child.call(
+            f"{WORKERS}:hang",
+            {},
+            child.Limits(),
+            lines.append,
+            tmp_path / "log.txt",
+            cancelled=lambda: bool(lines),
+        )
+    assert all(gone(int(pid)) for pid in lines[0].split()[:1])
+
+
+def test_several_threads_may_call_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda a: call("add", tmp_path, a=a, b=1)["sum"], range(12)))
+    assert answers == list(range(1, 13))
 
 
 def test_a_child_over_its_memory_is_ended(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -37,6 +39,10 @@ def fail(kind: str, log: Any) -> dict[str, Any]:
     raise errors[kind]
 
 
+def variable(name: str, log: Any) -> dict[str, str | None]:
+    return {name: os.environ.get(name)}
+
+
 def hang(log: Any) -> None:
     """Hangs with a child of its own, and says the process ids."""
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -49,3 +55,12 @@ def swell(log: Any) -> None:
     for _ in range(10_000):
         held.append(bytearray(os.urandom(2**20)) * 16)
         time.sleep(0.01)
+
+
+def work(overrides: list[str], seconds: float, started: str, log: Any) -> dict[str, float]:
+    """Stands for compressing and evaluating: a figure that depends on the strategy alone, after a while."""
+    with Path(started).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(overrides) + "\n")
+    time.sleep(seconds)
+    value = sum(map(ord, "".join(overrides)))
+    return {"accuracy": value % 97 / 97, "size_bytes": float(value % 89)}

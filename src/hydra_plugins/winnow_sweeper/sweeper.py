@@ -21,19 +21,12 @@ class WinnowSweeper(Sweeper):
     """Proposes strategies one at a time and launches each through Hydra's launcher."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        from hydra.core.plugins import Plugins
-
         self.config = config
         self.hydra_context = hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self.task_function = task_function
 
     def sweep(self, arguments: list[str]) -> Any:
+        from winnow.search.launching import Launching
         from winnow.search.start import search
 
-        return search(self.config, arguments, self._launch, self.validate_batch_is_legal)
-
-    def _launch(self, number: int, overrides: list[str]) -> Any:
-        """Runs the job; returns Hydra's JobReturn."""
-        return self.launcher.launch([overrides], initial_job_idx=number)[0]
+        return search(self.config, arguments, Launching(self.hydra_context, self.task_function, self.config))

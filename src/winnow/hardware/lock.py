@@ -1,8 +1,8 @@
 """Who may use the device: a measurement holds it alone, everything else shares it.
 
-Two lock files a device in the temporary folder, so that all processes of a machine meet there. `flock` locks are given up by
-the kernel when their process dies, however it dies: nothing is ever left locked. The second file is a turnstile: a waiting
-measurement holds it, so that no new work slips past and the measurement waits only for what already runs.
+Two lock files a device (each GPU is one) in the temporary folder, so that all processes of a machine meet there. `flock` locks
+are given up by the kernel when their process dies, however it dies: nothing is ever left locked. The second file is a turnstile:
+a waiting measurement holds it, so that no new work slips past and the measurement waits only for what already runs.
 
     with alone("cpu", print): ...   # latency, energy, peak memory
     with sharing("cpu"): ...        # compressing, scoring
@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from winnow.hardware.device import visible_gpus
+
 PATIENCE_S = 3.0  # a longer wait is worth a line in the log
 _POLL_S = 0.02
 
@@ -28,10 +30,10 @@ _POLL_S = 0.02
 @contextmanager
 def alone(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
     """Holds the device for a measurement: no other process measures, and none starts to share it, meanwhile."""
-    with (
-        _held(device, "turn", fcntl.LOCK_EX, log, "measure"),
-        _held(device, "use", fcntl.LOCK_EX, log, "measure"),
-    ):
+    with ExitStack() as stack:
+        for one in _devices(device):
+            stack.enter_context(_held(one, "turn", fcntl.LOCK_EX, log, "measure"))
+            stack.enter_context(_held(one, "use", fcntl.LOCK_EX, log, "measure"))
         yield
 
 
@@ -39,9 +41,18 @@ def alone(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
 def sharing(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
     """Uses the device beside others, but never beside a measurement."""
     with ExitStack() as stack:
-        with _held(device, "turn", fcntl.LOCK_SH, log, "go on"):
-            stack.enter_context(_held(device, "use", fcntl.LOCK_SH, log, "go on"))
+        for one in _devices(device):
+            with _held(one, "turn", fcntl.LOCK_SH, log, "go on"):
+                stack.enter_context(_held(one, "use", fcntl.LOCK_SH, log, "go on"))
         yield
+
+
+def _devices(device: str) -> list[str]:
+    """The GPUs that this process may use, each by itself: those of another are not in its way.
+
+    In one order for all processes, so that none waits for another that waits for it.
+    """
+    return sorted(gpu.uuid for gpu in visible_gpus()) or [device] if device == "cuda" else [device]
 
 
 def lock_path(device: str, part: str) -> Path:

@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -25,6 +26,7 @@ from winnow.types import MissingExtra, Reason, Unservable, UserError
 
 PRELOAD = ("torch", "transformers", "lm_eval", "winnow.search.preload")  # for every trial
 _POLL_S = 0.25
+_BOOKS = threading.Lock()  # multiprocessing keeps account of children in a way that is not made for several threads
 
 
 class Failed(Exception):
@@ -33,6 +35,10 @@ class Failed(Exception):
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason, self.message = reason, message
+
+
+class Cancelled(Exception):
+    """The child was ended because nobody waits for its result any more."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +56,33 @@ def start_server(extra: Sequence[str] = ()) -> None:
 
 
 def call(
-    function: str, arguments: dict[str, Any], limits: Limits, log: Callable[[str], None], output: Path
+    function: str,
+    arguments: dict[str, Any],
+    limits: Limits,
+    log: Callable[[str], None],
+    output: Path,
+    environment: Mapping[str, str] | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """What `function` ("module:name") returns for `arguments`, computed in a child.
+    """What `function` ("module:name") returns for `arguments`, computed in a child. Several threads may call at once.
 
     Args:
         function: takes the arguments and a `log` callable; returns something that pickles.
         output: a file for what the child prints.
+        environment: variables that the child has beside those of the fork server.
+        cancelled: asked now and then whether the result is still wanted.
 
     Raises:
         Failed: with the typed reason.
-        KeyboardInterrupt: after the child was killed.
+        Cancelled, KeyboardInterrupt: after the child was killed.
     """
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_main, args=(theirs, function, arguments, str(output)), daemon=False)
-    process.start()
+    process = context.Process(
+        target=_main, args=(theirs, function, arguments, str(output), dict(environment or {})), daemon=False
+    )
+    with _BOOKS:
+        process.start()
     theirs.close()
     started = time.monotonic()
     try:
@@ -75,7 +92,7 @@ def call(
                     try:
                         kind, payload = ours.recv()
                     except EOFError:
-                        process.join()
+                        _join(process)
                         raise _death(process.exitcode, output) from None
                     if kind == "log":
                         log(payload)
@@ -85,6 +102,8 @@ def call(
                         raise Failed(Reason(payload[0]), payload[1])
                 elif not ours.poll():
                     raise _death(process.exitcode, output)
+            if cancelled():
+                raise Cancelled(f"{function} was ended")
             if limits.seconds and time.monotonic() - started > limits.seconds:
                 raise Failed(Reason.TIMEOUT, f"took longer than {limits.seconds:.0f} s")
             if limits.memory_bytes and (used := _resident_bytes(process.pid)) > limits.memory_bytes:
@@ -110,7 +129,8 @@ class Service:
         self._ours, theirs = context.Pipe()
         self._output = output
         self._process = context.Process(target=_serve, args=(theirs, function, arguments, str(output)), daemon=True)
-        self._process.start()
+        with _BOOKS:
+            self._process.start()
         theirs.close()
 
     def ask(self, question: Any) -> Any:
@@ -123,7 +143,7 @@ class Service:
             self._ours.send(question)
             kind, payload = self._ours.recv()
         except (EOFError, OSError):
-            self._process.join(timeout=1)
+            _join(self._process, timeout=1)
             raise _death(self._process.exitcode, self._output) from None
         if kind == "failed":
             raise Failed(Reason(payload[0]), payload[1])
@@ -158,9 +178,12 @@ def _serve(connection: Connection, function: str, arguments: dict[str, Any], out
                 connection.send(("failed", (classify(error).value, describe(error))))
 
 
-def _main(connection: Connection, function: str, arguments: dict[str, Any], output: str) -> None:
+def _main(
+    connection: Connection, function: str, arguments: dict[str, Any], output: str, environment: dict[str, str]
+) -> None:
     """The child: its own process group, output to a file, result or typed failure over the pipe."""
     os.setpgid(0, 0)
+    os.environ.update(environment)
     end_with_parent()
     with open(output, "a", encoding="utf-8", buffering=1) as file:  # noqa: PTH123
         os.dup2(file.fileno(), 1)
@@ -218,7 +241,13 @@ def _kill(process: Any) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         process.kill()
-    process.join(timeout=5)
+    _join(process, timeout=5)
+
+
+def _join(process: Any, timeout: float | None = None) -> None:
+    wait([process.sentinel], timeout)
+    with _BOOKS:
+        process.join(timeout=0)
 
 
 def _resident_bytes(pid: int | None) -> int:

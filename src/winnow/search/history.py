@@ -10,6 +10,13 @@ from winnow.search import pareto
 from winnow.search.objectives import broken
 from winnow.types import Objective, Reason, Strategy, Trial
 
+TRANSIENT = (Reason.CRASHED, Reason.LOST)  # a trial that failed so is tried once more
+
+
+def tried_again(trial: Trial) -> bool:
+    """Whether a failure is one that the next attempt may not have; that of the second attempt stands."""
+    return trial.reason in TRANSIENT and "retried" not in trial.decision
+
 
 class History:
     """Finished trials and those under way.
@@ -23,7 +30,7 @@ class History:
         gains: of each finished trial, by number: the hypervolume that it added, as a share of the box between the best and
             the worst values known by then.
         proposals: how many there were: a seed that moves on with each.
-        run_trials: finished ones that were really run: those refused beforehand cost nothing.
+        run_trials: finished ones that were really run: those refused beforehand cost nothing, and two attempts count once.
         since_gain: of these, how many have ended since one came onto the front.
         energy_wh, co2_g: that they took.
     """
@@ -51,7 +58,7 @@ class History:
     @property
     def base(self) -> Trial | None:
         """The base model's trial."""
-        return next((trial for trial in self.trials[:1] if not trial.strategy.methods and trial.complete), None)
+        return next((trial for trial in self.trials if not trial.strategy.methods and trial.complete), None)
 
     def breaks(self, trial: Trial) -> list[str]:
         """The constraints that a trial breaks, in words."""
@@ -71,7 +78,7 @@ class History:
         self.running.pop(trial.number, None)
         self.seen.add(trial.strategy.overrides)
         self.trials.append(trial)
-        if trial.reason is not Reason.INFEASIBLE:
+        if trial.reason is not Reason.INFEASIBLE and not tried_again(trial):
             self.run_trials += 1
             self.since_gain += 1
         self.energy_wh += trial.energy.get("wh", 0.0)

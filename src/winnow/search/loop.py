@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +17,17 @@ from typing import Any
 
 from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion
 from winnow.search.budget import Budget, Convergence
+from winnow.search.history import tried_again
 from winnow.search.overrides import command_lines
 from winnow.search.space import Space
 from winnow.search.study import Proposal, Study
-from winnow.search.trial import RIVALS, read_outcome
+from winnow.search.trial import RIVALS, STOP, read_outcome
 from winnow.search.views import Views
 from winnow.search.workers import Launch, Workers
 from winnow.types import Reason, Strategy, Trial, UserError
 
 KEEP = ("front", "all", "none")
-TRANSIENT = (Reason.CRASHED, Reason.LOST)  # a trial that failed so is tried once more
+WAIT_S = 2.0  # between looks at what another search is doing
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Search:
     workers: int = 1
     confirm: Callable[[], None] | None = None
     convergence: Convergence = field(default_factory=Convergence)
-    _again: deque[Suggestion] = field(default_factory=deque, init=False)
+    _again: list[Suggestion] = field(default_factory=list, init=False)
 
     def run(self) -> None:
         """Runs trials until the budget or the space is spent; on Ctrl-C the study and its views are left in order.
@@ -69,15 +70,20 @@ class Search:
             UserError: the base model itself cannot be evaluated, or the disk is full.
         """
         self.budget.start()
-        self._resume()
+        workers = Workers(self.launch, self.workers)
         try:
-            with Workers(self.launch, self.workers) as workers:
-                self._work(workers)
+            self._resume()
+            self._work(workers)
             if self.confirm is not None:
                 self.confirm()
         except BaseException as error:
+            left = workers.stop(self._cancel)
             with contextlib.suppress(OSError):  # on a full disk, say, the first error is the one to show
                 self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody may be waiting
+            if left:
+                self.log(
+                    f"search: {left} trials do not answer; wherever they run, they end when they see that it is over"
+                )
             if isinstance(error, KeyboardInterrupt):
                 self.log(f"search: interrupted; the same command goes on with study {self.study.name}")
             raise
@@ -87,7 +93,10 @@ class Search:
     def _work(self, workers: Workers) -> None:
         ended = ""
         while True:
-            while not ended and workers.free and (workers.idle or self.study.base is not None):
+            while not ended and workers.free:
+                self._look()
+                if self.study.base is None and self.study.running:
+                    break  # all others are judged by the base model's figures
                 ended = self.budget.spent(self.study) or self.convergence.reached(self.study)
                 if ended:
                     break
@@ -99,30 +108,59 @@ class Search:
                 if proposal is not None:
                     self._announce(proposal)
                     workers.start(proposal)
-            if workers.idle:
+            if not workers.idle:
+                if self._finish(*workers.wait()):
+                    ended = ""  # its budget was not used up
+            elif ended:
                 break
-            self._finish(*workers.wait())
-        if ended:
-            self.log(f"search: {ended}")
+            else:
+                time.sleep(WAIT_S)  # for the base model's trial, in another search
+        self.log(f"search: {ended}")
 
     def _resume(self) -> None:
         before = len(self.study.trials)
-        lost, again = self.study.recover(self._finished)
-        self._again.extend(again)
-        for number in lost:
-            shutil.rmtree(self._folder(number), ignore_errors=True)
+        lost = self._take_over()
+        self.study.refresh()
+        again = {trial.decision.get("retried") for trial in self.study.trials}
         for trial in self.study.trials:
             self.outlook.observe(trial)
+            if tried_again(trial) and trial.number not in again:
+                self._retry(trial)
+        if self.study.base is None and not self.study.running:
+            self.study.seen.discard(
+                Strategy().overrides
+            )  # it failed, and whoever starts again has done something about it
         if before or lost:
-            more = f"; {len(lost)} that were cut off will run again" if lost else ""
+            more = f"; {lost} that were cut off will run again" if lost else ""
             self.log(
                 f"search: going on with study {self.study.name}: {len(self.study.trials)} trials are finished{more}"
             )
 
+    def _look(self) -> None:
+        """What other searches have done meanwhile, and what those that have died left behind."""
+        news = self.study.refresh()
+        lost = self._take_over()
+        if lost:
+            self.log(f"search: another search has ended; {lost} of its trials will run again")
+        for trial in [*news, *self.study.refresh()]:
+            self.outlook.observe(trial)
+            self.views.trial(trial, self.study)
+            _check_base(trial)
+
+    def _take_over(self) -> int:
+        lost, again = self.study.recover(self._finished)
+        self._again.extend(again)
+        for number in lost:
+            shutil.rmtree(self._folder(number), ignore_errors=True)
+            self._cancel(number)  # a node may still work on it, or get to it later
+        return len(lost)
+
     def _next(self) -> Proposal | None:
-        """What to try now; None where it was refused, which costs nothing and is written down."""
+        """What to try now; None where it was refused, which costs nothing and is written down, or another search was faster."""
         suggestion = self._suggestion()
         proposal = self.study.reserve(suggestion, self.space)
+        if proposal is None:
+            return None
         refusal = self.outlook.refusal(suggestion.strategy) if suggestion.strategy.methods else ""
         if refusal:
             outcome = {
@@ -137,46 +175,51 @@ class Search:
         return proposal
 
     def _suggestion(self) -> Suggestion:
-        for strategy, by in [(Strategy(), "base"), *((s, "first") for s in self.first)]:
+        self._again = [s for s in self._again if s.strategy.overrides not in self.study.seen]
+        again = next((s for s in self._again if not s.strategy.methods), None)
+        if Strategy().overrides not in self.study.seen and again is None:
+            return Suggestion(Strategy(), "base")
+        if self._again:
+            self._again.remove(again := again or self._again[0])
+            return again
+        for strategy in self.first:
             if strategy.overrides not in self.study.seen:
-                return Suggestion(strategy, by)
-        while self._again:
-            suggestion = self._again.popleft()
-            if suggestion.strategy.overrides not in self.study.seen:
-                return suggestion
+                return Suggestion(strategy, "first")
         return self.policy.ask(self.study, self.space, self.outlook)
 
     def _announce(self, proposal: Proposal) -> None:
         of = f" of {self.budget.trials}" if self.budget.trials else ""
-        self.log(f"trial {proposal.number} ({len(self.study.trials) + 1}{of}): {proposal.strategy}")
+        self.log(f"trial {proposal.number} ({self.study.run_trials + 1}{of}): {proposal.strategy}")
         folder = self._folder(proposal.number)
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier study of this name
         folder.mkdir(parents=True)
         rivals = [{"number": t.number, "figures": dict(t.figures)} for t in self.study.on_front]
         (folder / RIVALS).write_text(json.dumps(rivals) + "\n", encoding="utf-8")
 
-    def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> None:
+    def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> bool:
+        """Records a trial; returns whether it is to be tried once more."""
         trial = self._made(proposal, outcome, seconds)
-        if trial.reason in TRANSIENT and not trial.decision.get("retried"):
+        self._record(trial)
+        if tried_again(trial):
             self.log(f"trial {trial.number} failed ({trial.reason}): {trial.message}; it is tried once more")
-            record = {**proposal.suggestion.record, "retried": trial.number}
-            self._record(trial)
-            self.study.seen.discard(trial.strategy.overrides)
-            self._again.append(
-                Suggestion(proposal.strategy, proposal.suggestion.by, proposal.suggestion.why, record=record)
-            )
-        else:
-            self._record(trial)
+            self._retry(trial)
         if trial.reason is Reason.DISK_FULL:
             raise UserError(
                 f"outputs={self.folder.parent}: the disk is full ({trial.message}); free some space and go on"
             )
-        if not trial.strategy.methods and not trial.complete:
-            raise UserError(f"the base model cannot be evaluated ({trial.reason}): {trial.message}")
+        _check_base(trial)
+        return tried_again(trial)
+
+    def _retry(self, trial: Trial) -> None:
+        self.study.seen.discard(trial.strategy.overrides)
+        record = {**trial.decision, "retried": trial.number}
+        self._again.append(Suggestion(trial.strategy, trial.proposed_by, record=record))
 
     def _record(self, trial: Trial) -> None:
         front = self.study.front
-        self.study.record(trial)
+        if not self.study.record(trial):
+            self.log(f"trial {trial.number} came too late: another search has taken it for lost, and runs it again")
+            return
         self.outlook.observe(trial)
         self.views.trial(trial, self.study)
         if self.study.front != front or not trial.complete:
@@ -215,6 +258,12 @@ class Search:
             return None
         return self._made(Proposal(number, suggestion), outcome)
 
+    def _cancel(self, number: int) -> None:
+        """Tells a trial, wherever it runs, that nobody waits for it any more."""
+        with contextlib.suppress(OSError):
+            self._folder(number).mkdir(parents=True, exist_ok=True)
+            (self._folder(number) / STOP).touch()
+
     def _folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)
 
@@ -225,7 +274,13 @@ class Search:
         kept = set(self.study.front) if keep == "front" else set()
         if self.confirm is not None and self.study.base is not None:
             kept.add(self.study.base.number)  # compared with, once more, at the end
+        finished = {trial.number for trial in self.study.trials}  # others may be at work here, too
         for artifact in (self.folder / "trials").glob("*/artifact"):
             number = int(artifact.parent.name)
-            if number not in kept and number not in self.study.running:
+            if number in finished and number not in kept:
                 shutil.rmtree(artifact, ignore_errors=True)
+
+
+def _check_base(trial: Trial) -> None:
+    if not trial.strategy.methods and not trial.complete and not tried_again(trial):
+        raise UserError(f"the base model cannot be evaluated ({trial.reason}): {trial.message}")

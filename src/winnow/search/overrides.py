@@ -43,6 +43,8 @@ def parse(arguments: Sequence[str]) -> Typed:
     shared: list[str] = []
     for override in OverridesParser.create().parse_overrides(list(arguments)):
         key, value = override.key_or_group, override.value()
+        if key == "storage":
+            continue  # of the search, not of its trials; it may hold a password
         if key == "method":
             if isinstance(value, ChoiceSweep | Glob):
                 raise UserError(f"{override.input_line}: list the methods to search over, e.g. method=[wanda,rtn,nf4]")

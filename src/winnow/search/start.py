@@ -16,30 +16,27 @@ from winnow import build
 from winnow.agent.policy import Policy
 from winnow.agent.recipe import read_recipe
 from winnow.cli import say
-from winnow.search import child, confirm, outlook, overrides, trial
+from winnow.search import child, confirm, outlook, overrides, storage, trial
 from winnow.search.budget import Budget, Convergence
 from winnow.search.gates import Racing
+from winnow.search.launching import Launching, shares
 from winnow.search.loop import KEEP, Search
 from winnow.search.objectives import constraints, objectives
 from winnow.search.space import Space, read_space
 from winnow.search.study import Proposal, open_study
 from winnow.search.views import Views
-from winnow.types import LM, Reason, Slot, Strategy, UserError
+from winnow.types import LM, Slot, Strategy, UserError
+
+OF_NODE = ("cpu", "cores", "threads", "gpus")  # of the hardware: on a cluster not those of the machine that searches
 
 
-def search(
-    config: DictConfig,
-    arguments: Sequence[str],
-    launch: Callable[[int, list[str]], Any],
-    validate: Callable[[list[list[str]]], None],
-) -> None:
+def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -> None:
     """Runs the search that `config` and the command line describe, and prints its front.
 
     Args:
         config: the composed configuration; `method` holds the methods of the space.
         arguments: the overrides as typed.
-        launch: runs one job of a number with overrides, and returns Hydra's JobReturn.
-        validate: Hydra's check that overrides compose.
+        launching: runs the trials.
     """
     from winnow.report.table import front_table
 
@@ -49,6 +46,8 @@ def search(
         raise UserError(f"keep={config.keep} is not known; it is one of {', '.join(KEEP)}")
     budget, convergence = Budget(**config.budget), Convergence(config.convergence if config.recipe is None else None)
     Racing(**config.racing)
+    if config.workers < 1:
+        raise UserError(f"workers={config.workers} leaves nobody to run a trial; give at least 1")
     lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
     scores = benchmark.scores()
     confirm.check(config.confirm, benchmark)
@@ -59,30 +58,28 @@ def search(
 
         print(search_table(config, space, budget))
         return
-    hardware.check()
-    held = fingerprint(config, lm, hardware.fingerprint())
-    stages = [build.target_of(config.method[name]["_target_"]) for name in config.method]
-    preload = sorted({module for stage in stages for module in stage.preload})
-    child.start_server(preload)
+    if launching.here:
+        hardware.check()
+    devices = shares(hardware, config.workers) if launching.here else [{}] * config.workers
+    machine = hardware.fingerprint()
+    held = fingerprint(
+        config, lm, machine if launching.here else {k: v for k, v in machine.items() if k not in OF_NODE}
+    )
+    child.start_server(trial.preloads(config))
 
     folder = Path(config.outputs) / config.study
-    storage = str(config.storage or f"sqlite:///{folder / 'study.db'}")
-    if storage.startswith("sqlite:///"):
-        _make(folder)
-    study = open_study(config.study, storage, wanted, held, limits)
+    url = str(config.storage or f"sqlite:///{folder / 'study.db'}")
+    if (file := storage.sqlite_file(url)) is not None:
+        _make(file.parent)
+    storage.claim(url, config.study)
+    study = open_study(config.study, url, wanted, held, limits)
     _make(folder)
     _write_spec(folder, lm)
+    logging.getLogger("hydra").setLevel(logging.WARNING)
+    launching.prepare(config.workers)
 
     def run_trial(proposal: Proposal, worker: int) -> dict[str, Any]:
-        lines = typed.of_trial(proposal.strategy)
-        validate([lines])
-        job = launch(proposal.number, lines)
-        if job.status.name != "COMPLETED":
-            error = job._return_value  # `return_value` would raise it
-            if isinstance(error, KeyboardInterrupt):
-                raise error
-            return trial.failure(Reason.ERROR, child.describe(error))
-        return job.return_value  # type: ignore[no-any-return]
+        return launching.run(proposal.number, typed.of_trial(proposal.strategy), devices[worker])
 
     tracker = _tracker(config, folder)
     run = Search(
@@ -102,7 +99,6 @@ def search(
         convergence=convergence,
         confirm=functools.partial(confirm.confirm, study, config, folder, say) if config.confirm else None,
     )
-    logging.getLogger("hydra").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's way of asking
     say(f"search: {len(space.methods)} methods, objectives {', '.join(o.name for o in wanted)}; study in {folder}")
     run.run()

@@ -2,30 +2,33 @@
 
 A trial is *finished* once its record is in the storage (one write); everything before that can be lost to a kill and is made up
 for on the next start, nothing after it can. Views (`front.json`, `report.html`, W&B) are rebuilt from here at any time.
+On a database server several searches may write to one study (`winnow.search.storage`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
-import sqlite3
+import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.agent.policy import Suggestion
-from winnow.search import pareto
+from winnow.search import pareto, storage
 from winnow.search.history import History
+from winnow.search.records import strategy_from, strategy_json, trial_from_json, trial_json
 from winnow.search.space import Space, distributions
-from winnow.types import Objective, Reason, Strategy, Summary, Trial, UserError
+from winnow.types import Objective, Strategy, Summary, Trial, UserError
 
 if TYPE_CHECKING:
     import optuna
 
 _RECORD, _STRATEGY, _LOST, _BY, _DECISION = "record", "strategy", "lost", "proposed_by", "decision"
 _CONFIRMED = "confirmed"
+_OWNER, _BEAT, _WITHDRAWN = "owner", "beat", "withdrawn"  # of searches that share a study
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,11 @@ class Proposal:
 
 
 class Study(History):
-    """A history in Optuna's storage, and the means to add to it. Trials have the numbers that the storage gives them."""
+    """A history in Optuna's storage, and the means to add to it. Trials have the numbers that the storage gives them.
+
+    Args:
+        url: of a storage that other searches may write to as well; empty where this is the only one.
+    """
 
     def __init__(
         self,
@@ -49,26 +56,35 @@ class Study(History):
         objectives: Sequence[Objective],
         fingerprint: Mapping[str, Any],
         limits: Mapping[str, float] | None = None,
+        url: str = "",
     ) -> None:
         super().__init__(objectives, limits)
-        self._study = study
+        self._study, self._url = study, url
         self.fingerprint = fingerprint
         # scores on items that the search did not use, by number
         self.confirmed: dict[int, dict[str, float]] = {
             int(number): figures for number, figures in study.user_attrs.get(_CONFIRMED, {}).items()
         }
-        self._ids: dict[int, int] = {}  # of unfinished trials, in the storage, by number
-        for frozen in study.get_trials(deepcopy=False):
-            self.proposals += 1
-            if _RECORD in frozen.user_attrs:
-                self.end(trial_from_json(frozen.user_attrs[_RECORD]))
+        self._ids: dict[int, int] = {}  # of this search's unfinished trials, in the storage, by number
+        self._others: dict[int, optuna.trial.FrozenTrial] = {}  # unfinished ones of other searches, alive or dead
+        self._settled: set[int] = set()
+        self._news: list[Trial] = []
+        self._silence = storage.Silence()
+        self._look()
+        self._news.clear()
+        self._abandoned = self._lost()
+        if url:
+            threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     @property
     def name(self) -> str:
         return str(self._study.study_name)
 
-    def reserve(self, suggestion: Suggestion, space: Space) -> Proposal:
-        """Writes down that a strategy is being tried, in one write, and gives it its number."""
+    def reserve(self, suggestion: Suggestion, space: Space) -> Proposal | None:
+        """Writes down that a strategy is being tried, in one write, and gives it its number.
+
+        None where another search has just begun with the same strategy: of two the one with the lower number keeps it.
+        """
         import optuna
 
         chosen, known = space.parameters(suggestion.strategy), distributions(space)
@@ -79,23 +95,38 @@ class Study(History):
             distributions={name: known[name] for name in chosen},
             user_attrs={
                 _BY: suggestion.by,
-                _STRATEGY: _strategy_json(suggestion.strategy),
+                _STRATEGY: strategy_json(suggestion.strategy),
                 _DECISION: decision,
+                **({_OWNER: storage.signature()} if self._url else {}),
             },
         )
-        storage = self._study._storage
-        identity = storage.create_new_trial(self._study._study_id, template)
-        number = storage.get_trial_number_from_id(identity)
-        self._ids[number] = identity
+        with self._reached():
+            identity = self._study._storage.create_new_trial(self._study._study_id, template)
+            number = self._study._storage.get_trial_number_from_id(identity)
+            self._ids[number] = identity
+            if self._url and (first := self._faster(number, suggestion.strategy)) is not None:
+                self._give_up(self._ids.pop(number), _WITHDRAWN, first)
+                self._settled.add(number)
+                self.proposals += 1
+                return None
         self.begin(number, suggestion.strategy)
         return Proposal(number, suggestion)
 
-    def record(self, trial: Trial) -> None:
-        """Makes a trial finished."""
+    def record(self, trial: Trial) -> bool:
+        """Makes a trial finished; False where another search has taken it for lost, and its outcome comes too late."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
         identity = self._ids.pop(trial.number)
-        self._study._storage.set_trial_user_attr(identity, _RECORD, trial_json(trial))
-        self._tell(identity, trial)
+        self._settled.add(trial.number)
+        try:
+            with self._reached():
+                self._study._storage.set_trial_user_attr(identity, _RECORD, trial_json(trial))
+                self._tell(identity, trial)
+        except UpdateFinishedTrialError:
+            self._drop(trial.number)
+            return False
         self.end(trial)
+        return True
 
     def confirm(self, number: int, figures: Mapping[str, float]) -> None:
         """Keeps what a trial scored on items that the search did not use."""
@@ -110,37 +141,125 @@ class Study(History):
         values = [trial.figures[o.name] for o in self.objectives] if trial.complete else None
         self._study._storage.set_trial_state_values(identity, state, values)
 
+    def refresh(self) -> list[Trial]:
+        """Takes in what other searches have begun and finished; returns the trials finished since the last time."""
+        if self._url:
+            with self._reached():
+                self._look()
+        news, self._news = self._news, []
+        return news
+
     def recover(self, finished: Callable[[int, Suggestion], Trial | None]) -> tuple[list[int], list[Suggestion]]:
-        """Settles what a killed search left behind: the numbers of the trials that are lost, and what is to be tried again.
+        """Settles what dead searches left behind: the numbers of the trials that are lost, and what is to be tried again.
 
         Args:
             finished: given a number and what was suggested, the trial if its outcome had already reached the disk.
         """
+        lost: list[int] = []
+        again, self._abandoned = self._abandoned, {}
+        dead = {number: frozen for number, frozen in self._others.items() if self._dead(frozen)}
+        for number, frozen in dead.items():
+            suggestion, attributes = _suggestion_from(frozen), frozen.user_attrs
+            with self._reached():
+                if _RECORD in attributes:
+                    self._keep(frozen, trial_from_json(attributes[_RECORD]))
+                elif (found := finished(number, suggestion)) is not None:
+                    self._keep(frozen, found)
+                elif self._give_up(frozen._trial_id, _LOST, True):
+                    self._others.pop(number)
+                    self._settled.add(number)
+                    self._drop(number)
+                    lost.append(number)
+                    again[suggestion.strategy.overrides] = suggestion
+        if dead:
+            self.trials.sort(key=lambda t: t.number)
+        return lost, [suggestion for overrides, suggestion in again.items() if overrides not in self.seen]
+
+    def _keep(self, frozen: optuna.trial.FrozenTrial, trial: Trial) -> None:
+        """Makes a trial of a dead search finished."""
+        self._others.pop(trial.number)
+        self._ids[trial.number] = frozen._trial_id
+        if self.record(trial):
+            self._news.append(trial)
+        else:
+            self._settled.discard(trial.number)  # another search has settled it: the next look says how
+
+    def _look(self) -> None:
+        """Brings this history up to what the storage holds."""
+        for frozen in self._study.get_trials(deepcopy=False):
+            number, held = frozen.number, frozen.user_attrs
+            if number in self._settled or number in self._ids:
+                continue
+            new = number not in self._others
+            if new:
+                self.proposals += 1
+            if frozen.state.is_finished() or _STRATEGY not in held:
+                self._others.pop(number, None)
+                self._settled.add(number)
+                if _RECORD in held:
+                    trial = trial_from_json(held[_RECORD])
+                    self.end(trial)
+                    self._news.append(trial)
+                elif not new:
+                    self._drop(number)
+            else:
+                self._others[number] = frozen
+                self.running[number] = strategy_from(held[_STRATEGY])
+                self.seen.add(self.running[number].overrides)
+
+    def _lost(self) -> dict[tuple[str, ...], Suggestion]:
+        """What was lost with an earlier search and has not been tried since."""
+        held = self._study.get_trials(deepcopy=False)
+        found = [_suggestion_from(frozen) for frozen in held if frozen.user_attrs.get(_LOST)]
+        return {s.strategy.overrides: s for s in found}
+
+    def _faster(self, number: int, strategy: Strategy) -> int | None:
+        """The trial of the same strategy that another search has begun since the last look, if it came first."""
+        before = {*self.running, *self._settled}
+        self._look()
+        begun = {**self.running, **{t.number: t.strategy for t in self._news}}
+        same = (n for n, s in begun.items() if n not in before and n < number and s.overrides == strategy.overrides)
+        return min(same, default=None)
+
+    def _dead(self, frozen: optuna.trial.FrozenTrial) -> bool:
+        """Whether nobody works on it any more."""
+        owner = frozen.user_attrs.get(_OWNER)
+        if not self._url or owner is None or storage.gone(owner):
+            return True
+        return self._silence.since_long(frozen.number, frozen.user_attrs.get(_BEAT))
+
+    def _give_up(self, identity: int, key: str, value: Any) -> bool:
+        """Ends a trial that has no outcome; of several searches that try, one succeeds."""
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        lost, again = [], {}
-        for frozen in self._study.get_trials(deepcopy=False):
-            attributes = frozen.user_attrs
-            if _STRATEGY not in attributes:
-                continue
-            number, strategy = frozen.number, _strategy_from(attributes[_STRATEGY])
-            suggestion = Suggestion(strategy, attributes[_BY], record=attributes.get(_DECISION, {}))
-            if frozen.state is TrialState.RUNNING:
-                self._ids[number] = frozen._trial_id
-                if _RECORD in attributes:
-                    self._tell(self._ids.pop(number), trial_from_json(attributes[_RECORD]))
-                elif (found := finished(number, suggestion)) is not None:
-                    self.record(found)
-                else:
-                    identity = self._ids.pop(number)
-                    self._study._storage.set_trial_user_attr(identity, _LOST, True)
-                    self._study._storage.set_trial_state_values(identity, TrialState.FAIL, None)
-                    lost.append(number)
-                    again[strategy.overrides] = suggestion
-            elif attributes.get(_LOST):
-                again[strategy.overrides] = suggestion
-        self.trials.sort(key=lambda t: t.number)
-        return lost, [suggestion for overrides, suggestion in again.items() if overrides not in self.seen]
+        try:
+            self._study._storage.set_trial_user_attr(identity, key, value)
+            return bool(self._study._storage.set_trial_state_values(identity, TrialState.FAIL, None))
+        except UpdateFinishedTrialError:
+            return False
+
+    def _drop(self, number: int) -> None:
+        """A trial that came to nothing: its strategy may be proposed again, unless another trial has it, too."""
+        strategy = self.running.pop(number)
+        taken = (*self.running.values(), *(trial.strategy for trial in self.trials))
+        if all(strategy.overrides != other.overrides for other in taken):
+            self.seen.discard(strategy.overrides)
+
+    def _beat(self) -> None:
+        """Shows the other searches that this one lives; in a thread of its own, since a proposal may take minutes."""
+        beat = 0
+        while True:
+            time.sleep(storage.BEAT_S)
+            beat += 1
+            for identity in list(self._ids.values()):
+                with contextlib.suppress(Exception):  # finished meanwhile, or not reached: the search itself will see
+                    self._study._storage.set_trial_user_attr(identity, _BEAT, beat)
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        with storage.reaching(self._url) if self._url else contextlib.nullcontext():
+            yield
 
     def summary(self) -> Summary:
         trials = tuple(sorted(self.trials, key=lambda t: t.number))
@@ -157,7 +276,7 @@ class Study(History):
 
 def open_study(
     name: str,
-    storage: str,
+    url: str,
     objectives: Sequence[Objective],
     fingerprint: Mapping[str, Any],
     limits: Mapping[str, float] | None = None,
@@ -166,56 +285,31 @@ def open_study(
     """Opens or creates a study.
 
     Args:
-        storage: an Optuna storage URL; `sqlite:///...` files are checked for damage first.
+        url: of an Optuna storage; `sqlite:///...` files are checked for damage first.
 
     Raises:
         UserError: the storage is damaged or cannot be reached, or holds a study of another model, benchmark, hardware or
             objectives (the difference is named).
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if storage.startswith("sqlite:///"):
-        check_sqlite(Path(storage.removeprefix("sqlite:///")))
-    directions = [o.direction for o in objectives]
+    study = storage.connect(name, url, [o.direction for o in objectives])
     wanted = {"fingerprint": dict(fingerprint), "objectives": [asdict(o) for o in objectives]}
-    try:
-        study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
-        if "fingerprint" in study.user_attrs:
-            held = {"fingerprint": study.user_attrs["fingerprint"], "objectives": study.user_attrs["objectives"]}
-            differences = _differences(held, json.loads(json.dumps(wanted)))
-            if differences:
-                raise UserError(
-                    f"{option}={name} holds trials of other settings ({'; '.join(differences[:4])}); they cannot be "
-                    f"compared: give this search a name of its own with {option}=NAME, or go back to the settings it had"
-                )
-        else:
+    with storage.reaching(url):
+        if "fingerprint" not in study.user_attrs:
             for key, value in wanted.items():
                 study.set_user_attr(key, value)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([o.name for o in objectives])  # optuna-dashboard shows them
-    except SQLAlchemyError as error:
-        raise UserError(f"the study's storage {storage} cannot be used: {str(error).splitlines()[0]}") from error
-    return Study(study, objectives, fingerprint, limits)
-
-
-def check_sqlite(path: Path) -> None:
-    """Raises UserError if a study's file is there and is not a whole SQLite database."""
-    if not path.exists():
-        return
-    try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
-            verdict = connection.execute("PRAGMA quick_check").fetchone()[0]
-        connection.close()
-    except sqlite3.DatabaseError as error:
-        verdict = str(error)
-    if verdict != "ok":
-        raise UserError(
-            f"{path} is damaged ({verdict}); move it away to start afresh, or restore a copy. The trials' folders beside it "
-            f"keep their figures"
-        )
+        held = {key: study.user_attrs[key] for key in wanted}  # another search may have been faster
+        differences = _differences(held, json.loads(json.dumps(wanted)))
+        if differences:
+            raise UserError(
+                f"{option}={name} holds trials of other settings ({'; '.join(differences[:4])}); they cannot be "
+                f"compared: give this search a name of its own with {option}=NAME, or go back to the settings it had"
+            )
+        return Study(study, objectives, fingerprint, limits, "" if storage.sqlite_file(url) else url)
 
 
 def _differences(held: Any, wanted: Any, key: str = "") -> list[str]:
@@ -236,48 +330,6 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _strategy_json(strategy: Strategy) -> dict[str, Any]:
-    return {"methods": list(strategy.methods), "knobs": dict(strategy.knobs)}
-
-
-def _strategy_from(data: Mapping[str, Any]) -> Strategy:
-    return Strategy(tuple(data["methods"]), dict(data["knobs"]))
-
-
-def trial_json(trial: Trial) -> dict[str, Any]:
-    """A trial as plain JSON; figures that are not finite become None."""
-    figures = {k: v if math.isfinite(v) else None for k, v in trial.figures.items()}
-    return {
-        "number": trial.number,
-        "strategy": _strategy_json(trial.strategy),
-        "figures": figures,
-        "sources": dict(trial.sources),
-        "reason": trial.reason.value if trial.reason else None,
-        "message": trial.message,
-        "estimates": dict(trial.estimates),
-        "seconds": dict(trial.seconds),
-        "energy": dict(trial.energy),
-        "stages": [dict(stage) for stage in trial.stages],
-        "commands": list(trial.commands),
-        "proposed_by": trial.proposed_by,
-        "decision": dict(trial.decision),
-    }
-
-
-def trial_from_json(data: Mapping[str, Any]) -> Trial:
-    """The inverse of `trial_json`."""
-    return Trial(
-        number=data["number"],
-        strategy=_strategy_from(data["strategy"]),
-        figures={k: math.nan if v is None else v for k, v in data["figures"].items()},
-        sources=data["sources"],
-        reason=Reason(data["reason"]) if data["reason"] else None,
-        message=data["message"],
-        estimates=data["estimates"],
-        seconds=data["seconds"],
-        energy=data["energy"],
-        stages=tuple(data["stages"]),
-        commands=tuple(data["commands"]),
-        proposed_by=data["proposed_by"],
-        decision=data["decision"],
-    )
+def _suggestion_from(frozen: optuna.trial.FrozenTrial) -> Suggestion:
+    held = frozen.user_attrs
+    return Suggestion(strategy_from(held[_STRATEGY]), held[_BY], record=held.get(_DECISION, {}))

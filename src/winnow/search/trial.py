@@ -15,24 +15,46 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from winnow import build
 from winnow.model import manifest
 from winnow.search import child
 from winnow.types import Reason
 
 OUTCOME = "outcome.json"
 RIVALS = "rivals.json"  # in a trial's folder: number and figures of each trial on the front when it began
+STOP = "stop"  # a file there, put by the search: nobody waits for this trial any more
+LOOK_S = 1.0  # between looks for it
 
 
-def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    folder: Path,
+    log: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Runs the trial that `cfg` describes; its outcome is written to `folder/outcome.json` in one piece, and returned.
 
     The outcome holds `overrides` (to know the trial again), `figures`, `sources`, `seconds`, `reason` and `message`.
+
+    Args:
+        environment: variables for the processes that do the work.
+
+    Raises:
+        child.Cancelled: the search is over, or has given this trial up; there is no outcome.
     """
     started = time.perf_counter()
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
+    cancelled = _Cancelled(folder)
+    if cancelled():  # it has waited in a cluster's queue, say
+        raise child.Cancelled(f"{folder} is no longer wanted")
+    child.start_server(preloads(cfg))
+    say = (lambda line: log(f"[{folder.name}] {line}")) if settings["workers"] > 1 else log  # whose line it is
     limits = child.Limits(60 * cfg.limits.minutes if cfg.limits.minutes else None, cfg.limits.memory_bytes)
     artifact, metrics = folder / "artifact", folder / "metrics"
+    for leftover in (artifact, metrics):  # where a cluster starts a job once more
+        shutil.rmtree(leftover, ignore_errors=True)
     outcome: dict[str, Any] = {"figures": {}, "sources": {}, "reason": None, "message": "", "stages": []}
     energy: dict[str, float] = {}
     seconds: dict[str, float] = {}
@@ -44,8 +66,10 @@ def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[
                 f"winnow.search.trial:{step}",
                 {"settings": settings, "output": str(target), "artifact": str(artifact)},
                 child.Limits(left, limits.memory_bytes),
-                log,
+                say,
                 folder / "log.txt",
+                environment,
+                cancelled,
             )
             seconds[step] = result["seconds"]
             energy = {name: energy.get(name, 0.0) + used for name, used in result["energy"].items()}
@@ -65,6 +89,25 @@ def run(cfg: DictConfig, overrides: Sequence[str], folder: Path, log: Callable[[
     outcome["overrides"] = list(overrides)
     write_outcome(folder, outcome)
     return outcome
+
+
+class _Cancelled:
+    """Whether the search has put its sign into the folder of a trial, or has removed the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._next = folder, 0.0
+
+    def __call__(self) -> bool:
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + LOOK_S
+        return (self._folder / STOP).exists() or not self._folder.exists()
+
+
+def preloads(cfg: DictConfig) -> list[str]:
+    """Modules that the stages of `cfg.method` want imported once, in the fork server."""
+    stages = [build.target_of(node["_target_"]) for node in (cfg.method or {}).values()]
+    return sorted({module for stage in stages for module in stage.preload})
 
 
 def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:

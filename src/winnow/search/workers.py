@@ -1,35 +1,33 @@
-"""Runs trials, one in this thread or several at a time: a worker that is free gets the next one at once."""
+"""Runs trials, each in a thread of its own: a worker that is free gets the next one at once."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from winnow.search.study import Proposal
 
 Launch = Callable[[Proposal, int], dict[str, Any]]  # and the worker's number, from 0 -> outcome
 Ended = tuple[Proposal, dict[str, Any], float]
+STOP_S = 15.0  # what trials are given to end in
 
 
 class Workers:
-    """`count` of them; with one, `start` returns when its trial has ended."""
+    """`count` of them.
+
+    Threads, because whatever runs a trial (a child process, joblib, Ray, Slurm) is waited for. The caller's own thread
+    only waits, and so is always there for Ctrl-C.
+    """
 
     def __init__(self, launch: Launch, count: int) -> None:
         self._launch, self._count = launch, count
         self._free = list(range(count))[::-1]
+        self._running: dict[int, tuple[Proposal, threading.Thread]] = {}
         self._ended: queue.Queue[tuple[int, Ended | BaseException]] = queue.Queue()
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Threads are daemons: what they wait for ends with this process."""
 
     @property
     def free(self) -> bool:
@@ -42,10 +40,11 @@ class Workers:
 
     def start(self, proposal: Proposal) -> None:
         worker = self._free.pop()
-        if self._count == 1:
-            self._ended.put((worker, self._run(proposal, worker)))
-        else:
-            threading.Thread(target=self._run_aside, args=(proposal, worker), daemon=True).start()
+        thread = threading.Thread(
+            target=self._run, args=(proposal, worker), name=f"trial {proposal.number}", daemon=True
+        )
+        self._running[worker] = proposal, thread
+        thread.start()
 
     def wait(self) -> Ended:
         """The next trial that has ended.
@@ -53,24 +52,27 @@ class Workers:
         Raises:
             BaseException: what its launch raised.
         """
-        while True:
-            try:
-                worker, found = self._ended.get(timeout=0.5)  # Ctrl-C is noticed between
-                break
-            except queue.Empty:
-                continue
+        worker, found = self._ended.get()
+        del self._running[worker]
         self._free.append(worker)
         if isinstance(found, BaseException):
             raise found
         return found
 
-    def _run(self, proposal: Proposal, worker: int) -> Ended:
-        started = time.perf_counter()
-        outcome = self._launch(proposal, worker)
-        return proposal, outcome, time.perf_counter() - started
+    def stop(self, cancel: Callable[[int], None]) -> int:
+        """Has what runs cancelled, and waits for it; returns how many trials had not ended after `STOP_S`."""
+        for proposal, _ in self._running.values():
+            cancel(proposal.number)
+        deadline = time.monotonic() + STOP_S
+        with contextlib.suppress(KeyboardInterrupt):  # once more: it cannot wait
+            for _, thread in self._running.values():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return sum(thread.is_alive() for _, thread in self._running.values())
 
-    def _run_aside(self, proposal: Proposal, worker: int) -> None:
+    def _run(self, proposal: Proposal, worker: int) -> None:
+        started = time.perf_counter()
         try:
-            self._ended.put((worker, self._run(proposal, worker)))
+            outcome = self._launch(proposal, worker)
+            self._ended.put((worker, (proposal, outcome, time.perf_counter() - started)))
         except BaseException as error:
             self._ended.put((worker, error))
