@@ -30,7 +30,9 @@ def test_trial_line(summary: Summary) -> None:
         "trial 1  rtn(bits=4, group_size=64)  accuracy 0.936  size 2.88 MB  latency 3.10 ms  12.3 s  front"
     )
     assert not trial_line(summary.trials[3], summary.objectives, summary.front).endswith("front")
-    assert trial_line(summary.trials[5], summary.objectives, summary.front).endswith("failed (timeout): longer than 60 s")
+    assert trial_line(summary.trials[5], summary.objectives, summary.front).endswith(
+        "failed (timeout): longer than 60 s"
+    )
 
 
 def test_a_message_cannot_drive_the_terminal(summary: Summary) -> None:

@@ -26,6 +26,7 @@ from winnow.search.workers import Launch, Workers
 from winnow.types import Reason, Strategy, Trial, UserError
 
 KEEP = ("front", "all", "none")
+MESSAGES = "messages.json"  # in a trial's folder: what was said with a language model to come to its strategy
 TRANSIENT = (Reason.CRASHED, Reason.LOST)  # a trial that failed so is tried once more
 
 
@@ -105,7 +106,7 @@ class Search:
         lost, again = self.study.recover(self._finished)
         self._again.extend(again)
         for number in lost:
-            shutil.rmtree(self._folder(number), ignore_errors=True)
+            self._clear(number, kept=MESSAGES)  # the trial that repeats it names it
         for trial in self.study.trials:
             self.outlook.observe(trial)
         if before or lost:
@@ -119,6 +120,8 @@ class Search:
         suggestion = self._suggestion()
         proposal = self.study.reserve(suggestion, self.space)
         refusal = self.outlook.refusal(suggestion.strategy) if suggestion.strategy.methods else ""
+        self._clear(proposal.number)  # of an earlier study of this name
+        self._keep_messages(proposal)
         if refusal:
             outcome = {
                 "figures": {},
@@ -145,8 +148,7 @@ class Search:
         of = f" of {self.budget.trials}" if self.budget.trials else ""
         self.log(f"trial {proposal.number} ({len(self.study.trials) + 1}{of}): {proposal.strategy}")
         folder = self._folder(proposal.number)
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier study of this name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         rivals = [{"number": t.number, "figures": dict(t.figures)} for t in self.study.on_front]
         (folder / RIVALS).write_text(json.dumps(rivals) + "\n", encoding="utf-8")
 
@@ -209,6 +211,26 @@ class Search:
         if outcome is None or not set(suggestion.strategy.overrides) <= set(outcome.get("overrides") or ()):
             return None
         return self._made(Proposal(number, suggestion), outcome)
+
+    def _keep_messages(self, proposal: Proposal) -> None:
+        if proposal.suggestion.messages:
+            folder = self._folder(proposal.number)
+            folder.mkdir(parents=True)
+            scratch = folder / f".{MESSAGES}.partial"
+            scratch.write_text(json.dumps(proposal.suggestion.messages, indent=1) + "\n", encoding="utf-8")
+            scratch.replace(folder / MESSAGES)
+
+    def _clear(self, number: int, kept: str = "") -> None:
+        """Removes what lies in a trial's folder, and the folder if nothing is kept."""
+        folder = self._folder(number)
+        if not (folder / kept).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != kept:
+                path.unlink(missing_ok=True)
 
     def _folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
+from winnow.agent.policy import Policy
 from winnow.cli import say
 from winnow.search import child, outlook, overrides, trial
 from winnow.search.budget import Budget, Convergence
@@ -56,6 +57,7 @@ def search(
 
         print(search_table(config, space, budget))
         return
+    policy = _policy(config)
     hardware.check()
     held = fingerprint(config, lm, hardware.fingerprint())
     stages = [build.target_of(config.method[name]["_target_"]) for name in config.method]
@@ -85,7 +87,7 @@ def search(
     run = Search(
         study=study,
         space=space,
-        policy=build.instantiate(config.agent, "agent"),
+        policy=policy,
         outlook=outlook.forecasts(config, folder, wanted, limits),
         launch=run_trial,
         budget=budget,
@@ -122,6 +124,17 @@ def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict
         "seed": config.seed,
         "versions": manifest.versions(),
     }
+
+
+def _policy(config: DictConfig) -> Policy:
+    """Who proposes; what it needs, a key or a terminal, is asked for now."""
+    policy = build.policy(config)
+    if not config.interactive:
+        return policy
+    from winnow.agent.interactive import Interactive, check_terminal
+
+    check_terminal()
+    return Interactive(policy, functools.partial(OmegaConf.select, config))
 
 
 def _first(space: Space, config: DictConfig) -> list[Strategy]:

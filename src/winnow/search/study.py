@@ -55,6 +55,7 @@ class Study(History):
         self._ids: dict[int, int] = {}  # of unfinished trials, in the storage, by number
         for frozen in study.get_trials(deepcopy=False):
             self.proposals += 1
+            self.spend(frozen.user_attrs.get(_DECISION, {}))
             if _RECORD in frozen.user_attrs:
                 self.end(trial_from_json(frozen.user_attrs[_RECORD]))
 
@@ -82,7 +83,7 @@ class Study(History):
         identity = storage.create_new_trial(self._study._study_id, template)
         number = storage.get_trial_number_from_id(identity)
         self._ids[number] = identity
-        self.begin(number, suggestion.strategy)
+        self.begin(number, suggestion.strategy, suggestion.record)
         return Proposal(number, suggestion)
 
     def record(self, trial: Trial) -> None:
@@ -114,7 +115,9 @@ class Study(History):
             if _STRATEGY not in attributes:
                 continue
             number, strategy = frozen.number, _strategy_from(attributes[_STRATEGY])
-            suggestion = Suggestion(strategy, attributes[_BY], record=attributes.get(_DECISION, {}))
+            record = attributes.get(_DECISION, {})
+            suggestion = Suggestion(strategy, attributes[_BY], record=record)
+            repeated = Suggestion(strategy, attributes[_BY], record={**record, "again": number})
             if frozen.state is TrialState.RUNNING:
                 self._ids[number] = frozen._trial_id
                 if _RECORD in attributes:
@@ -126,9 +129,9 @@ class Study(History):
                     self._study._storage.set_trial_user_attr(identity, _LOST, True)
                     self._study._storage.set_trial_state_values(identity, TrialState.FAIL, None)
                     lost.append(number)
-                    again[strategy.overrides] = suggestion
+                    again[strategy.overrides] = repeated
             elif attributes.get(_LOST):
-                again[strategy.overrides] = suggestion
+                again[strategy.overrides] = repeated
         self.trials.sort(key=lambda t: t.number)
         return lost, [suggestion for overrides, suggestion in again.items() if overrides not in self.seen]
 
@@ -188,6 +191,34 @@ def open_study(
     except SQLAlchemyError as error:
         raise UserError(f"the study's storage {storage} cannot be used: {str(error).splitlines()[0]}") from error
     return Study(study, objectives, fingerprint, limits)
+
+
+def recorded(name: str, storage: str) -> list[tuple[int, Suggestion]]:
+    """What was proposed in a study, in order: the number of each trial, and why it was made. Nothing is written.
+
+    Raises:
+        UserError: there is no such study, or it cannot be read.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if storage.startswith("sqlite:///"):
+        check_sqlite(Path(storage.removeprefix("sqlite:///")))
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        raise UserError(f"{storage} holds no study of the name {name}") from None
+    except SQLAlchemyError as error:
+        raise UserError(f"the storage {storage} cannot be read: {str(error).splitlines()[0]}") from error
+    found: dict[tuple[str, ...], tuple[int, Suggestion]] = {}
+    for frozen in study.get_trials(deepcopy=False):
+        attributes = frozen.user_attrs
+        if _STRATEGY in attributes:
+            strategy, decision = _strategy_from(attributes[_STRATEGY]), attributes.get(_DECISION, {})
+            suggestion = Suggestion(strategy, attributes[_BY], "", decision.get("expected_gain"), decision)
+            found.setdefault(strategy.overrides, (frozen.number, suggestion))
+    return list(found.values())
 
 
 def check_sqlite(path: Path) -> None:
