@@ -51,7 +51,8 @@ def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
             continue
         # "winnow.x.os.system" would pass a mere prefix check: attributes reached through a module's imports are refused
         if not target.startswith(ALLOWED_TARGETS) or not _defined_in_winnow(target):
-            raise UserError(f"{where}._target_={target} is not allowed: targets must be classes or functions of winnow")
+            allowed = "targets must be classes or functions of winnow, or as agent.llm a chat model that conf/agent/llm.yaml names"
+            raise UserError(f"{where}._target_={target} is not allowed: {allowed}")
     try:
         return hydra.utils.instantiate(cfg, **extra)
     except InstantiationException as error:

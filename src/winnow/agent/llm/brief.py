@@ -6,6 +6,7 @@ under `untrusted`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,8 @@ def brief(
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    return json.dumps(found, indent=1, ensure_ascii=True)
+    """The brief as it is shown; without the brackets that could end the fence around it."""
+    return json.dumps(found, indent=1, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def gaps(history: History) -> list[dict[str, Any]]:
@@ -89,7 +91,7 @@ def gaps(history: History) -> list[dict[str, Any]]:
         values = [t.figures[objective.name] for t in ranked]
         if len(values) < 2 or values[-1] == values[0]:
             continue
-        steps = [(high - low, place) for place, (low, high) in enumerate(zip(values, values[1:], strict=False))]
+        steps = [(high - low, place) for place, (low, high) in enumerate(itertools.pairwise(values))]
         for step, place in sorted(steps, key=lambda s: (-s[0], s[1]))[: MOST["gaps"]]:
             if step > 0:
                 found.append(
@@ -122,7 +124,7 @@ def knobs(history: History, complete: Sequence[Trial], space: Space) -> list[dic
         choices = dimensions[key].choices
         known = [(choices.index(v) if choices else v, v, t) for v, t in members if not choices or v in choices]
         ranked = sorted(known, key=lambda m: (m[0], m[2].number))
-        for (_, low, first), (_, high, second) in zip(ranked, ranked[1:], strict=False):
+        for (_, low, first), (_, high, second) in itertools.pairwise(ranked):
             if low != high:
                 steps[(key, low, high) if choices else (key, None, None)].append((low, high, first, second))
     found = []

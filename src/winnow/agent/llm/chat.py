@@ -21,7 +21,7 @@ from typing import Any
 
 from winnow.agent.llm.critic import clean
 from winnow.agent.llm.providers import NO_KEY
-from winnow.agent.llm.reader import MOST_BYTES, json_of, scrub
+from winnow.agent.llm.reader import MOST_BYTES, Unusable, json_of, scrub
 
 FINAL = {
     401: "the key is refused",
@@ -29,6 +29,12 @@ FINAL = {
     403: "access is refused",
     404: "there is no such model",
 }
+MALFORMED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+)  # what the client raises for an answer of the wrong form
 PASSING = (408, 409, 425, 429)  # and all from 500 on
 FIRST_WAIT_S = 1.0
 CHARACTERS_A_TOKEN = 4  # where an endpoint does not say what it has used
@@ -81,7 +87,7 @@ class Chat:
 
     make: Callable[..., Any]
     name: str
-    key: str
+    key: str = field(repr=False)
     structured: str = "function_calling"
     attempts: int = 4
     timeout_s: float = 60.0
@@ -104,8 +110,8 @@ class Chat:
         started = self.clock()
         try:
             raw, parsed = self._persistently(messages, schema, call)
-        except Dead as dead:
-            call["error"] = str(dead)
+        except (Dead, Unusable) as error:
+            call["error"] = str(error)
             raise
         finally:
             call["seconds"] = round(self.clock() - started, 3)
@@ -151,9 +157,12 @@ class Chat:
 
         Raises:
             Dead: it is not to be tried again.
+            Unusable: there was an answer, but not one that the client understands.
         """
         status = _status(error)
         said = self._described(error)
+        if status is None and (isinstance(error, MALFORMED) or "FinishReason" in type(error).__name__):
+            raise Unusable(f"The answer could not be read ({said}); give the JSON object.") from error
         if status in FINAL or _code(error) == "insufficient_quota":
             raise Dead(f"{FINAL.get(status or 0, 'the quota is used up')} ({said})", final=True) from error
         if status is not None and 400 <= status < 500 and status not in PASSING:
