@@ -127,14 +127,14 @@ def knobs(history: History, complete: Sequence[Trial], space: Space) -> list[dic
         for (_, low, first), (_, high, second) in itertools.pairwise(ranked):
             if low != high:
                 steps[(key, low, high) if choices else (key, None, None)].append((low, high, first, second))
-    found = []
+    found: list[tuple[tuple[str, Any, Any], dict[str, Any]]] = []
     for (key, low, high), pairs in steps.items():
         ends = (low, high) if dimensions[key].choices else (_mean(p[0] for p in pairs), _mean(p[1] for p in pairs))
         change = _change(history, [(p[2], p[3]) for p in pairs])
         row = {"knob": key, "from": ends[0], "to": ends[1], "pairs": len(pairs), "mean_change": change}
         found.append(((key, low, high), row))
-    ranked = sorted(found, key=lambda row: (-len(steps[row[0]]), row[0][0], str(row[0][1])))
-    return [row for _, row in ranked][: MOST["knobs"]]
+    found.sort(key=lambda one: (-len(steps[one[0]]), one[0][0], str(one[0][1])))
+    return [row for _, row in found][: MOST["knobs"]]
 
 
 def adding(history: History, complete: Sequence[Trial], methods: Sequence[str]) -> list[dict[str, Any]]:

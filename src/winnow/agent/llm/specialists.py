@@ -37,7 +37,7 @@ def prompt(name: str) -> str:
 @functools.cache
 def specialists() -> tuple[Specialist, ...]:
     """All there are, by name."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     found = []
     for path in sorted(PROMPTS.glob("*.md")):
@@ -45,6 +45,7 @@ def specialists() -> tuple[Specialist, ...]:
             continue
         _, head, text = path.read_text(encoding="utf-8").split("---\n", 2)
         about = OmegaConf.create(head)
+        assert isinstance(about, DictConfig)
         slots = frozenset(Slot[name.upper()] for name in about["slots"])
         found.append(Specialist(path.stem, slots, about["about"], text.strip()))
     return tuple(found)
