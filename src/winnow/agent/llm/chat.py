@@ -77,7 +77,7 @@ class Chat:
     """A chat model that answers in JSON.
 
     Attributes:
-        make: makes the model of langchain from its key and limits.
+        make: makes the model of langchain from its name, key and time limit; it does not retry itself.
         name: of the model; empty: the first that the endpoint lists.
         structured: how JSON is asked for: by a tool, by the schema, as any JSON, or in words only.
         attempts: of each question.
@@ -92,7 +92,6 @@ class Chat:
     attempts: int = 4
     timeout_s: float = 60.0
     longest_wait_s: float = 60.0
-    base_url: str = ""
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.time
     rng: random.Random = field(default_factory=lambda: random.Random(0))
@@ -140,7 +139,7 @@ class Chat:
         if self._model is None:
             self.name = self.name or self._served()
             named = {"model": self.name} if self.name else {}
-            self._model = self.make(**named, api_key=self.key, max_retries=0, timeout=self.timeout_s)
+            self._model = self.make(**named, api_key=self.key, timeout=self.timeout_s)
         if self.structured == "text":
             return self._model.invoke(list(messages)), None
         asked = self._model.with_structured_output(schema, method=self.structured, include_raw=True)
@@ -149,7 +148,7 @@ class Chat:
 
     def _served(self) -> str:
         """The first model that an OpenAI-compatible endpoint lists; empty where it lists none."""
-        client = self.make(model="unknown", api_key=self.key, max_retries=0, timeout=self.timeout_s).root_client
+        client = self.make(model="unknown", api_key=self.key, timeout=self.timeout_s).root_client
         return next((str(model.id) for model in client.models.list().data), "")
 
     def _wait(self, error: Exception, attempt: int) -> float:
@@ -241,8 +240,13 @@ def _text(raw: Any) -> str:
 
 def _status(error: BaseException) -> int | None:
     for one in (error, error.__cause__):
-        for found in (getattr(one, "status_code", None), getattr(one, "code", None)):
-            if isinstance(found, int) and 100 <= found < 600:
+        response = getattr(one, "response", None)
+        for found in (
+            getattr(one, "status_code", None),
+            getattr(response, "status_code", None),
+            getattr(one, "code", None),
+        ):
+            if isinstance(found, int) and 400 <= found < 600:
                 return int(found)
     return None
 

@@ -103,7 +103,7 @@ class LLM:
             self._silent = str(error).partition(":")[0]
         make = getattr(self.llm, "func", self.llm)
         self.chat = Chat(
-            lambda **more: make(**settings, **more),
+            lambda **more: make(**settings, max_retries=provider.once, **more),
             model,
             key,
             structured=self.structured,

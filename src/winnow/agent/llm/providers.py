@@ -23,10 +23,12 @@ class Provider:
     """Attributes:
     package: to install.
     variables: of the environment that may hold its key, the first one that is set counts.
+    once: the value of `max_retries` with which its client tries once and leaves the rest to `Chat`.
     """
 
     package: str
     variables: tuple[str, ...]
+    once: int = 0
 
 
 PROVIDERS = {
@@ -34,9 +36,9 @@ PROVIDERS = {
     "langchain_openai.AzureChatOpenAI": Provider("langchain-openai", ("AZURE_OPENAI_API_KEY",)),
     "langchain_anthropic.ChatAnthropic": Provider("langchain-anthropic", ("ANTHROPIC_API_KEY",)),
     "langchain_google_genai.ChatGoogleGenerativeAI": Provider(
-        "langchain-google-genai", ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+        "langchain-google-genai", ("GOOGLE_API_KEY", "GEMINI_API_KEY"), once=1
     ),
-    "langchain_mistralai.ChatMistralAI": Provider("langchain-mistralai", ("MISTRAL_API_KEY",)),
+    "langchain_mistralai.ChatMistralAI": Provider("langchain-mistralai", ("MISTRAL_API_KEY",), once=1),
 }
 
 
