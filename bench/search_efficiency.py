@@ -278,9 +278,9 @@ def _proposal_ms(count: int) -> float:
     from winnow.agent.policy import Draw, Suggestion
     from winnow.build import instantiate
     from winnow.cli import CONF
+    from winnow.search.opening import open_study
     from winnow.search.outlook import Forecasts
     from winnow.search.space import read_space
-    from winnow.search.study import open_study
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("search", overrides=["agent=portfolio"])

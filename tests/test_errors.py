@@ -205,7 +205,7 @@ class TestStudy:
     }
 
     def open(self, folder: Path, **changes: object):
-        from winnow.search.study import open_study
+        from winnow.search.opening import open_study
 
         fingerprint = {**self.FINGERPRINT, **changes}
         return open_study("s", f"sqlite:///{folder / 'study.db'}", self.OBJECTIVES, fingerprint)
@@ -225,7 +225,7 @@ class TestStudy:
             self.open(tmp_path, **changes)
 
     def test_with_other_objectives_is_refused(self, tmp_path: Path) -> None:
-        from winnow.search.study import open_study
+        from winnow.search.opening import open_study
 
         self.open(tmp_path)
         with pytest.raises(UserError, match="objectives"):

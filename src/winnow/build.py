@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from winnow.types import LM, Benchmark, Calibration, Run, Stage, UserError
 
 if TYPE_CHECKING:
+    from winnow.agent.policy import Policy
     from winnow.hardware.device import Hardware
     from winnow.report.curves import Curves
 
@@ -46,9 +47,12 @@ def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
 
     plain = OmegaConf.to_container(cfg, resolve=True)
     for where, target in _targets(plain, key):
+        if where.startswith("agent.") and where.endswith(".llm") and _is_chat_model(target, where):
+            continue
         # "winnow.x.os.system" would pass a mere prefix check: attributes reached through a module's imports are refused
         if not target.startswith(ALLOWED_TARGETS) or not _defined_in_winnow(target):
-            raise UserError(f"{where}._target_={target} is not allowed: targets must be classes or functions of winnow")
+            allowed = "targets must be classes or functions of winnow, or as agent.llm a chat model that conf/agent/llm.yaml names"
+            raise UserError(f"{where}._target_={target} is not allowed: {allowed}")
     try:
         return hydra.utils.instantiate(cfg, **extra)
     except InstantiationException as error:
@@ -63,6 +67,15 @@ def target_of(path: str) -> Any:
     """The class or function that a `_target_` names."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def _is_chat_model(target: str, where: str) -> bool:
+    """Whether a target is one of the chat models, named one by one, that may steer a search; it is installed then."""
+    from winnow.agent.llm.providers import PROVIDERS, check_installed
+
+    if target in PROVIDERS:
+        check_installed(target, where)
+    return target in PROVIDERS
 
 
 def _defined_in_winnow(target: str) -> bool:
@@ -101,6 +114,34 @@ def hardware(cfg: DictConfig) -> Hardware:
 
 def benchmark(cfg: DictConfig) -> Benchmark:
     made: Benchmark = instantiate(cfg.benchmark, "benchmark")
+    return made
+
+
+def policy(cfg: DictConfig) -> Policy:
+    """The agent; an agent that it names as its fall-back is read from that one's own file."""
+    from omegaconf import open_dict
+
+    from winnow.cli import CONF, options, unknown_option
+
+    def fill(node: Any) -> None:
+        name = node.get("fallback")
+        if isinstance(name, str):
+            if name not in options("agent"):
+                raise UserError(unknown_option("agent", name).replace("agent=", "agent.fallback=", 1))
+            read = OmegaConf.load(CONF / "agent" / f"{name}.yaml")
+            if "defaults" in read:
+                raise UserError(
+                    f"agent.fallback={name} may need help itself; give an optimizer, e.g. agent.fallback=gp"
+                )
+            node["fallback"] = read
+        for child in node.values():
+            if OmegaConf.is_dict(child):
+                fill(child)
+
+    root = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    with open_dict(root):
+        fill(root.agent)
+    made: Policy = instantiate(root.agent, "agent")
     return made
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.search import small_search
-from winnow.search.study import open_study
+from winnow.search.opening import open_study
 from winnow.types import UserError
 
 FORK = multiprocessing.get_context("fork")

@@ -56,9 +56,9 @@ def search(config: DictConfig, arguments: list[str], launching: Any) -> None:
     from winnow.search import overrides
     from winnow.search.budget import Budget
     from winnow.search.loop import Search
+    from winnow.search.opening import open_study
     from winnow.search.outlook import Forecasts
     from winnow.search.space import read_space
-    from winnow.search.study import open_study
     from winnow.search.views import Views
 
     typed = overrides.parse(arguments)

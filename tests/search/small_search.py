@@ -18,9 +18,10 @@ from winnow.cli import INTERRUPTED
 from winnow.search import child, start, storage, trial
 from winnow.search.budget import Budget
 from winnow.search.loop import Search
+from winnow.search.opening import open_study
 from winnow.search.outlook import Forecasts
 from winnow.search.space import read_space
-from winnow.search.study import Proposal, open_study
+from winnow.search.study import Proposal
 from winnow.search.views import Views
 from winnow.types import Objective, UserError
 

@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.search import kills, small_search
-from winnow.search.study import open_study
+from winnow.search.opening import open_study
 from winnow.types import Reason
 
 LAUNCHERS = {

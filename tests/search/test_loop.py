@@ -13,8 +13,9 @@ from tests.agent import world
 from winnow.agent.samplers import Grid
 from winnow.search.budget import Budget, Convergence
 from winnow.search.loop import Search
+from winnow.search.opening import open_study
 from winnow.search.outlook import Forecasts
-from winnow.search.study import Proposal, open_study
+from winnow.search.study import Proposal
 from winnow.search.trial import RIVALS
 from winnow.search.views import Views
 from winnow.types import Reason, UserError

@@ -18,8 +18,9 @@ import pytest
 from tests.search import kills, small_search
 from winnow.agent.policy import Suggestion
 from winnow.search import storage
+from winnow.search.opening import open_study
 from winnow.search.space import read_space
-from winnow.search.study import Study, open_study
+from winnow.search.study import Study
 from winnow.types import Strategy, Trial, UserError
 
 SPACE = read_space(small_search.METHODS, {})

@@ -21,9 +21,10 @@ from winnow.hardware.device import Gpu, Hardware
 from winnow.search import launching
 from winnow.search.budget import Budget
 from winnow.search.loop import Search
+from winnow.search.opening import open_study
 from winnow.search.outlook import Forecasts
 from winnow.search.space import read_space
-from winnow.search.study import Proposal, open_study
+from winnow.search.study import Proposal
 from winnow.search.trial import STOP, failure
 from winnow.search.views import Views
 from winnow.types import Reason, Strategy, UserError

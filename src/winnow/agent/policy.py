@@ -26,7 +26,9 @@ class Suggestion:
     Attributes:
         by: the agent whose idea it was.
         expected_gain: of hypervolume, as a share of all that could be dominated; None where the agent does not say.
-        record: what it takes to retrace the decision: the brief, messages, what another agent would have proposed.
+        record: what it takes to retrace the decision: the brief's hash, what another agent would have proposed. `tokens`
+            (`input` and `output`) and `usd` in it count against the budget.
+        messages: what was said with a language model, whole; it is kept as `messages.json` in the trial's folder.
     """
 
     strategy: Strategy
@@ -34,6 +36,7 @@ class Suggestion:
     why: str = ""
     expected_gain: float | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+    messages: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Outlook(Protocol):

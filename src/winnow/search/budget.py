@@ -53,6 +53,27 @@ class Budget:
             return f"budget.co2_kg={self.co2_kg:g} is spent"
         return ""
 
+    def silences(self, history: History) -> str:
+        """Which limit of the language model was reached, in words; the search goes on without it."""
+        if self.tokens is not None and history.tokens >= self.tokens:
+            return f"budget.tokens={self.tokens} is spent"
+        if self.usd is not None and history.usd >= self.usd:
+            return f"budget.usd={self.usd:g} is spent"
+        return ""
+
+    def left(self, history: History) -> dict[str, float]:
+        """What is left of each limit that there is."""
+        used = {
+            "trials": history.run_trials + len(history.running),
+            "hours": (time.monotonic() - self._started) / 3600,
+            "kwh": history.energy_wh / 1000,
+            "co2_kg": history.co2_g / 1000,
+            "usd": history.usd,
+            "tokens": history.tokens,
+        }
+        limits = {name: getattr(self, name) for name in used}
+        return {name: max(0.0, limit - used[name]) for name, limit in limits.items() if limit is not None}
+
 
 @dataclass(frozen=True)
 class Convergence:

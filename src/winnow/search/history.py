@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from winnow.search.objectives import broken
 from winnow.types import Objective, Reason, Strategy, Trial
 
 TRANSIENT = (Reason.CRASHED, Reason.LOST)  # a trial that failed so is tried once more
+AGAIN = ("retried", "again")  # in the record of a proposal: the number of the trial that it repeats
 
 
 def tried_again(trial: Trial) -> bool:
@@ -33,6 +35,8 @@ class History:
         run_trials: finished ones that were really run: those refused beforehand cost nothing, and two attempts count once.
         since_gain: of these, how many have ended since one came onto the front.
         energy_wh, co2_g: that they took.
+        tokens, usd: that language models took for the proposals.
+        rejected: proposals that a person has turned down.
     """
 
     def __init__(self, objectives: Sequence[Objective], limits: Mapping[str, float] | None = None) -> None:
@@ -48,6 +52,9 @@ class History:
         self.since_gain = 0
         self.energy_wh = 0.0
         self.co2_g = 0.0
+        self.tokens = 0
+        self.usd = 0.0
+        self.rejected: tuple[Strategy, ...] = ()
         self._on_front: list[Trial] = []
         self._bounds: tuple[np.ndarray, np.ndarray] | None = None  # of the complete trials, less is better
 
@@ -64,10 +71,18 @@ class History:
         """The constraints that a trial breaks, in words."""
         return broken(trial.figures, self.limits, self.base.figures if self.base else None)
 
-    def begin(self, number: int, strategy: Strategy) -> None:
+    def begin(self, number: int, strategy: Strategy, record: Mapping[str, Any] | None = None) -> None:
         self.running[number] = strategy
         self.seen.add(strategy.overrides)
         self.proposals += 1
+        self.spend(record or {})
+
+    def spend(self, record: Mapping[str, Any]) -> None:
+        """Counts what a proposal took of a language model; one that is made once more (`AGAIN`) was counted before."""
+        if not any(mark in record for mark in AGAIN):
+            used = record.get("tokens") or {}
+            self.tokens += int(used.get("input", 0)) + int(used.get("output", 0))
+            self.usd += float(record.get("usd") or 0.0)
 
     def forget(self, number: int) -> None:
         """A proposal that came to nothing, and may be made again."""

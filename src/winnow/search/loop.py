@@ -6,9 +6,7 @@ Nothing here knows Hydra: the sweeper passes in `launch`, which runs one trial.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +15,12 @@ from typing import Any
 
 from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion
 from winnow.search.budget import Budget, Convergence
+from winnow.search.folders import MESSAGES, Folders
 from winnow.search.history import tried_again
 from winnow.search.overrides import command_lines
 from winnow.search.space import Space
 from winnow.search.study import Proposal, Study
-from winnow.search.trial import RIVALS, STOP, read_outcome
+from winnow.search.trial import read_outcome
 from winnow.search.views import Views
 from winnow.search.workers import Launch, Workers
 from winnow.types import Reason, Strategy, Trial, UserError
@@ -63,6 +62,9 @@ class Search:
     convergence: Convergence = field(default_factory=Convergence)
     _again: list[Suggestion] = field(default_factory=list, init=False)
 
+    def __post_init__(self) -> None:
+        self._trials = Folders(self.folder / "trials")
+
     def run(self) -> None:
         """Runs trials until the budget or the space is spent; on Ctrl-C the study and its views are left in order.
 
@@ -77,7 +79,7 @@ class Search:
             if self.confirm is not None:
                 self.confirm()
         except BaseException as error:
-            left = workers.stop(self._cancel)
+            left = workers.stop(self._trials.cancel)
             with contextlib.suppress(OSError):  # on a full disk, say, the first error is the one to show
                 self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody may be waiting
             if left:
@@ -151,8 +153,8 @@ class Search:
         lost, again = self.study.recover(self._finished)
         self._again.extend(again)
         for number in lost:
-            shutil.rmtree(self._folder(number), ignore_errors=True)
-            self._cancel(number)  # a node may still work on it, or get to it later
+            self._trials.clear(number, kept=MESSAGES)  # the trial that repeats it names it
+            self._trials.cancel(number)  # a node may still work on it, or get to it later
         return len(lost)
 
     def _next(self) -> Proposal | None:
@@ -162,6 +164,8 @@ class Search:
         if proposal is None:
             return None
         refusal = self.outlook.refusal(suggestion.strategy) if suggestion.strategy.methods else ""
+        self._trials.clear(proposal.number)  # of an earlier study of this name
+        self._trials.keep_messages(proposal.number, suggestion.messages)
         if refusal:
             outcome = {
                 "figures": {},
@@ -190,11 +194,7 @@ class Search:
     def _announce(self, proposal: Proposal) -> None:
         of = f" of {self.budget.trials}" if self.budget.trials else ""
         self.log(f"trial {proposal.number} ({self.study.run_trials + 1}{of}): {proposal.strategy}")
-        folder = self._folder(proposal.number)
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier study of this name
-        folder.mkdir(parents=True)
-        rivals = [{"number": t.number, "figures": dict(t.figures)} for t in self.study.on_front]
-        (folder / RIVALS).write_text(json.dumps(rivals) + "\n", encoding="utf-8")
+        self._trials.prepare(proposal.number, self.study.on_front)
 
     def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> bool:
         """Records a trial; returns whether it is to be tried once more."""
@@ -246,26 +246,17 @@ class Search:
             seconds={**outcome["seconds"], **({} if seconds is None else {"total": round(seconds, 3)})},
             energy=outcome.get("energy", {}),
             stages=outcome.get("stages", []),
-            commands=command_lines(self.shared, proposal.strategy, str(self._folder(proposal.number) / "artifact")),
+            commands=command_lines(self.shared, proposal.strategy, str(self._trials.of(proposal.number) / "artifact")),
             proposed_by=suggestion.by,
             decision=decision,
         )
 
     def _finished(self, number: int, suggestion: Suggestion) -> Trial | None:
         """The trial of a killed search whose outcome had reached the disk."""
-        outcome = read_outcome(self._folder(number))
+        outcome = read_outcome(self._trials.of(number))
         if outcome is None or not set(suggestion.strategy.overrides) <= set(outcome.get("overrides") or ()):
             return None
         return self._made(Proposal(number, suggestion), outcome)
-
-    def _cancel(self, number: int) -> None:
-        """Tells a trial, wherever it runs, that nobody waits for it any more."""
-        with contextlib.suppress(OSError):
-            self._folder(number).mkdir(parents=True, exist_ok=True)
-            (self._folder(number) / STOP).touch()
-
-    def _folder(self, number: int) -> Path:
-        return self.folder / "trials" / str(number)
 
     def _forget_weights(self, keep: str) -> None:
         """Removes the weights of trials that `keep` does not name; manifest and figures stay."""
@@ -274,11 +265,8 @@ class Search:
         kept = set(self.study.front) if keep == "front" else set()
         if self.confirm is not None and self.study.base is not None:
             kept.add(self.study.base.number)  # compared with, once more, at the end
-        finished = {trial.number for trial in self.study.trials}  # others may be at work here, too
-        for artifact in (self.folder / "trials").glob("*/artifact"):
-            number = int(artifact.parent.name)
-            if number in finished and number not in kept:
-                shutil.rmtree(artifact, ignore_errors=True)
+        # others may be at work here, too
+        self._trials.drop_weights({trial.number for trial in self.study.trials} - kept)
 
 
 def _check_base(trial: Trial) -> None:

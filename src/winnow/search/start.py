@@ -22,8 +22,9 @@ from winnow.search.gates import Racing
 from winnow.search.launching import Launching, shares
 from winnow.search.loop import KEEP, Search
 from winnow.search.objectives import constraints, objectives
+from winnow.search.opening import open_study
 from winnow.search.space import Space, read_space
-from winnow.search.study import Proposal, open_study
+from winnow.search.study import Proposal
 from winnow.search.views import Views
 from winnow.types import LM, Slot, Strategy, UserError
 
@@ -58,6 +59,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
 
         print(search_table(config, space, budget))
         return
+    policy = _policy(config, space)
     if launching.here:
         hardware.check()
     devices = shares(hardware, config.workers) if launching.here else [{}] * config.workers
@@ -85,7 +87,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     run = Search(
         study=study,
         space=space,
-        policy=_policy(config, space),
+        policy=policy,
         outlook=outlook.forecasts(config, folder, limits),
         launch=run_trial,
         budget=budget,
@@ -106,14 +108,6 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     print(f"report: {(folder / 'report.html').resolve()}")
 
 
-def _policy(config: DictConfig, space: Space) -> Policy:
-    if config.recipe is None:
-        policy: Policy = build.instantiate(config.agent, "agent")
-        return policy
-    lines = OmegaConf.to_container(config.recipe, resolve=True)
-    return read_recipe(lines, space, functools.partial(OmegaConf.select, config))  # type: ignore[arg-type]
-
-
 def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for two trials to be comparable."""
     from winnow.model import manifest
@@ -130,6 +124,20 @@ def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict
         "seed": config.seed,
         "versions": manifest.versions(),
     }
+
+
+def _policy(config: DictConfig, space: Space) -> Policy:
+    """Who proposes; what it needs, a key or a terminal, is asked for now."""
+    defaults = functools.partial(OmegaConf.select, config)
+    if config.recipe is not None:
+        return read_recipe(OmegaConf.to_container(config.recipe, resolve=True), space, defaults)  # type: ignore[arg-type]
+    policy = build.policy(config)
+    if not config.interactive:
+        return policy
+    from winnow.agent.interactive import Interactive, check_terminal
+
+    check_terminal()
+    return Interactive(policy, defaults)
 
 
 def first_strategies(space: Space, config: DictConfig) -> list[Strategy]:

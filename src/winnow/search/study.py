@@ -8,12 +8,10 @@ On a database server several searches may write to one study (`winnow.search.sto
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from winnow.agent.policy import Suggestion
@@ -21,7 +19,7 @@ from winnow.search import pareto, storage
 from winnow.search.history import History
 from winnow.search.records import strategy_from, strategy_json, trial_from_json, trial_json
 from winnow.search.space import Space, distributions
-from winnow.types import Objective, Strategy, Summary, Trial, UserError
+from winnow.types import Objective, Strategy, Summary, Trial
 
 if TYPE_CHECKING:
     import optuna
@@ -108,8 +106,9 @@ class Study(History):
                 self._give_up(self._ids.pop(number), _WITHDRAWN, first)
                 self._settled.add(number)
                 self.proposals += 1
+                self.spend(suggestion.record)
                 return None
-        self.begin(number, suggestion.strategy)
+        self.begin(number, suggestion.strategy, suggestion.record)
         return Proposal(number, suggestion)
 
     def record(self, trial: Trial) -> bool:
@@ -170,7 +169,7 @@ class Study(History):
                     self._settled.add(number)
                     self._drop(number)
                     lost.append(number)
-                    again[suggestion.strategy.overrides] = suggestion
+                    again[suggestion.strategy.overrides] = _repeated(frozen)
         if dead:
             self.trials.sort(key=lambda t: t.number)
         return lost, [suggestion for overrides, suggestion in again.items() if overrides not in self.seen]
@@ -193,6 +192,7 @@ class Study(History):
             new = number not in self._others
             if new:
                 self.proposals += 1
+                self.spend(held.get(_DECISION, {}))
             if frozen.state.is_finished() or _STRATEGY not in held:
                 self._others.pop(number, None)
                 self._settled.add(number)
@@ -210,7 +210,7 @@ class Study(History):
     def _lost(self) -> dict[tuple[str, ...], Suggestion]:
         """What was lost with an earlier search and has not been tried since."""
         held = self._study.get_trials(deepcopy=False)
-        found = [_suggestion_from(frozen) for frozen in held if frozen.user_attrs.get(_LOST)]
+        found = [_repeated(frozen) for frozen in held if frozen.user_attrs.get(_LOST)]
         return {s.strategy.overrides: s for s in found}
 
     def _faster(self, number: int, strategy: Strategy) -> int | None:
@@ -274,62 +274,24 @@ class Study(History):
         )
 
 
-def open_study(
-    name: str,
-    url: str,
-    objectives: Sequence[Objective],
-    fingerprint: Mapping[str, Any],
-    limits: Mapping[str, float] | None = None,
-    option: str = "study",
-) -> Study:
-    """Opens or creates a study.
-
-    Args:
-        url: of an Optuna storage; `sqlite:///...` files are checked for damage first.
-
-    Raises:
-        UserError: the storage is damaged or cannot be reached, or holds a study of another model, benchmark, hardware or
-            objectives (the difference is named).
-    """
-    import optuna
-
-    study = storage.connect(name, url, [o.direction for o in objectives])
-    wanted = {"fingerprint": dict(fingerprint), "objectives": [asdict(o) for o in objectives]}
-    with storage.reaching(url):
-        if "fingerprint" not in study.user_attrs:
-            for key, value in wanted.items():
-                study.set_user_attr(key, value)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names([o.name for o in objectives])  # optuna-dashboard shows them
-        held = {key: study.user_attrs[key] for key in wanted}  # another search may have been faster
-        differences = _differences(held, json.loads(json.dumps(wanted)))
-        if differences:
-            raise UserError(
-                f"{option}={name} holds trials of other settings ({'; '.join(differences[:4])}); they cannot be "
-                f"compared: give this search a name of its own with {option}=NAME, or go back to the settings it had"
-            )
-        return Study(study, objectives, fingerprint, limits, "" if storage.sqlite_file(url) else url)
-
-
-def _differences(held: Any, wanted: Any, key: str = "") -> list[str]:
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        found = []
-        for name in [*held, *(k for k in wanted if k not in held)]:
-            found += _differences(
-                held.get(name), wanted.get(name), f"{key}.{name}".strip(".").removeprefix("fingerprint.")
-            )
-        return found
-    if key == "objectives" and held != wanted:
-        held, wanted = ([o["name"] for o in side] for side in (held, wanted))
-    return [f"{key}: {_brief(held)} there, {_brief(wanted)} here"] if held != wanted else []
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value) if not isinstance(value, str) else value
-    return text if len(text) <= 40 else text[:37] + "..."
+def recorded(study: optuna.Study) -> list[tuple[int, Suggestion]]:
+    """What was proposed in a study, in order: the number of each trial, and why it was made."""
+    found: dict[tuple[str, ...], tuple[int, Suggestion]] = {}
+    for frozen in study.get_trials(deepcopy=False):
+        if _STRATEGY in frozen.user_attrs:
+            suggestion = _suggestion_from(frozen)
+            found.setdefault(suggestion.strategy.overrides, (frozen.number, suggestion))
+    return list(found.values())
 
 
 def _suggestion_from(frozen: optuna.trial.FrozenTrial) -> Suggestion:
     held = frozen.user_attrs
-    return Suggestion(strategy_from(held[_STRATEGY]), held[_BY], record=held.get(_DECISION, {}))
+    decision = held.get(_DECISION, {})
+    return Suggestion(
+        strategy_from(held[_STRATEGY]), held[_BY], expected_gain=decision.get("expected_gain"), record=decision
+    )
+
+
+def _repeated(frozen: optuna.trial.FrozenTrial) -> Suggestion:
+    suggestion = _suggestion_from(frozen)
+    return replace(suggestion, record={**suggestion.record, "again": frozen.number})

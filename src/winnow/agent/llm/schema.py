@@ -1,0 +1,97 @@
+"""The JSON schema of what a language model may propose, made from the space: nothing else can be said in it.
+
+A method comes in *variants*: the knobs that count depend on the values of others (`Dimension.when`), and each such case is an
+object of its own in which every knob is required and nothing may be added. So the schema says all that the space says.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from winnow.search.space import Dimension, Method, Space
+from winnow.types import Strategy
+
+
+def proposals_schema(space: Space, most: int) -> dict[str, Any]:
+    """Of up to `most` proposals, the best first."""
+    methods = [_object(_variant(method, knobs)) for method in space.methods for knobs in variants(method)]
+    strategy = _object(
+        {
+            "reason": {"type": "string", "description": "why this is worth its time, in one or two sentences"},
+            "methods": {"type": "array", "description": "in the order of slots", "items": {"anyOf": methods}},
+            "confidence": {"type": "number", "minimum": 0, "maximum": 1, "description": "that it reaches the front"},
+        }
+    )
+    proposals = {"type": "array", "description": "the best first", "items": strategy, "minItems": 1, "maxItems": most}
+    return {
+        "title": "propose",
+        "description": "Proposes strategies to try next.",
+        **_object({"proposals": proposals}),
+    }
+
+
+def route_schema(specialists: Sequence[str]) -> dict[str, Any]:
+    """Of the coordinator's answer."""
+    return {
+        "title": "route",
+        "description": "Says which specialist proposes next, and why.",
+        **_object({"why": {"type": "string"}, "specialist": {"type": "string", "enum": list(specialists)}}),
+    }
+
+
+def variants(method: Method) -> list[dict[str, dict[str, Any]]]:
+    """The knobs of each case of a method, by their names within it, with the schema of each."""
+    own = {d.key: d for d in method.dimensions}
+    parents = [own[key] for key in sorted({k for d in own.values() for k in d.when}) if key in own and own[key].choices]
+    cases: dict[tuple[Any, ...], dict[str, list[Any]]] = {}
+    for values in itertools.product(*(parent.choices for parent in parents)):
+        given = {parent.key: value for parent, value in zip(parents, values, strict=True)}
+        keys = tuple(d.key for d in active(method, given))
+        # cases of one parent with the same knobs are one; those of several need not be all the combinations of their values
+        case = cases.setdefault(keys if len(parents) < 2 else (keys, values), {key: [] for key in given})
+        for key, value in given.items():
+            case[key].append(value)
+    return [
+        {
+            key.rpartition(".")[2]: {"enum": found[key]} if key in found else _values(own[key])
+            for key in (case if len(parents) < 2 else case[0])
+        }
+        for case, found in cases.items()
+    ]
+
+
+def active(method: Method, values: Mapping[str, Any]) -> list[Dimension]:
+    """The knobs that count, given the values of others by full key."""
+    return [d for d in method.dimensions if all(values.get(key, value) == value for key, value in d.when.items())]
+
+
+def as_proposal(strategy: Strategy) -> dict[str, Any]:
+    """A strategy in the form of the schema."""
+    found = []
+    for name in strategy.methods:
+        own = f"method.{name}."
+        knobs = {k.removeprefix(own): v for k, v in strategy.knobs.items() if k.startswith(own)}
+        found.append({"name": name, "knobs": knobs})
+    return {"methods": found}
+
+
+def _variant(method: Method, knobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"name": {"type": "string", "enum": [method.name]}, "knobs": _object(knobs)}
+
+
+def _values(dimension: Dimension) -> dict[str, Any]:
+    if dimension.choices:
+        return {"enum": list(dimension.choices)}
+    kind = "integer" if dimension.integer else "number"
+    return {"type": kind, "minimum": dimension.low, "maximum": dimension.high}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }

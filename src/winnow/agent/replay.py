@@ -1,0 +1,80 @@
+"""Runs the strategies of a recorded study once more, in their order and with their reasons; no endpoint is asked.
+
+python search.py agent=replay agent.study=nano-nano-cpu study=again
+python search.py agent=replay agent.study=/somewhere/outputs/nano-nano-cpu
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from winnow.agent.llm.critic import strategy_of
+from winnow.agent.llm.schema import as_proposal
+from winnow.agent.policy import Exhausted, Outlook, Suggestion
+from winnow.cli import say
+from winnow.search.history import History
+from winnow.search.space import Space
+from winnow.types import UserError
+
+
+@dataclass
+class Replay:
+    """Proposes what another study has tried.
+
+    Attributes:
+        study: its name, or its folder.
+        storage: its Optuna storage URL; None: `study.db` in its folder.
+        outputs: the folder in which studies lie that are given by name.
+    """
+
+    study: str | None = None
+    storage: str | None = None
+    outputs: str = "outputs"
+    log: Callable[[str], None] = field(default=say, repr=False)
+    _recorded: list[tuple[int, Suggestion]] = field(default_factory=list, init=False, repr=False)
+    _skipped: set[int] = field(default_factory=set, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Reads the study.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        from winnow.search import storage as storages
+        from winnow.search.study import recorded
+
+        if not self.study:
+            raise UserError("agent.study is not set: agent=replay needs the name or the folder of a study to replay")
+        folder = Path(self.study)
+        if not folder.is_dir():
+            folder = Path(self.outputs) / self.study
+        storage = self.storage
+        if storage is None:
+            file = folder / "study.db"
+            if not file.is_file():
+                raise UserError(f"agent.study={self.study}: there is no {file}; give the name or the folder of a study")
+            storage = f"sqlite:///{file}"
+        self._recorded = recorded(storages.existing(folder.name if self.storage is None else self.study, storage))
+        if not self._recorded:
+            raise UserError(f"agent.study={self.study} holds no strategy to replay")
+
+    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+        """The next strategy of the recorded study.
+
+        Raises:
+            Exhausted: there is no other.
+        """
+        for number, suggestion in self._recorded:
+            if suggestion.strategy.overrides in history.seen or number in self._skipped:
+                continue
+            strategy, objections = strategy_of(as_proposal(suggestion.strategy)["methods"], space)
+            if strategy is None:
+                self._skipped.add(number)
+                self.log(f"search: trial {number} of {self.study} is skipped: it is not in this space: {objections[0]}")
+                continue
+            record = {"agent": "replay", "study": str(self.study), "trial": number, "recorded": dict(suggestion.record)}
+            why = str(suggestion.record.get("why") or "")
+            return Suggestion(suggestion.strategy, suggestion.by, why, suggestion.expected_gain, record)
+        raise Exhausted(f"all that {self.study} holds was replayed")

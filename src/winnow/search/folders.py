@@ -1,0 +1,60 @@
+"""The folders of trials, `trials/<number>/`: what the search puts into them beside what the trials write themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from winnow.search.trial import RIVALS, STOP
+from winnow.types import Trial
+
+MESSAGES = "messages.json"  # what was said with a language model to come to the strategy
+
+
+class Folders:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def of(self, number: int) -> Path:
+        return self._root / str(number)
+
+    def prepare(self, number: int, front: Iterable[Trial]) -> None:
+        """Tells a trial whom it has to beat."""
+        self.of(number).mkdir(parents=True, exist_ok=True)
+        rivals = [{"number": t.number, "figures": dict(t.figures)} for t in front]
+        (self.of(number) / RIVALS).write_text(json.dumps(rivals) + "\n", encoding="utf-8")
+
+    def keep_messages(self, number: int, messages: Mapping[str, Any]) -> None:
+        if messages:
+            self.of(number).mkdir(parents=True)
+            scratch = self.of(number) / f".{MESSAGES}.partial"
+            scratch.write_text(json.dumps(messages, indent=1) + "\n", encoding="utf-8")
+            scratch.replace(self.of(number) / MESSAGES)
+
+    def cancel(self, number: int) -> None:
+        """Tells a trial, wherever it runs, that nobody waits for it any more."""
+        with contextlib.suppress(OSError):
+            self.of(number).mkdir(parents=True, exist_ok=True)
+            (self.of(number) / STOP).touch()
+
+    def clear(self, number: int, kept: str = "") -> None:
+        """Removes what lies in a trial's folder, and the folder if nothing is kept."""
+        folder = self.of(number)
+        if not (folder / kept).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != kept:
+                path.unlink(missing_ok=True)
+
+    def drop_weights(self, numbers: set[int]) -> None:
+        """Removes the weights of trials; manifest and figures stay."""
+        for artifact in self._root.glob("*/artifact"):
+            if int(artifact.parent.name) in numbers:
+                shutil.rmtree(artifact, ignore_errors=True)
