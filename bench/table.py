@@ -120,20 +120,20 @@ def pack(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from winnow.benchmark.harness import place
+    from winnow.benchmark.order import Order
     from winnow.benchmark.samples import read
 
     trials = sorted(
         (p for p in (folder / "trials").iterdir() if (p / "outcome.json").is_file()), key=lambda p: int(p.name)
     )
     rows, outcomes, order = [], [], None
-    known = forecasts(trials)
+    known, even = forecasts(trials), Order(1234)
     for trial, sizes in zip(trials, known, strict=True):
         outcome = json.loads((trial / "outcome.json").read_text())
         if outcome["reason"]:
             print(f"{trial.name}: {outcome['reason']}: {outcome['message']}")
             continue
-        samples = sorted(read(trial), key=lambda s: (s.correct is None, place(1234, s.benchmark, s.doc_hash)))
+        samples = sorted(read(trial), key=lambda s: (s.correct is None, even.time((s.benchmark, s.doc_hash))))
         keys = [(s.benchmark, s.subtask, s.doc_hash) for s in samples]
         order = order or keys
         if keys != order:

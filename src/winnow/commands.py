@@ -72,6 +72,9 @@ class Gates(Protocol):
     def measured(self, figures: Figures) -> None:
         """Is shown them, and those of the hardware if they were measured."""
 
+    def ordered(self, benchmark: Benchmark) -> Benchmark:
+        """The benchmark, its items in the order in which they are to be put."""
+
     def scored(self, samples: Sequence[Sample], left: int) -> None:
         """Is shown the items' outcomes so far, after each round but the last."""
 
@@ -105,7 +108,7 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
             if gates is not None:
                 gates.measured(figures)
             with sharing(hardware.device, log), _timed(seconds, "benchmark"):
-                figures.merge(benchmark(lm, run, gates.scored) if gates is not None else benchmark(lm, run))
+                figures.merge(benchmark(lm, run) if gates is None else gates.ordered(benchmark)(lm, run, gates.scored))
 
         try:
             with sharing(hardware.device, log):  # with other work; the meters wait until they have the device alone

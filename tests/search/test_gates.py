@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.test_conf import composed
-from winnow.benchmark.harness import place
-from winnow.benchmark.samples import FILE, Sample, write
-from winnow.search.gates import Gates, matches, table, weights_of
+from winnow.benchmark.order import Order
+from winnow.benchmark.samples import FILE, Sample, read, write
+from winnow.search.gates import LEAST_CHANCE, Gates, matches, table, weights_of
 from winnow.search.objectives import KNOWN
 from winnow.search.trial import RIVALS
 from winnow.types import Figures, Reason, Stopped, UserError
@@ -45,7 +45,8 @@ def study(tmp_path: Path) -> Path:
         figures = {"accuracy": accuracy, "size_bytes": size, "latency_ms": SPEED, "kl_to_base": kl}
         rivals.append({"number": number, "figures": figures})
     (tmp_path / "9").mkdir()
-    (tmp_path / "9" / RIVALS).write_text(json.dumps(rivals))
+    scored = {rival["number"]: rival["figures"]["kl_to_base"] for rival in rivals}  # type: ignore[index]
+    (tmp_path / "9" / RIVALS).write_text(json.dumps({"front": rivals, "scored": scored}))
     return tmp_path
 
 
@@ -57,16 +58,12 @@ def figures(size: float = SIZE, latency: float = SPEED, kl: float = 0.03) -> Fig
     return Figures({"size_bytes": size, "latency_ms": latency, "kl_to_base": kl})
 
 
-def first(samples: Sequence[Sample], count: int) -> list[Sample]:
-    scored = [s for s in samples if s.correct is not None]
-    return sorted(scored, key=lambda s: place(1234, s.benchmark, s.doc_hash))[:count]
-
-
 def raced(gate: Gates, samples: Sequence[Sample]) -> Stopped | None:
-    total = len([s for s in samples if s.correct is not None])
+    drawn = gate.ordered(gates_benchmark()).drawn()  # type: ignore[attr-defined]
+    scored = sorted((s for s in samples if s.correct is not None), key=lambda s: drawn.time((s.benchmark, s.doc_hash)))
     for count in (50, 150, 400, 800):
         try:
-            gate.scored(first(samples, count), total - count)
+            gate.scored(scored[:count], len(scored) - count)
         except Stopped as stopped:
             return stopped
     return None
@@ -103,6 +100,19 @@ def test_what_is_far_off_the_base_model_is_hopeless_beside_one_that_is_near(stud
     gates(study).measured(figures(kl=0.03))  # within the ratio
     gates(study).measured(figures(size=SIZE / 2, kl=0.5))  # nothing that small is nearer
     gates(study, "racing.hopeless_ratio=0").measured(figures(kl=5.0))
+
+
+def test_items_that_trials_like_it_got_wrong_come_early_and_in_another_order_each_time(study: Path) -> None:
+    gate = gates(study)
+    gate.measured(figures())
+    drawn = gate.ordered(gates_benchmark()).drawn()  # type: ignore[attr-defined]
+    wrong = {n: [(s.benchmark, s.doc_hash) for s in read(study / str(n) / FILE) if s.correct is False] for n in (3, 5)}
+    both = set(wrong[3]) & set(wrong[5])
+    assert {drawn.chance(item) for item in both} == {1 + LEAST_CHANCE}
+    items = [(s.benchmark, s.doc_hash) for s in read(study / "3" / FILE) if s.correct is not None]
+    early = sorted(items, key=drawn.time)[: len(items) // 4]
+    assert np.mean([item in both for item in early]) > 2 * np.mean([item in both for item in items])
+    assert sorted(items, key=drawn.time) != sorted(items, key=Order(drawn.seed + 1, drawn.chances).time)
 
 
 def test_an_error_rate_of_0_scores_everything(study: Path) -> None:

@@ -62,8 +62,9 @@ def test_the_space_is_searched_and_its_front_kept(tmp_path: Path) -> None:
     assert len(found.launched) == 30 and len(set(found.launched)) == 30
     front = json.loads((tmp_path / "front.json").read_text())["points"]
     assert {point["trial"] for point in front} == set(found.study.front)
-    rivals = json.loads((tmp_path / "trials" / "29" / RIVALS).read_text())
-    assert {rival["number"] for rival in rivals} <= set(range(29)) and rivals
+    told = json.loads((tmp_path / "trials" / "29" / RIVALS).read_text())
+    assert {rival["number"] for rival in told["front"]} <= set(range(29)) and told["front"]
+    assert set(map(int, told["scored"])) >= {rival["number"] for rival in told["front"]}
 
 
 def test_what_is_refused_is_written_down_and_not_run(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import optuna
 import pytest
 
@@ -101,7 +103,7 @@ def test_any_strategy_can_be_asked_for_by_its_parameters() -> None:
 def test_command_lines_carry_the_settings_and_quote_for_a_shell() -> None:
     strategy = Strategy(("wanda", "rtn"), {"method.wanda.pattern": "2:4", "method.rtn.bits": 3})
     shared = ["model=nano", "model.dtype=float32", "benchmark.limit=10", "hardware=cpu", "budget.trials=3", "seed=4"]
-    compress, evaluate = overrides.command_lines(shared, strategy, "outputs/s/trials/1/artifact")
+    compress, evaluate = overrides.command_lines(shared, strategy, Path("outputs/s/trials/1"))
     assert compress == (
         "python compress.py model=nano model.dtype=float32 hardware=cpu seed=4 'method=[wanda,rtn]' method.rtn.bits=3 "
         "method.wanda.pattern=2:4 output=outputs/s/trials/1/artifact"

@@ -65,7 +65,7 @@ def test_a_journal_that_a_kill_left_behind_is_no_damage(tmp_path: Path) -> None:
     writer = kills.FORK.Process(target=_killed_while_writing, args=(tmp_path / "study.db",))
     writer.start()
     writer.join()
-    assert (tmp_path / "study.db-journal").stat().st_size > 0
+    assert (tmp_path / "study.db-wal").stat().st_size > 0
     assert opened(tmp_path).trials == []
 
 

@@ -13,13 +13,13 @@ import numpy as np
 from winnow.agent.policy import ENUMERABLE, Outlook, Suggestion, drawn, fresh
 from winnow.search.history import History
 from winnow.search.improvement import boxes, expected, nondominated
+from winnow.search.objectives import KL
 from winnow.search.space import Space
 from winnow.search.surrogate import Features, GaussianProcess, Settings, features, fitted
 from winnow.types import Objective, Strategy, Trial
 
 MOST_OBSERVATIONS = 300  # that a process is conditioned on: solving for them is cubic
 ESTIMATED, GUESSED = 5.0, 30.0  # the noise of what was scored on some items, and of what only the divergence tells
-KL = "kl_to_base"
 STOCK = 2048  # strategies of a large space
 MARGIN = 0.1  # of the range of an objective, past its worst value: where the hypervolume is counted from
 

@@ -10,7 +10,6 @@ fixed batch size and items and exemplars that depend on the seed alone make a sc
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.benchmark import figures, samples
+from winnow.benchmark.order import Order, read
 from winnow.benchmark.spec import Spec
 from winnow.hardware.runtime import serving
 from winnow.types import LM, Figures, Run, UserError
@@ -59,6 +59,7 @@ class Harness:
         confirming: whether just these are scored.
         rounds: shares of all items after which a race looks at the outcomes so far (`winnow.search.racing`); part of
             what makes scores comparable, since they decide which prompts share a batch.
+        order: a file of a search (`winnow.benchmark.order`) that says which items come early; None puts them at random.
     """
 
     preload: ClassVar[tuple[str, ...]] = tuple(PRELOAD)
@@ -74,6 +75,7 @@ class Harness:
     held_back: float = 0.0
     confirming: bool = False
     rounds: Sequence[float] = (0.05, 0.15, 0.4, 1.0)
+    order: str | None = None
     specs: tuple[Spec, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +96,8 @@ class Harness:
         if not self.tasks:
             raise UserError("benchmark.tasks is empty; give at least one task")
         object.__setattr__(self, "specs", tuple(Spec.read(name, dict(values)) for name, values in self.tasks.items()))
+        if self.order is not None:
+            read(self.order)
         for spec in self.specs if self.data_dir is not None else ():
             assert self.data_dir is not None
             spec.check_files(self.data_dir)
@@ -149,30 +153,25 @@ class Harness:
             run.log(_line(spec, of_one, seconds[spec.name]))
         return figures.figures(scored)
 
-    def schedule(self, asked: Mapping[str, Sequence[Question]]) -> Iterator[tuple[dict[str, list[Question]], int]]:
-        """The items of each round by benchmark, and how many that are right or wrong come after it.
+    def drawn(self) -> Order:
+        """The order in which items are put."""
+        return Order(self.seed) if self.order is None else read(self.order)
 
-        All of these are in one order, which depends on their hashes and the seed alone; texts come last.
-        """
+    def schedule(self, asked: Mapping[str, Sequence[Question]]) -> Iterator[tuple[dict[str, list[Question]], int]]:
+        """The items of each round by benchmark, and how many that are right or wrong come after it; texts come last."""
         texts = {spec.name for spec in self.specs if spec.metric is None}
-        order = sorted(
-            ((name, q) for name, of_one in asked.items() if name not in texts for q in of_one),
-            key=lambda pair: place(self.seed, pair[0], pair[1].doc_hash),
-        )
-        ends = [round(share * len(order)) for share in self.rounds]
+        drawn = self.drawn()
+        items = [(name, q) for name, of_one in asked.items() if name not in texts for q in of_one]
+        items.sort(key=lambda pair: drawn.time((pair[0], pair[1].doc_hash)))
+        ends = [round(share * len(items)) for share in self.rounds]
         for start, end in itertools.pairwise([0, *ends]):
             chunk: dict[str, list[Question]] = defaultdict(list)
-            for name, question in order[start:end]:
+            for name, question in items[start:end]:
                 chunk[name].append(question)
             if chunk:
-                yield dict(chunk), len(order) - end
+                yield dict(chunk), len(items) - end
         if texts:
             yield {name: list(asked[name]) for name in texts}, 0
-
-
-def place(seed: int, benchmark: str, doc_hash: str) -> str:
-    """What an item is sorted by, into the one order in which all are put: as good as random, and the same for every model."""
-    return hashlib.sha256(f"{seed} {benchmark} {doc_hash}".encode()).hexdigest()
 
 
 def _line(spec: Spec, found: list[samples.Sample], seconds: float) -> str:

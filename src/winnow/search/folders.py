@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from winnow.search.history import History
+from winnow.search.objectives import KL
 from winnow.search.trial import RIVALS, STOP
-from winnow.types import Trial
 
 MESSAGES = "messages.json"  # what was said with a language model to come to the strategy
+LATEST = 64  # complete trials that a new one is told of, beside the front
 
 
 class Folders:
@@ -22,11 +25,15 @@ class Folders:
     def of(self, number: int) -> Path:
         return self._root / str(number)
 
-    def prepare(self, number: int, front: Iterable[Trial]) -> None:
-        """Tells a trial whom it has to beat."""
+    def prepare(self, number: int, history: History) -> None:
+        """Tells a trial whom it has to beat, and who can tell it which items matter."""
         self.of(number).mkdir(parents=True, exist_ok=True)
-        rivals = [{"number": t.number, "figures": dict(t.figures)} for t in front]
-        (self.of(number) / RIVALS).write_text(json.dumps(rivals) + "\n", encoding="utf-8")
+        latest = itertools.islice((t for t in reversed(history.trials) if t.complete), LATEST)
+        told = {
+            "front": [{"number": t.number, "figures": dict(t.figures)} for t in history.on_front],
+            "scored": {t.number: t.figures.get(KL) for t in (*history.on_front, *latest)},
+        }
+        (self.of(number) / RIVALS).write_text(json.dumps(told) + "\n", encoding="utf-8")
 
     def keep_messages(self, number: int, messages: Mapping[str, Any]) -> None:
         if messages:

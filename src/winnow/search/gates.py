@@ -3,11 +3,15 @@
 Its *rivals* are the trials that were on the front when it began and are at least as good in everything but the scores. It is
 *hopeless* if its predictions are much further from the base model's than a rival's, and *dominated* if it loses a race
 (`winnow.search.racing`) against them. Without rivals it is scored on all items, as is whatever reaches the front.
+
+Items come early that trials like this one got wrong, as far as they were scored: where all of them are right, there is little to see.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,21 +22,23 @@ import numpy as np
 from omegaconf import DictConfig
 
 from winnow import build
-from winnow.benchmark import divergence
-from winnow.benchmark.harness import Harness, place
+from winnow.benchmark import divergence, order
+from winnow.benchmark.harness import Harness
 from winnow.benchmark.samples import FILE, Sample, read
 from winnow.benchmark.spec import Spec
 from winnow.hardware.footprint import disk_bytes
 from winnow.search import pareto, racing
-from winnow.search.objectives import objectives
+from winnow.search.objectives import KL, objectives
 from winnow.search.trial import RIVALS
-from winnow.types import LM, Figures, Objective, Reason, Run, Stopped, Trial, UserError
+from winnow.types import LM, Benchmark, Figures, Objective, Reason, Run, Stopped, Trial, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.runtime import Served
 
-KL = "kl_to_base"
 FROM_DISK = ("size_bytes",)  # hardware figures that no meter is needed for
+ALIKE = 16  # trials that say which items matter
+LEAST_CHANCE = 0.005  # of an item that none of them got wrong; 1 of one that all did
+_KL_FLOOR = 1e-4  # nats a token: below it two divergences are alike
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Gates:
         self._settings = Racing(**config.racing)
         self._rivals: list[Mapping[str, Any]] = []
         self._race: racing.Race | None = None
+        self._drawn = self._benchmark.drawn()
         self.scores_first = all(o.name in FROM_DISK for o in self._others)
 
     def served(self, lm: LM, served: Served, run: Run) -> Figures:
@@ -99,8 +106,8 @@ class Gates:
         if any(o.name not in figures for o in self._others):
             return  # text is scored last: whether it is matched there is not known before the end
         path = self._folder / RIVALS
-        candidates = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        self._rivals = [rival for rival in candidates if matches(rival["figures"], figures, self._others)]
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"front": [], "scored": {}}
+        self._rivals = [rival for rival in told["front"] if matches(rival["figures"], figures, self._others)]
         settings = self._settings
         for rival in self._rivals if settings.hopeless_ratio and KL in figures else ():
             bound = max(settings.hopeless_ratio * rival["figures"].get(KL, np.inf), settings.hopeless_floor)
@@ -111,6 +118,32 @@ class Gates:
                     f"which is no worse in {_names(self._others)}, is {rival['figures'][KL]:.3g}",
                     {"share_scored": 0.0},
                 )
+        if self._rivals and settings.error_rate:
+            self._draw({int(number): kl for number, kl in told["scored"].items()}, figures.get(KL))
+
+    def ordered(self, benchmark: Benchmark) -> Benchmark:
+        """The benchmark, its items in the order that was drawn for this trial."""
+        path = self._folder / order.FILE
+        return dataclasses.replace(benchmark, order=str(path)) if path.is_file() else benchmark  # type: ignore[type-var]
+
+    def _draw(self, scored: Mapping[int, float | None], kl: float | None) -> None:
+        """Draws the order, and writes it down: `evaluate.py` takes it from there, and so does this trial itself.
+
+        Args:
+            scored: divergences of trials that were scored on all items, by number.
+            kl: its own.
+        """
+        alike = sorted(scored, key=lambda number: _distance(scored[number], kl))
+        numbers = {*alike[:ALIKE], *(rival["number"] for rival in self._rivals)}
+        missed: Counter[order.Item] = Counter()
+        for number in numbers:
+            for sample in read(self._folder.parent / str(number) / FILE):
+                if sample.correct is not None:
+                    missed[sample.benchmark, sample.doc_hash] += 1 - sample.score  # type: ignore[assignment]
+        chances = {item: LEAST_CHANCE + times / len(numbers) for item, times in missed.items()}
+        # drawn anew for each trial: what others are told of an item must not depend on when it comes
+        self._drawn = order.Order(self._benchmark.seed + int(self._folder.name), chances)
+        self._drawn.write(self._folder / order.FILE)
 
     def scored(self, samples: Sequence[Sample], left: int) -> None:
         """Looks at the race.
@@ -130,9 +163,7 @@ class Gates:
         estimates = {"share_scored": len(scores) / len(self._race.weights)}
         for column, objective in enumerate(self._scores):
             name = objective.name
-            middle, low, high = racing.interval(
-                scores[:, column], self._race.weights[:, column], self._settings.error_rate
-            )
+            middle, low, high = self._race.estimate(scores, rival, column)
             estimates |= {name: middle, f"{name}_low": low, f"{name}_high": high}
         raise Stopped(
             Reason.DOMINATED,
@@ -142,20 +173,24 @@ class Gates:
         )
 
     def _started(self) -> racing.Race:
-        rivals, weights = [], None
-        for rival in self._rivals:
-            samples = self._in_order(read(self._folder.parent / str(rival["number"]) / FILE))
-            if weights is None:
-                weights = weights_of(samples, self._benchmark.specs, self._scores)
-            rivals.append(racing.Rival(rival["number"], table(samples, self._scores)))
-        assert weights is not None
-        return racing.Race(rivals, weights, self._settings.error_rate)
+        found = [self._in_order(read(self._folder.parent / str(rival["number"]) / FILE)) for rival in self._rivals]
+        numbered = zip(self._rivals, found, strict=True)
+        rivals = [racing.Rival(rival["number"], table(samples, self._scores)) for rival, samples in numbered]
+        weights = weights_of(found[0], self._benchmark.specs, self._scores)
+        chances = np.array([self._drawn.chance((s.benchmark, s.doc_hash)) for s in found[0]])
+        return racing.Race(rivals, weights, chances, self._settings.error_rate)
 
     def _in_order(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those that are right or wrong, in the order in which items are put."""
-        seed = self._benchmark.seed
         scored = [s for s in samples if s.correct is not None]
-        return sorted(scored, key=lambda s: place(seed, s.benchmark, s.doc_hash))
+        return sorted(scored, key=lambda s: self._drawn.time((s.benchmark, s.doc_hash)))
+
+
+def _distance(one: float | None, other: float | None) -> float:
+    """Of two divergences, as a ratio; infinite where one is not known."""
+    if one is None or other is None:
+        return math.inf
+    return abs(math.log((one + _KL_FLOOR) / (other + _KL_FLOOR)))
 
 
 def matches(rival: Mapping[str, float], figures: Mapping[str, float], others: Sequence[Objective]) -> bool:

@@ -194,7 +194,7 @@ class Search:
     def _announce(self, proposal: Proposal) -> None:
         of = f" of {self.budget.trials}" if self.budget.trials else ""
         self.log(f"trial {proposal.number} ({self.study.run_trials + 1}{of}): {proposal.strategy}")
-        self._trials.prepare(proposal.number, self.study.on_front)
+        self._trials.prepare(proposal.number, self.study)
 
     def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> bool:
         """Records a trial; returns whether it is to be tried once more."""
@@ -246,7 +246,7 @@ class Search:
             seconds={**outcome["seconds"], **({} if seconds is None else {"total": round(seconds, 3)})},
             energy=outcome.get("energy", {}),
             stages=outcome.get("stages", []),
-            commands=command_lines(self.shared, proposal.strategy, str(self._trials.of(proposal.number) / "artifact")),
+            commands=command_lines(self.shared, proposal.strategy, self._trials.of(proposal.number)),
             proposed_by=suggestion.by,
             decision=decision,
         )

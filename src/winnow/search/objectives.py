@@ -10,6 +10,7 @@ from winnow.types import Objective, UserError
 
 # A few bytes of a header, or the noise of a clock, must not put a strategy on the front
 BYTES, TIME = 0.001, 0.05
+KL = "kl_to_base"  # the divergence from the base model in nats a token: not optimised, but told early and cheaply
 
 # what the meters and every benchmark report; benchmarks add one score a task
 KNOWN: dict[str, Objective] = {

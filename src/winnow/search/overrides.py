@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from winnow.benchmark.order import FILE as ORDER
 from winnow.types import Knob, Strategy, UserError
 
 COMPRESS_KEYS = ("experiment", "debug", "model", "calibration", "seed", "hardware")
@@ -73,12 +75,18 @@ def _of(keys: Iterable[str], overrides: Iterable[str]) -> list[str]:
     return [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in keys]
 
 
-def command_lines(shared: Sequence[str], strategy: Strategy, artifact: str) -> tuple[str, str]:
-    """The `compress.py` and `evaluate.py` lines that make a trial's artifact and its figures again, ready for a shell."""
+def command_lines(shared: Sequence[str], strategy: Strategy, folder: Path) -> tuple[str, str]:
+    """The `compress.py` and `evaluate.py` lines that make a trial's artifact and its figures again, ready for a shell.
+
+    Args:
+        folder: of the trial.
+    """
+    artifact = folder / "artifact"
     compress = [*_of(COMPRESS_KEYS, shared), *strategy.overrides, f"output={artifact}"]
     loading = [o for o in _of(("model",), shared) if "." in o.split("=")[0] and not o.startswith("model.path")]
     others = [o for o in _of(EVALUATE_KEYS, shared) if not o.startswith("model")]
-    evaluate = ["model=local", f"model.path={artifact}", *loading, *others]
+    drawn = [f"benchmark.order={folder / ORDER}"] if (folder / ORDER).is_file() else []
+    evaluate = ["model=local", f"model.path={artifact}", *loading, *others, *drawn]
     return (
         shlex.join(["python", "compress.py", *compress]),
         shlex.join(["python", "evaluate.py", *evaluate]),

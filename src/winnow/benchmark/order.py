@@ -1,0 +1,77 @@
+"""The order in which items are put: at random, and where a search has said so, those that tell models apart come early.
+
+Each item comes at a random time, with its *chance* as the rate; so the next one is drawn with a probability proportional to its
+chance among those that are left (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir"). The time depends on the
+item's hash and the seed alone: without chances the order is the same for every model.
+
+    python evaluate.py ... benchmark.order=outputs/nano-nano-cpu/trials/17/order.parquet
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from winnow.types import UserError
+
+FILE = "order.parquet"
+Item = tuple[str, str]  # benchmark and the item's hash
+
+
+@dataclass(frozen=True)
+class Order:
+    """Attributes:
+    seed: of the draw.
+    chances: above 0, relative to one another; an item that is not named has 1.
+    """
+
+    seed: int
+    chances: Mapping[Item, float] = field(default_factory=dict)
+
+    def chance(self, item: Item) -> float:
+        return self.chances.get(item, 1.0)
+
+    def time(self, item: Item) -> float:
+        """When an item comes: what items are sorted by."""
+        benchmark, doc_hash = item
+        drawn = hashlib.sha256(f"{self.seed} {benchmark} {doc_hash}".encode()).digest()[:8]
+        uniform = (int.from_bytes(drawn) + 0.5) / 2**64
+        return -math.log(uniform) / self.chance(item)
+
+    def write(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {
+            "benchmark": [benchmark for benchmark, _ in self.chances],
+            "doc_hash": [doc_hash for _, doc_hash in self.chances],
+            "chance": list(self.chances.values()),
+        }
+        table = pa.table(columns).replace_schema_metadata({"seed": str(self.seed)})
+        pq.write_table(table, path, compression="zstd")
+
+
+@functools.lru_cache(maxsize=4)
+def read(path: str) -> Order:
+    """What `Order.write` wrote.
+
+    Raises:
+        UserError: there is no such file, or it is another one.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, partitioning=None)
+        rows = table.to_pydict()
+        items = zip(rows["benchmark"], rows["doc_hash"], strict=True)
+        chances = dict(zip(items, rows["chance"], strict=True))
+        return Order(int(table.schema.metadata[b"seed"]), chances)
+    except FileNotFoundError:
+        raise UserError(f"benchmark.order={path}: there is no such file; a search writes it for each trial") from None
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"benchmark.order={path} is not an order that a search wrote: {error}") from None
