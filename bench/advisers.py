@@ -78,7 +78,7 @@ def advisers(world: World, seeds: int) -> list[Result]:
         "worst": lambda seed: Ranked(worst),
         "good": lambda seed: Ranked(best),
     }
-    alone = [ours(world, GP(seed), Racing(), True, until=1.0) for seed in range(seeds)]
+    alone = [ours(world, GP(seed), Racing(), True, seed, until=1.0) for seed in range(seeds)]
     cost = statistics.median(reached(curve) for curve in alone)
     found = {}
     for name, make in makers.items():
@@ -86,7 +86,7 @@ def advisers(world: World, seeds: int) -> list[Result]:
         for seed in range(seeds):
             agents = {"llm": make(seed), "gp": GP(seed)}
             policy = Portfolio(agents, {"llm": SHARE_OF_LLM, "gp": 1 - SHARE_OF_LLM}, seed)
-            runs.append(ours(world, policy, Racing(), True, until=1.0 if name != "good" else SHARE))
+            runs.append(ours(world, policy, Racing(), True, seed, until=1.0 if name != "good" else SHARE))
         found[name] = runs
     least = 1.0
     for name in ("garbage", "nonsense", "worst"):

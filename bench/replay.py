@@ -5,7 +5,8 @@ The policy, the history, the gates' decisions and the race are the search's own;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +15,16 @@ from table import Row, Table
 
 from winnow.agent.policy import Exhausted, Policy
 from winnow.search.costs import Costs, Prefix, prefixes
-from winnow.search.gates import KL, Racing, matches
+from winnow.search.folders import scored
+from winnow.search.gates import LEAST_CHANCE, Racing, informants, matches
 from winnow.search.history import History
-from winnow.search.objectives import KNOWN
+from winnow.search.objectives import KL, KNOWN
 from winnow.search.racing import Race, Rival
 from winnow.types import Reason, Slot, Strategy, Trial
 
 OBJECTIVES = tuple(KNOWN[name] for name in ("accuracy", "size_bytes", "latency_ms"))
 SCORES, OTHERS = OBJECTIVES[:1], OBJECTIVES[1:]
+ROUNDS = (0.05, 0.15, 0.4, 1.0)  # as conf/benchmark/nano.yaml has them, and as the table was made
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Replay:
         cached: whether what the first stages of a pipeline made is kept.
         first: strategies before the policy is asked; the base model is always the very first.
         slots: of each method, by name.
+        seed: of the orders in which items are put.
     """
 
     table: Table
@@ -65,9 +69,13 @@ class Replay:
     seconds: float = 0.0
     items: int = 0
     history: History = field(default_factory=lambda: History(OBJECTIVES))
+    seed: int = 0
     _made: set[Prefix] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self._rng = np.random.default_rng(self.seed)
+        known = {name for name, _ in self.table.items}
+        self._texts = {name for put in self.table.rows[0].rounds for name in put} - known
         self.rows = {row.strategy.overrides: row for row in self.table.rows}
         self.numbers = {row.strategy.overrides: n for n, row in enumerate(self.table.rows)}
         self.outlook = Looked(self.rows)
@@ -115,25 +123,25 @@ class Replay:
         return records
 
     def _scored(self, trial: Trial, row: Row, rivals: list[Trial]) -> Trial:
-        mine = self.table.scores[self.numbers[trial.strategy.overrides]]
-        racing = self.racing is not None and self.racing.error_rate > 0 and bool(rivals)
-        if racing:
-            assert self.racing is not None
-            scores = [self.table.scores[self.numbers[r.strategy.overrides]] for r in rivals]
-            found = [Rival(r.number, s[:, None]) for r, s in zip(rivals, scores, strict=True)]
-            race = Race(found, self.table.weights[:, None], self.racing.error_rate)
-        done = 0
-        for put in row.rounds:
-            self.seconds += sum(seconds for _, seconds in put.values())
-            if done < len(mine):
-                done += sum(items for items, _ in put.values())
-                self.items += sum(items for items, _ in put.values())
-                if racing and done < len(mine) and race.beaten_by(mine[:done, None]) is not None:
-                    weights = self.table.weights[:done]
-                    estimate = float((weights * mine[:done]).sum() / weights.sum())
-                    return self._stopped(
-                        trial, Reason.DOMINATED, {"accuracy": estimate, "share_scored": done / len(mine)}
-                    )
+        if self.racing is None or not self.racing.error_rate or not rivals:
+            self.seconds += sum(seconds for put in row.rounds for _, seconds in put.values())
+            self.items += len(self.table.items)
+            return trial
+        at = {t.number: self.numbers[t.strategy.overrides] for t in self.history.trials if t.complete}
+        alike = [at[number] for number in informants(scored(self.history), trial.figures.get(KL))]
+        drawn = draw(self.table, [*alike, *(at[r.number] for r in rivals)], self._rng)
+        race = drawn.race({r.number: at[r.number] for r in rivals}, self.racing.error_rate)
+        mine = self.table.scores[self.numbers[trial.strategy.overrides]][drawn.order][:, None]
+        begun = 0
+        for share in ROUNDS:
+            done = round(share * len(mine))
+            self.seconds += round_seconds(row, Counter(self.table.items[n][0] for n in drawn.order[begun:done]))
+            self.items += done - begun
+            begun = done
+            if done < len(mine) and (rival := race.beaten_by(mine[:done])) is not None:
+                middle, _, _ = race.estimate(mine[:done], rival, 0)
+                return self._stopped(trial, Reason.DOMINATED, {"accuracy": middle, "share_scored": share})
+        self.seconds += sum(seconds for put in row.rounds for name, (_, seconds) in put.items() if name in self._texts)
         return trial
 
     def _stopped(self, trial: Trial, reason: Reason, estimates: dict[str, float]) -> Trial:
@@ -142,6 +150,36 @@ class Replay:
             trial.number, trial.strategy, figures=kept, estimates=estimates, reason=reason, stages=trial.stages,
             seconds=trial.seconds,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Items in a drawn order."""
+
+    table: Table
+    order: np.ndarray
+    chances: np.ndarray
+
+    def race(self, rivals: Mapping[int, int], error_rate: float) -> Race:
+        """Against rivals: their numbers, and their rows of the table."""
+        made = [Rival(number, self.table.scores[row][self.order][:, None]) for number, row in rivals.items()]
+        return Race(made, self.table.weights[self.order][:, None], self.chances[self.order], error_rate)
+
+
+def draw(table: Table, informed_by: Sequence[int], rng: np.random.Generator) -> Drawn:
+    """An order of the items as a trial draws it, informed by rows of the table."""
+    chances = LEAST_CHANCE + (1 - table.scores[sorted(set(informed_by))]).mean(0)
+    return Drawn(table, np.argsort(rng.exponential(size=len(chances)) / chances), chances)
+
+
+def round_seconds(row: Row, items: Mapping[str, int]) -> float:
+    """Of scoring so many items of each benchmark, interpolated between the rounds that the trial took."""
+    seconds = 0.0
+    for name, count in items.items():
+        points = sorted((0, 0.0) if name not in put else tuple(put[name]) for put in row.rounds)
+        counts, times = zip(*[(0, 0.0), *points], strict=True)
+        seconds += float(np.interp(count, counts, times)) * max(1.0, count / counts[-1])
+    return seconds
 
 
 def overhead(row: Row) -> float:

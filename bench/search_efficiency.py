@@ -25,11 +25,12 @@ import moocore
 import numpy as np
 import table as tables
 from common import Result, report
-from replay import OBJECTIVES, OTHERS, SCORES, Replay, front_points, full_cost
+from replay import OBJECTIVES, OTHERS, ROUNDS, SCORES, Replay, draw, front_points, full_cost
 
 from winnow.search import pareto
-from winnow.search.gates import Racing, matches
-from winnow.search.racing import Race, Rival
+from winnow.search.folders import LATEST
+from winnow.search.gates import Racing, informants, matches
+from winnow.search.objectives import KL
 from winnow.types import Strategy, Trial
 
 SHARE = 0.99
@@ -59,9 +60,9 @@ class World:
 Curve = list[tuple[float, float]]  # seconds spent, share of the hypervolume
 
 
-def ours(world: World, policy: Any, racing: Racing | None, cached: bool, until: float = SHARE) -> Curve:
+def ours(world: World, policy: Any, racing: Racing | None, cached: bool, seed: int, until: float = SHARE) -> Curve:
     """A search of ours until it has a share of the hypervolume."""
-    replay = Replay(world.table, policy, world.slots, racing, cached, first=first(world))
+    replay = Replay(world.table, policy, world.slots, racing, cached, first=first(world), seed=seed)
     curve: Curve = []
     rows: list[int] = []
     for trial in replay.run(world.space):
@@ -143,16 +144,16 @@ def cost(world: World, seeds: int) -> list[Result]:
     """Every search with every seed; prints quartiles, and draws the curves."""
     curves: dict[str, list[Curve]] = {}
     for name, make in agents().items():
-        curves[name] = [ours(world, make(seed), Racing(), cached=True) for seed in range(seeds)]
+        curves[name] = [ours(world, make(seed), Racing(), True, seed) for seed in range(seeds)]
         _line(name, curves[name])
-    curves["gp, all scored"] = [ours(world, agents()["gp"](seed), None, cached=True) for seed in range(seeds)]
+    curves["gp, all scored"] = [ours(world, agents()["gp"](seed), None, True, seed) for seed in range(seeds)]
     _line("gp, all scored", curves["gp, all scored"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, make in peers().items():
             curves[name] = [peer(world, make(seed)) for seed in range(seeds)]
             _line(name, curves[name])
-    draw(curves)
+    plot(curves)
     middle = {name: statistics.median(map(reached, found)) for name, found in curves.items()}
     best = min(middle[name] for name in peers() if name != "optuna random")
     mine = middle["portfolio"]
@@ -173,7 +174,7 @@ def _line(name: str, curves: Sequence[Curve]) -> None:
     )
 
 
-def draw(curves: dict[str, list[Curve]]) -> None:
+def plot(curves: dict[str, list[Curve]]) -> None:
     """Medians and quartiles of the hypervolume over cost, as a page."""
     import plotly.graph_objects as go
 
@@ -224,39 +225,33 @@ def _at(curve: Curve, seconds: float) -> float:
 def races(world: World, count: int = 4000) -> list[Result]:
     """Random candidates against the fronts of random parts of the table; a false rejection is of one that would have been on it."""
     rng = np.random.default_rng(0)
-    scored = full = wrong = open_ = raced = 0
-    rounds = (0.05, 0.15, 0.4, 1.0)
+    scored = wrong = open_ = 0
     trials = [Trial(n, r.strategy, figures=r.figures) for n, r in enumerate(world.table.rows)]
     items = len(world.table.items)
-    while raced < count:
-        size = int(rng.integers(10, len(trials) - 1))
-        part = rng.permutation(len(trials))[: size + 1]
+    for _ in range(count):
+        part = rng.permutation(len(trials))[: int(rng.integers(10, len(trials)))]
         candidate, others = trials[part[0]], [trials[n] for n in part[1:]]
         front = [trials[n] for n in pareto.front(others, OBJECTIVES)]
         rivals = [t for t in front if matches(t.figures, candidate.figures, OTHERS)]
-        raced += 1
-        full += items
         if not rivals:
             scored += items
             continue
-        order = rng.permutation(items)
-        made = [Rival(t.number, world.table.scores[t.number][order][:, None]) for t in rivals]
-        race = Race(made, world.table.weights[order][:, None], Racing().error_rate)
-        mine = world.table.scores[candidate.number][order][:, None]
-        for share in rounds:
-            done = round(share * items)
-            if share < 1 and race.beaten_by(mine[:done]) is not None:
-                break
+        known = {t.number: t.figures[KL] for t in [*front, *others[-LATEST:]]}
+        alike = informants(known, candidate.figures[KL])
+        drawn = draw(world.table, [*alike, *(t.number for t in rivals)], rng)
+        race = drawn.race({t.number: t.number for t in rivals}, Racing().error_rate)
+        mine = world.table.scores[candidate.number][drawn.order][:, None]
+        looks = (round(share * items) for share in ROUNDS[:-1])
+        done = next((n for n in looks if race.beaten_by(mine[:n]) is not None), items)
         scored += done
-        stopped = done < items
         joins = not any(t.figures[SCORES[0].name] >= candidate.figures[SCORES[0].name] for t in rivals)
         open_ += joins
-        wrong += stopped and joins
-    print(f"{raced:,} races, {open_:,} of candidates that beat all of their rivals, {wrong} of these were stopped")
-    print(f"{scored / full:.1%} of the items were scored")
+        wrong += done < items and joins
+    print(f"{count:,} races, {open_:,} of candidates that beat all of their rivals, {wrong} of these were stopped")
+    print(f"{scored / (count * items):.1%} of the items were scored")
     return [
         Result("racing_false_rejections", wrong / max(1, open_), 0.05, "lower"),
-        Result("racing_item_saving", full / scored, 3.0, "higher"),
+        Result("racing_item_saving", count * items / scored, 3.0, "higher"),
     ]
 
 

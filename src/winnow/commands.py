@@ -20,7 +20,7 @@ from winnow.hardware.lock import sharing
 from winnow.method.pipeline import compress as run_pipeline
 from winnow.model.save import remove_empty
 from winnow.recovery import devices
-from winnow.types import LM, Figures, Run, Stopped
+from winnow.types import LM, Benchmark, Figures, Run, Stopped
 
 if TYPE_CHECKING:
     from winnow.benchmark.samples import Sample

@@ -39,7 +39,7 @@ class GP:
     """
 
     seed: int = 0
-    startup: int = 8
+    startup: int = 4
     pool: int = 512
     cost_exponent: float = 1.0
     _stock: list[Strategy] = field(default_factory=list, init=False, repr=False)

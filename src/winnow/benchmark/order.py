@@ -1,8 +1,9 @@
 """The order in which items are put: at random, and where a search has said so, those that tell models apart come early.
 
 Each item comes at a random time, with its *chance* as the rate; so the next one is drawn with a probability proportional to its
-chance among those that are left (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir"). The time depends on the
-item's hash and the seed alone: without chances the order is the same for every model.
+chance among those that are left (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir", Information
+Processing Letters 97:181). The time depends on the item's hash, its chance and the seed alone: without chances the order is the
+same for every model.
 
     python evaluate.py ... benchmark.order=outputs/nano-nano-cpu/trials/17/order.parquet
 """

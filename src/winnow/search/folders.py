@@ -28,10 +28,9 @@ class Folders:
     def prepare(self, number: int, history: History) -> None:
         """Tells a trial whom it has to beat, and who can tell it which items matter."""
         self.of(number).mkdir(parents=True, exist_ok=True)
-        latest = itertools.islice((t for t in reversed(history.trials) if t.complete), LATEST)
         told = {
             "front": [{"number": t.number, "figures": dict(t.figures)} for t in history.on_front],
-            "scored": {t.number: t.figures.get(KL) for t in (*history.on_front, *latest)},
+            "scored": scored(history),
         }
         (self.of(number) / RIVALS).write_text(json.dumps(told) + "\n", encoding="utf-8")
 
@@ -65,3 +64,9 @@ class Folders:
         for artifact in self._root.glob("*/artifact"):
             if int(artifact.parent.name) in numbers:
                 shutil.rmtree(artifact, ignore_errors=True)
+
+
+def scored(history: History) -> dict[int, float | None]:
+    """Divergences of trials that were scored on all items, by number: of the front, and of the latest."""
+    latest = itertools.islice((t for t in reversed(history.trials) if t.complete), LATEST)
+    return {t.number: t.figures.get(KL) for t in (*history.on_front, *latest)}

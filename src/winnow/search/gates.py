@@ -4,7 +4,7 @@ Its *rivals* are the trials that were on the front when it began and are at leas
 *hopeless* if its predictions are much further from the base model's than a rival's, and *dominated* if it loses a race
 (`winnow.search.racing`) against them. Without rivals it is scored on all items, as is whatever reaches the front.
 
-Items come early that trials like this one got wrong, as far as they were scored: where all of them are right, there is little to see.
+Items come early that trials like it got wrong: where all of them are right, there is little to see.
 """
 
 from __future__ import annotations
@@ -133,8 +133,7 @@ class Gates:
             scored: divergences of trials that were scored on all items, by number.
             kl: its own.
         """
-        alike = sorted(scored, key=lambda number: _distance(scored[number], kl))
-        numbers = {*alike[:ALIKE], *(rival["number"] for rival in self._rivals)}
+        numbers = {*informants(scored, kl), *(rival["number"] for rival in self._rivals)}
         missed: Counter[order.Item] = Counter()
         for number in numbers:
             for sample in read(self._folder.parent / str(number) / FILE):
@@ -186,11 +185,16 @@ class Gates:
         return sorted(scored, key=lambda s: self._drawn.time((s.benchmark, s.doc_hash)))
 
 
-def _distance(one: float | None, other: float | None) -> float:
-    """Of two divergences, as a ratio; infinite where one is not known."""
-    if one is None or other is None:
-        return math.inf
-    return abs(math.log((one + _KL_FLOOR) / (other + _KL_FLOOR)))
+def informants(scored: Mapping[int, float | None], kl: float | None) -> list[int]:
+    """The trials, of those with these divergences, that are most like one with the divergence `kl`."""
+
+    def distance(number: int) -> float:
+        theirs = scored[number]
+        if theirs is None or kl is None:
+            return math.inf
+        return abs(math.log((theirs + _KL_FLOOR) / (kl + _KL_FLOOR)))
+
+    return sorted(scored, key=distance)[:ALIKE]
 
 
 def matches(rival: Mapping[str, float], figures: Mapping[str, float], others: Sequence[Objective]) -> bool:

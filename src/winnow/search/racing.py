@@ -1,8 +1,9 @@
 """Racing: a candidate is stopped once the items scored so far show, with confidence, that another is at least as good.
 
-Items are scored in a random order, in which those that tell models apart come early: the next one is i, of the items R that are
-left, with the probability q_i = c_i / sum_R c of its *chance* c (`winnow.benchmark.order`). After each round the candidate is compared, item by
-item, with each *rival*: a trial on the front that is at least as good in every other objective and has been scored on all items.
+Items are scored in a random order, in which those that tell models apart come early: of the items R that are left, i is the next
+one with the probability q_i = c_i / sum_R c, by its *chance* c_i (`winnow.benchmark.order`). After each round the candidate is
+compared, item by item, with each *rival*: a trial on the front that is at least as good in every other objective and has been
+scored on all items.
 The null hypothesis is that the candidate would beat the rival on all items; the evidence against it is an e-process, a bet that
 wins when the candidate does worse:
 
@@ -123,8 +124,8 @@ def estimate(
     """What the weighted mean over all N items would be, from the first T, and an interval that holds whenever one stops.
 
     The estimate weighs each difference from the rival by the inverse of the probability that its item is among the first T
-    (Horvitz and Thompson 1952, JASA 47:260). The interval is made of the values that no bet on either side could refute, on a grid, and is widened to
-    the next point.
+    (Horvitz and Thompson 1952, JASA 47:260). The interval is made of the values that no bet on either side could refute, on a
+    grid, and is widened to the next point.
 
     Args: as of `evidence`.
     """

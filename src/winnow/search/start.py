@@ -141,20 +141,10 @@ def _policy(config: DictConfig, space: Space) -> Policy:
 
 
 def first_strategies(space: Space, config: DictConfig) -> list[Strategy]:
-    """Each method of the slots in `first_slots` alone, at its defaults and at every choice of its first knob.
-
-    A rough front, ends included, before the policy begins.
-    """
+    """Each method of the slots in `first_slots` alone, at its defaults: a rough front before the policy begins."""
     slots = {Slot[name.upper()] for name in config.first_slots}
-    found = []
-    for method in space.methods:
-        if method.slot not in slots:
-            continue
-        defaults = method.defaults(functools.partial(OmegaConf.select, config))
-        found.append(Strategy((method.name,), defaults))
-        for main in method.dimensions[:1]:
-            found += [Strategy((method.name,), {**defaults, main.key: choice}) for choice in main.choices]
-    return list({s.overrides: s for s in found}.values())
+    default = functools.partial(OmegaConf.select, config)
+    return [Strategy((m.name,), m.defaults(default)) for m in space.methods if m.slot in slots]
 
 
 def _shared(config: DictConfig, typed: Sequence[str]) -> list[str]:
