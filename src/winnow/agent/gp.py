@@ -5,8 +5,11 @@ python search.py agent=gp
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -83,6 +86,10 @@ class GP:
 
     def gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
         """The expected improvement of each [candidates], as a share of all that could be dominated."""
+        with _one_thread():
+            return self._gains(history, space, outlook, candidates)
+
+    def _gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
         new = features(space, candidates)
         complete = [trial for trial in history.trials if trial.complete]
         points = np.zeros((len(complete), len(history.objectives)))
@@ -111,6 +118,19 @@ class GP:
             settings = fitted(x, y, noise)
             self._settings[name] = (len(y), settings)
         return GaussianProcess(x, y, settings, noise)
+
+
+def _one_thread() -> contextlib.AbstractContextManager[Any]:
+    """The matrices are small: threads would wait for one another longer than they compute, most of all beside trials."""
+    return _blas().limit(limits=1, user_api="blas")  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _blas() -> Any:
+    import scipy.linalg  # noqa: F401  brings the libraries that are to be limited
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def best_of(objective: Objective, complete: Sequence[Trial]) -> float:

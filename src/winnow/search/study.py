@@ -24,9 +24,10 @@ from winnow.types import Objective, Strategy, Summary, Trial
 if TYPE_CHECKING:
     import optuna
 
-_RECORD, _STRATEGY, _LOST, _BY, _DECISION = "record", "strategy", "lost", "proposed_by", "decision"
+# attributes of a trial in the storage; each costs statements, so what is written together is one
+_PROPOSAL, _RECORD, _LOST = "proposal", "record", "lost"
 _CONFIRMED = "confirmed"
-_OWNER, _BEAT, _WITHDRAWN = "owner", "beat", "withdrawn"  # of searches that share a study
+_BEAT, _WITHDRAWN = "beat", "withdrawn"  # of searches that share a study
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,12 @@ class Study(History):
             params=chosen,
             distributions={name: known[name] for name in chosen},
             user_attrs={
-                _BY: suggestion.by,
-                _STRATEGY: strategy_json(suggestion.strategy),
-                _DECISION: decision,
-                **({_OWNER: storage.signature()} if self._url else {}),
+                _PROPOSAL: {
+                    "by": suggestion.by,
+                    "strategy": strategy_json(suggestion.strategy),
+                    "decision": decision,
+                    "owner": storage.signature() if self._url else None,
+                }
             },
         )
         with self._reached():
@@ -192,8 +195,8 @@ class Study(History):
             new = number not in self._others
             if new:
                 self.proposals += 1
-                self.spend(held.get(_DECISION, {}))
-            if frozen.state.is_finished() or _STRATEGY not in held:
+                self.spend(held.get(_PROPOSAL, {}).get("decision", {}))
+            if frozen.state.is_finished() or _PROPOSAL not in held:
                 self._others.pop(number, None)
                 self._settled.add(number)
                 if _RECORD in held:
@@ -204,7 +207,7 @@ class Study(History):
                     self._drop(number)
             else:
                 self._others[number] = frozen
-                self.running[number] = strategy_from(held[_STRATEGY])
+                self.running[number] = strategy_from(held[_PROPOSAL]["strategy"])
                 self.seen.add(self.running[number].overrides)
 
     def _lost(self) -> dict[tuple[str, ...], Suggestion]:
@@ -223,7 +226,7 @@ class Study(History):
 
     def _dead(self, frozen: optuna.trial.FrozenTrial) -> bool:
         """Whether nobody works on it any more."""
-        owner = frozen.user_attrs.get(_OWNER)
+        owner = frozen.user_attrs[_PROPOSAL]["owner"]
         if not self._url or owner is None or storage.gone(owner):
             return True
         return self._silence.since_long(frozen.number, frozen.user_attrs.get(_BEAT))
@@ -278,18 +281,17 @@ def recorded(study: optuna.Study) -> list[tuple[int, Suggestion]]:
     """What was proposed in a study, in order: the number of each trial, and why it was made."""
     found: dict[tuple[str, ...], tuple[int, Suggestion]] = {}
     for frozen in study.get_trials(deepcopy=False):
-        if _STRATEGY in frozen.user_attrs:
+        if _PROPOSAL in frozen.user_attrs:
             suggestion = _suggestion_from(frozen)
             found.setdefault(suggestion.strategy.overrides, (frozen.number, suggestion))
     return list(found.values())
 
 
 def _suggestion_from(frozen: optuna.trial.FrozenTrial) -> Suggestion:
-    held = frozen.user_attrs
-    decision = held.get(_DECISION, {})
-    return Suggestion(
-        strategy_from(held[_STRATEGY]), held[_BY], expected_gain=decision.get("expected_gain"), record=decision
-    )
+    held = frozen.user_attrs[_PROPOSAL]
+    decision = held["decision"]
+    gain = decision.get("expected_gain")
+    return Suggestion(strategy_from(held["strategy"]), held["by"], expected_gain=gain, record=decision)
 
 
 def _repeated(frozen: optuna.trial.FrozenTrial) -> Suggestion:

@@ -119,13 +119,15 @@ class GaussianProcess:
     """
 
     def __init__(self, x: Features, y: np.ndarray, settings: Settings, noise: np.ndarray | None = None) -> None:
+        from scipy.linalg import solve_triangular
+
         self.x, self.settings = x, settings
         self.center = float(np.mean(y))
         noisy = settings.noise * (np.ones(len(y)) if noise is None else noise)
         self._factor = np.linalg.cholesky(kernel(x, x, settings) + np.diag(noisy + 1e-8))
-        white = np.linalg.solve(self._factor, y - self.center)
+        white = solve_triangular(self._factor, y - self.center, lower=True)
         self.variance = max(float(white @ white) / len(y), 1e-12)
-        self._weights = np.linalg.solve(self._factor.T, white)
+        self._white = white
         self.log_likelihood = -0.5 * len(y) * math.log(self.variance) - float(np.log(np.diag(self._factor)).sum())
 
     def predict(self, x: Features) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +137,7 @@ class GaussianProcess:
         across = kernel(self.x, x, self.settings)  # [observations, n]
         white = solve_triangular(self._factor, across, lower=True)
         left = np.maximum(1.0 - (white**2).sum(0), 1e-9)
-        return self.center + across.T @ self._weights, np.sqrt(self.variance * left)
+        return self.center + self._white @ white, np.sqrt(self.variance * left)
 
 
 def fitted(x: Features, y: np.ndarray, noise: np.ndarray | None = None, most: int = 120) -> Settings:
