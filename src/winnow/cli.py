@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +37,26 @@ def wandb_mode() -> str:
     return legacy.get(mode, mode) if importlib.util.find_spec("wandb") else "disabled"
 
 
+def llm_agent() -> str:
+    """`${llm_agent:}`: the agent, by name, that brings a language model into a portfolio; `none` without one.
+
+    Raises:
+        UserError: WINNOW_LLM names no agent.
+    """
+    name = os.environ.get("WINNOW_LLM") or "none"
+    if name != "none" and name not in options("agent"):
+        raise UserError(unknown_option("agent", name).replace("agent=", "WINNOW_LLM=", 1))
+    return name
+
+
+def default_agent() -> str:
+    """`${default_agent:}`: who proposes if nobody is named; several, where a language model is to take part."""
+    return "gp" if llm_agent() == "none" else "portfolio"
+
+
 OmegaConf.register_new_resolver("wandb_mode", wandb_mode, replace=True)
+OmegaConf.register_new_resolver("llm_agent", llm_agent, replace=True)
+OmegaConf.register_new_resolver("default_agent", default_agent, replace=True)
 LAUNCHERS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm"}  # and their extras
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -97,8 +116,11 @@ def is_mistake(error: Exception) -> bool:
 
 def explain(error: BaseException) -> str:
     """One message for a person: what is wrong, which option it is about, and a way out."""
-    if isinstance(error, UserError):
-        return str(error)
+    ours = next(
+        (e for e in _behind(error) if isinstance(e, UserError)), None
+    )  # one that came up while a value was worked out
+    if ours is not None:
+        return str(ours)
     if is_disk_full(error):
         return f"the disk is full ({error}); free some space, or choose another place with outputs=; nothing finished is lost"
     text = str(error)
@@ -116,6 +138,13 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException) and "not in struct" in text:
         return unknown_key(text)
     return message + (f" (at {key.group(1)})" if key and key.group(1) not in message else "")
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def options(group: str) -> list[str]:

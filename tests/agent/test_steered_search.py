@@ -15,10 +15,13 @@ from tests.agent.histories import OBJECTIVES, outlook, rtn, space_of
 from tests.agent.test_llm import KEY, in_space
 from winnow import build
 from winnow.agent.llm.policy import LLM
+from winnow.agent.portfolio import Portfolio
 from winnow.agent.replay import Replay
 from winnow.agent.samplers import Grid, Random
 from winnow.search.budget import Budget
-from winnow.search.loop import MESSAGES, Search
+from winnow.search.folders import MESSAGES
+from winnow.search.history import History
+from winnow.search.loop import Search
 from winnow.search.opening import open_study
 from winnow.search.study import Proposal, Study
 from winnow.search.views import Views
@@ -227,3 +230,38 @@ def test_the_yaml_builds_the_policy_and_its_fallback(monkeypatch: pytest.MonkeyP
     for name, words in (("gpt", "did you mean gp or gpt4o"), ("gpt4o", "give an optimizer")):
         with pytest.raises(UserError, match=words):
             build.policy(composed("search", "agent=gpt4o", f"agent.fallback={name}"))
+
+
+def test_a_language_model_that_is_configured_joins_the_portfolio(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tests.test_conf import composed
+
+    monkeypatch.delenv("WINNOW_LLM", raising=False)
+    assert composed("search").agent._target_.endswith(".GP")
+    monkeypatch.setenv("WINNOW_LLM", "local_llm")
+    sizes = iter(range(1000))
+
+    def proposal(body: dict[str, Any]) -> Say:
+        """Sparsities that were not proposed before."""
+        return propose({"wanda": {"pattern": "unstructured", "sparsity": 0.3 + next(sizes) / 2000}})
+
+    with Endpoint(proposal) as endpoint:
+        cfg = composed("search", f"agent.agents.llm.llm.base_url={endpoint.url}")
+        policy = build.policy(cfg)
+        assert isinstance(policy, Portfolio) and policy.current(History(OBJECTIVES))["llm"] == pytest.approx(0.3)
+        study = run(tmp_path, policy, trials=16)
+    asked = {trial.decision.get("agent") for trial in study.trials[1:]}
+    assert asked <= {"llm", "gp", "bandit"} and "gp" in asked
+    llms = [t for t in study.trials if t.decision.get("agent") == "llm" or "vetoed" in t.decision]
+    assert llms and endpoint.proposals >= len(llms)
+
+
+def test_a_language_model_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.test_conf import composed
+    from winnow.cli import explain
+
+    monkeypatch.setenv("WINNOW_LLM", "gtp4o")
+    with pytest.raises(Exception, match="interpolation") as caught:
+        composed("search")
+    assert explain(caught.value).startswith("WINNOW_LLM=gtp4o: there is no such option; did you mean gpt4o")

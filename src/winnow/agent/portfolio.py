@@ -37,7 +37,7 @@ class Portfolio:
 
     Attributes:
         agents: by name.
-        shares: that they begin with, by name; they are scaled to a sum of 1.
+        shares: that they begin with, by name; those of the agents that there are, are scaled to a sum of 1.
         floor: the least share of each.
         veto: of the judge's own expected gain; a proposal with less is not tried. 0: all are.
         memory: the weight that each earlier trial keeps when another ends.
@@ -53,8 +53,7 @@ class Portfolio:
     def __post_init__(self) -> None:
         if not self.agents:
             raise UserError("agent.agents is empty; give at least one, e.g. agent=portfolio")
-        unknown = sorted(set(self.shares) ^ set(self.agents))
-        if unknown or any(share <= 0 for share in self.shares.values()):
+        if any(self.shares.get(name, 0) <= 0 for name in self.agents):
             raise UserError(f"agent.shares must have a positive share for each of {', '.join(self.agents)}")
 
     def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
@@ -83,7 +82,7 @@ class Portfolio:
             vetoed = trial.decision.get("vetoed")
             if vetoed and vetoed["of"] in vetoes:
                 vetoes[vetoed["of"]] += self.memory**age
-        raw = {name: share * rates.mean(name) / (1 + vetoes[name]) for name, share in self.shares.items()}
+        raw = {name: self.shares[name] * rates.mean(name) / (1 + vetoes[name]) for name in self.agents}
         total = sum(raw.values())
         floored = {name: max(self.floor, value / total) for name, value in raw.items()}
         return {name: value / sum(floored.values()) for name, value in floored.items()}
