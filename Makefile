@@ -10,11 +10,11 @@ search: $(READY)
 	$(BIN)/python search.py study=first benchmark.limit=100 method.lora.steps=30 budget.hours=0.075
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # every method on every shape of model
 test-all: $(READY)
-	$(BIN)/python -m pytest --all-shapes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --all-shapes
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,18 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # locks on devices lie in the temporary folder: workers must not wait for one another's measurements, nor share cores
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="winnow-tests-")
+    Path(os.environ["TMPDIR"]).chmod(0o711)  # a database server runs as somebody else
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -235,7 +235,7 @@ class TestStudy:
 
     @pytest.mark.parametrize("damage", ["garbage", "cut", "scribbled"])
     def test_in_a_damaged_file_is_refused_and_left_alone(self, tmp_path: Path, damage: str) -> None:
-        self.open(tmp_path)
+        self.open(tmp_path).close()
         path = tmp_path / "study.db"
         content = path.read_bytes()
         damaged = {

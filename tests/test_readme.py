@@ -47,6 +47,11 @@ def runs_here(line: str) -> bool:
         "wandb.mode=online",
         "benchmark=",
         "hours",
+        "agent=gpt4o",
+        "agent=local_llm",
+        "agent=replay",
+        "hydra/launcher",
+        "storage=",
         "/",
     )
     return not any(word in line for word in elsewhere)

@@ -20,6 +20,7 @@ SEARCH = [
     "method.lora.steps=2",
     "benchmark.limit=6",
     "first_slots=[]",
+    "agent=tpe",
     "agent.startup_trials=2",
     "keep=all",
     "study=small",

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from winnow.agent.samplers import TPE
 from winnow.cli import INTERRUPTED
-from winnow.search import child, start, storage, trial
+from winnow.search import child, loop, start, storage, trial
 from winnow.search.budget import Budget
 from winnow.search.loop import Search
 from winnow.search.opening import open_study
@@ -37,13 +38,26 @@ def address(folder: Path) -> str:
     return f"sqlite:///{folder / 'study.db'}"
 
 
-def main(folder: Path, url: str = "", workers: int = 1, seconds: float = 0.4, grace: float = storage.GRACE_S) -> None:
+def main(
+    folder: Path,
+    url: str = "",
+    workers: int = 1,
+    seconds: float = 0.4,
+    grace: float = storage.GRACE_S,
+    beside: Path | None = None,
+) -> None:
+    """Args:
+    beside: the folder of another search that shares the study: neither begins without the other.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    child.PRELOAD = ()
+    child.PRELOAD, loop.WAIT_S = (), 0.05
     storage.GRACE_S, storage.BEAT_S = grace, grace / 10
     signal.signal(signal.SIGTERM, start._interrupt)
     storage.claim(url or address(folder), "small")
     study = open_study("small", url or address(folder), OBJECTIVES, {"model": "m"})
+    (folder / "ready").touch()
+    while beside is not None and not (beside / "ready").exists():
+        time.sleep(0.02)
 
     def launch(proposal: Proposal, worker: int) -> dict[str, Any]:
         own = folder / "trials" / str(proposal.number)

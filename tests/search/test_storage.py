@@ -228,7 +228,8 @@ def started(folder: Path) -> list[str]:
 def test_two_searches_share_a_study_on_postgresql(server: Callable[[str], str], tmp_path: Path) -> None:
     url = server("two")
     folders = [tmp_path / "a", tmp_path / "b"]
-    searches = [kills.start(folder, url=url, workers=2, seconds=0.1) for folder in folders]
+    pairs = zip(folders, folders[::-1], strict=True)
+    searches = [kills.start(one, url=url, workers=2, seconds=0.1, beside=other) for one, other in pairs]
     for search, folder in zip(searches, folders, strict=True):
         search.join()
         assert search.exitcode == 0, (folder / "search.txt").read_text()

@@ -63,18 +63,20 @@ ACCURACY_DROP = "accuracy_drop"
 ALIASES = {"memory_bytes": "peak_memory_bytes"}
 
 
-def constraints(given: Mapping[str, Any], scores: Sequence[str]) -> dict[str, float]:
+def constraints(given: Any, scores: Sequence[str]) -> dict[str, float]:
     """Limits that what comes onto the front has to keep, by figure.
 
     Args:
-        given: upper limits of figures of which less is better, lower ones of those of which more is; `accuracy_drop` is how
-            far the accuracy may lie below the base model's.
+        given: a mapping, or None: upper limits of figures of which less is better, lower ones of those of which more is;
+            `accuracy_drop` is how far the accuracy may lie below the base model's.
 
     Raises:
         UserError: a figure that nothing reports, or a limit that is no number.
     """
+    if not isinstance(given, Mapping | None):
+        raise UserError(f"constraints={given} has no limits in it; give e.g. constraints={{accuracy_drop: 0.02}}")
     known = KNOWN | {name: Objective(name, True) for name in scores}
-    given = {ALIASES.get(name, name): limit for name, limit in given.items()}
+    given = {ALIASES.get(name, name): limit for name, limit in (given or {}).items()}
     for name, limit in given.items():
         if name != ACCURACY_DROP and name not in known:
             near = difflib.get_close_matches(name, [ACCURACY_DROP, *known], n=2)

@@ -53,7 +53,8 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     scores = benchmark.scores()
     confirm.check(config.confirm, benchmark)
     wanted = objectives(list(config.objectives), scores)
-    limits = constraints(dict(config.constraints), scores)
+    given = config.constraints
+    limits = constraints(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given, scores)
     if config.dry_run:
         from winnow.report.dry_run import search_table
 
@@ -103,7 +104,10 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     )
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's way of asking
     say(f"search: {len(space.methods)} methods, objectives {', '.join(o.name for o in wanted)}; study in {folder}")
-    run.run()
+    try:
+        run.run()
+    finally:
+        study.close()
     print(front_table(study.summary()))
     print(f"report: {(folder / 'report.html').resolve()}")
 

@@ -264,6 +264,12 @@ class Study(History):
         with storage.reaching(self._url) if self._url else contextlib.nullcontext():
             yield
 
+    def close(self) -> None:
+        """Lets go of the storage; what SQLite wrote ahead goes into its one file."""
+        self._study._storage.remove_session()
+        backend = getattr(self._study._storage, "_backend", self._study._storage)
+        backend.engine.dispose()
+
     def summary(self) -> Summary:
         trials = tuple(sorted(self.trials, key=lambda t: t.number))
         return Summary(
