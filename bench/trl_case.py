@@ -4,9 +4,10 @@
 
 The same on both sides: the embedded model in single precision under bf16 autocast (on these processors faster than single
 precision for both), the same fresh adapter of rank 16 on all linear layers of the blocks, the same token ids, the loss on
-completions alone, about 2,048 useful tokens a step, AdamW with the same learning rate at every step, clipping at 1, and as many
-steps. The documents are those that `calibration.source=nano` gives, what a user of the embedded model trains on. They are short
-and much alike (12 to 89 tokens), so that TRL loses little to padding: the more lengths differ, the more it loses.
+completions alone, about 2,048 useful tokens a step and as many of them at a time, AdamW with the same learning rate at every
+step, clipping at 1, and as many steps. The documents are those that `calibration.source=nano` gives, what a user of the
+embedded model trains on. They are short and much alike (12 to 89 tokens), so that TRL loses little to padding: the more
+lengths differ, the more it loses.
 
 TRL runs at its fastest setting that is correct: each of `SETTINGS` is tried for a few steps. Correct is one whose loss over some
 documents is, in single precision, what the same model gives each of them alone; packing that lets documents see one another
@@ -129,7 +130,13 @@ def loss_alone(model: Any, rows: Sequence[Encoded]) -> float:
     return total / targets
 
 
-def ours(model: Any, rows: list[Encoded], steps: int, folder: Path, clock: Clock) -> None:
+def at_a_time(setting: str) -> int:
+    """The tokens that TRL computes at once in a setting, about."""
+    options = SETTINGS[setting]
+    return TOKENS // options["parts"] if "parts" in options else min(TOKENS, options["max_length"])
+
+
+def ours(model: Any, rows: list[Encoded], steps: int, folder: Path, clock: Clock, setting: str) -> None:
     from winnow.recovery.fit import Batching, fit
     from winnow.recovery.objective import CrossEntropy
     from winnow.types import Run
@@ -140,7 +147,8 @@ def ours(model: Any, rows: list[Encoded], steps: int, folder: Path, clock: Clock
             return super().__call__(student, batch)
 
     run = Run(folder, log=lambda line: None, bars=False, curve=lambda step, figures: clock.end())
-    fit(model, rows, schedule(steps), Batching(TOKENS), run, precision=PRECISION, objective=Counted())
+    batching = Batching(TOKENS, tokens_per_device=at_a_time(setting))
+    fit(model, rows, schedule(steps), batching, run, precision=PRECISION, objective=Counted())
 
 
 def sft_trainer(
@@ -222,7 +230,7 @@ def one(side: str, setting: str, steps: int, check: bool) -> dict[str, float]:
         if side == "ours":
             import winnow.recovery.fit  # noqa: F401 (before the memory is looked at)
 
-            work = functools.partial(ours, model, rows, steps, folder, clock)
+            work = functools.partial(ours, model, rows, steps, folder, clock, setting)
         else:
             if check:
                 found["difference"] = difference(model, tokenizer, rows[:64], folder, setting)
@@ -291,8 +299,9 @@ def measure(repeats: int) -> dict[str, float]:
             runs[side].append(needed(child(side, setting)))
     middle = {s: {k: statistics.median(run[k] for run in found) for k in found[0]} for s, found in runs.items()}
     for side, found in middle.items():
+        how = f"{at_a_time(setting)} at a time" if side == "ours" else setting
         print(
-            f"{side:<5} {'' if side == 'ours' else setting:<29} {found['tokens_per_second']:8.0f} tokens/s  "
+            f"{side:<5} {how:<29} {found['tokens_per_second']:8.0f} tokens/s  "
             f"{found['bytes'] / 2**20:6.0f} MiB  held-out loss {found['loss']:.4f} after {found['tokens']:,.0f} tokens",
             flush=True,
         )
