@@ -137,7 +137,8 @@
   function drawVolume() {
     const numbers = data.trials.map((t) => t.number);
     const volume = (t) => data.hypervolume[numbers.indexOf(t.number)];
-    const failed = data.trials.filter((t) => !t.complete);
+    const stopped = data.trials.filter((t) => t.stopped);
+    const failed = data.trials.filter((t) => !t.complete && !t.stopped);
     const front = data.trials.filter((t) => t.front);
     const marks = (trials, name, marker, text) => ({
       x: trials.map((t) => t.number), y: trials.map(volume), mode: "markers", name, marker, cliponaxis: false,
@@ -147,6 +148,8 @@
       { x: numbers, y: data.hypervolume, mode: "lines", name: "hypervolume", hoverinfo: "skip",
         line: { shape: "hv", color: colour("front"), width: 2 }, showlegend: false },
       marks(front, "on the front", { size: 9, color: colour("front"), line: { color: colour("card"), width: 1.5 } }, hover),
+      marks(stopped, "stopped early", { symbol: "line-ns", size: 9, line: { color: colour("muted"), width: 2 } },
+        (t) => `<b>trial ${t.number}</b><br>${safe(t.strategy)}<br>stopped early: ${safe(t.reason)}`),
       marks(failed, "failed", { symbol: "x-thin", size: 9, line: { color: colour("failed"), width: 2 } },
         (t) => `<b>trial ${t.number}</b><br>${safe(t.strategy)}<br>failed: ${safe(t.reason)}`),
     ].filter((trace) => trace.x.length), layout({

@@ -14,8 +14,8 @@ WITHIN_POINTS = 2.0  # an accuracy this near to the base model's counts as kept,
 
 
 def base_of(summary: Summary) -> Trial | None:
-    """Trial 0, the base model; None while it is unfinished or if it failed."""
-    return next((t for t in summary.trials if t.number == 0 and t.complete), None)
+    """The base model's trial; None while it is unfinished or if it failed."""
+    return next((t for t in summary.trials if not t.strategy.methods and t.complete), None)
 
 
 def front_of(summary: Summary) -> list[Trial]:

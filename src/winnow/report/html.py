@@ -87,6 +87,7 @@ def chart_data(summary: Summary, axes: Sequence[Axis]) -> dict[str, Any]:
                 "number": trial.number,
                 "strategy": plain(str(trial.strategy)),
                 "complete": trial.complete,
+                "stopped": trial.stopped,
                 "reason": str(trial.reason or ""),
                 "front": trial.number in on_front,
                 "base": base is not None and trial.number == base.number,

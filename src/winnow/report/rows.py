@@ -63,7 +63,11 @@ def _row(trial: Trial, base: Trial | None, summary: Summary, axes: Sequence[Axis
         value = trial.figures.get(axis.name)
         compared = "" if base is None or is_base else relative(axis, value, base.figures.get(axis.name))
         note = f'<span class="relative">{escape(compared.replace("x", "×"))}</span>' if compared else ""
-        cells.append(_cell(f"{escape(axis.show(value))}{_tag(trial, axis.name)}{note}", value, number=True))
+        shown = f"{escape(axis.show(value))}{_tag(trial, axis.name)}{note}"
+        if value is None and axis.name in trial.estimates:
+            value = trial.estimates[axis.name]
+            shown = f'<abbr class="source" title="estimated from the items scored">≈</abbr> {escape(axis.show(value))}'
+        cells.append(_cell(shown, value, number=True))
     seconds = total_seconds(trial)
     cells += [
         _cell(escape(duration(seconds)), seconds, number=True),

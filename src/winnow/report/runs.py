@@ -11,6 +11,7 @@ from typing import Any
 
 from winnow.report.facts import base_of, quality_of, size_of
 from winnow.report.figures import axes_of, plain, total_seconds
+from winnow.report.table import state_of
 from winnow.types import Summary, Trial
 
 NAME_LENGTH = 120  # W&B refuses names of more than 128 characters
@@ -52,7 +53,7 @@ def trial_entry(summary: Summary, trial: Trial) -> Entry:
         "commands": list(trial.commands),
         **strategy.knobs,
     }
-    found: dict[str, Any] = {"state": "complete" if trial.complete else "failed"}
+    found: dict[str, Any] = {"state": state_of(trial)}
     found |= {name: value for name, value in trial.figures.items() if math.isfinite(value)}
     found |= {f"source/{name}": source for name, source in trial.sources.items()}
     found |= {f"seconds/{name}": value for name, value in trial.seconds.items() if math.isfinite(value)}
@@ -66,8 +67,8 @@ def trial_entry(summary: Summary, trial: Trial) -> Entry:
         kind="trial",
         config=json.loads(json.dumps(config, default=str)),
         summary=found,
-        tags=tags if trial.complete else (*tags, "failed", str(trial.reason)),
-        failed=not trial.complete,
+        tags=tags if trial.complete else (*tags, state_of(trial), str(trial.reason)),
+        failed=trial.failed,
     )
 
 
@@ -81,7 +82,7 @@ def front_entry(summary: Summary) -> Entry:
             trial.number,
             str(trial.strategy),
             trial.number in on_front,
-            "complete" if trial.complete else "failed",
+            state_of(trial),
             str(trial.reason or ""),
             *(_finite(trial.figures.get(axis.name)) for axis in axes),
             _finite(total_seconds(trial)),
