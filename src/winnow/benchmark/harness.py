@@ -116,25 +116,20 @@ class Harness:
         Raises:
             UserError: items are missing, or code cannot be run safely here.
         """
-        from winnow.benchmark.score import questions, score
-        from winnow.benchmark.tasks import load
+        from winnow.benchmark.score import score
 
         found: dict[str, list[samples.Sample]] = {spec.name: [] for spec in self.specs}
         seconds: dict[str, float] = dict.fromkeys(found, 0.0)
         spent: list[dict[str, Any]] = []
         with quiet(), serving(lm, log=run.log) as served:
-            tasks = {spec.name: load(spec, self.data_dir, self.num_fewshot) for spec in self.specs}  # all before any
-            asked = {
-                name: questions(main, self.limit, self.seed, self.held_back, self.confirming)
-                for name, (main, _) in tasks.items()
-            }
+            asked, exemplars = self.asked()  # all before any is put
             adapter = served.scorer(self.batch_size, self.max_gen_toks)
             try:
                 for chunk, left in self.schedule(asked):
                     begun = dict(seconds)
                     for spec in (spec for spec in self.specs if spec.name in chunk):
                         started = time.perf_counter()
-                        found[spec.name] += score(adapter, spec, chunk[spec.name], tasks[spec.name][1], self.seed)
+                        found[spec.name] += score(adapter, spec, chunk[spec.name], exemplars[spec.name], self.seed)
                         seconds[spec.name] += time.perf_counter() - started
                     spent.append(
                         {name: [len(items), round(seconds[name] - begun[name], 4)] for name, items in chunk.items()}
@@ -152,6 +147,20 @@ class Harness:
         for spec, of_one in scored:
             run.log(_line(spec, of_one, seconds[spec.name]))
         return figures.figures(scored)
+
+    def asked(self) -> tuple[dict[str, list[Question]], dict[str, Any]]:
+        """The items, and the tasks that exemplars come from, by benchmark.
+
+        Raises:
+            UserError: items are missing.
+        """
+        from winnow.benchmark.score import questions
+        from winnow.benchmark.tasks import load
+
+        loaded = {spec.name: load(spec, self.data_dir, self.num_fewshot) for spec in self.specs}
+        chosen = (self.limit, self.seed, self.held_back, self.confirming)
+        asked = {name: questions(main, *chosen) for name, (main, _) in loaded.items()}
+        return asked, {name: exemplars for name, (_, exemplars) in loaded.items()}
 
     def drawn(self) -> Order:
         """The order in which items are put."""

@@ -123,7 +123,7 @@ class Prefixes:
             "calibration": [dataclasses.asdict(run.calibration), _content(run.calibration.source)],
             "run": [run.seed, run.device, run.devices, run.parallel],
             "versions": manifest.versions(),
-            "code": code_sha256(),
+            "code": code_sha256("method", "model", "recovery", "nano"),
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -158,11 +158,11 @@ def is_dense(lm: LM) -> bool:
 
 
 @functools.cache
-def code_sha256() -> str:
-    """Of winnow's own modules that make artifacts."""
+def code_sha256(*folders: str) -> str:
+    """Of winnow's own modules in these folders of the package."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for folder in ("method", "model", "recovery", "nano"):
+    for folder in folders:
         for path in sorted((package / folder).rglob("*.py")):
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -24,9 +24,12 @@ from omegaconf import DictConfig
 from winnow import build
 from winnow.benchmark import divergence, order
 from winnow.benchmark.harness import Harness
+from winnow.benchmark.recalled import Recalled
 from winnow.benchmark.samples import FILE, Sample, read
 from winnow.benchmark.spec import Spec
 from winnow.hardware.footprint import disk_bytes
+from winnow.method.prefixes import code_sha256
+from winnow.model import manifest
 from winnow.search import pareto, racing
 from winnow.search.objectives import KL, objectives
 from winnow.search.trial import RIVALS
@@ -82,6 +85,8 @@ class Gates:
         self._rivals: list[Mapping[str, Any]] = []
         self._race: racing.Race | None = None
         self._drawn = self._benchmark.drawn()
+        self._cache: Path | None = None  # of the base model's outcomes
+        self._about: dict[str, Any] = {}
         self.scores_first = all(o.name in FROM_DISK for o in self._others)
 
     def served(self, lm: LM, served: Served, run: Run) -> Figures:
@@ -90,6 +95,15 @@ class Gates:
         base = build.model(self._config)
         base.manifest = {"sha256": lm.manifest["base"]["sha256"]}  # known: its weights need not be read for it
         is_base = not lm.manifest.get("stages")
+        if is_base and run.cache is not None and run.stage_cache_bytes:
+            self._cache = run.cache
+            self._about = {
+                "model": [base.sha256(), base.loading.dtype, base.loading.attention],
+                "hardware": build.hardware(self._config).fingerprint(),
+                "runtime": served.name,
+                "versions": manifest.versions(),
+                "code": code_sha256("benchmark", "hardware", "model", "nano"),
+            }
         try:
             wanted = divergence.reference(base, served if is_base else None, run, run.device)
             figures.merge(divergence.divergence(served, wanted))
@@ -122,7 +136,9 @@ class Gates:
             self._draw({int(number): kl for number, kl in told["scored"].items()}, figures.get(KL))
 
     def ordered(self, benchmark: Benchmark) -> Benchmark:
-        """The benchmark, its items in the order that was drawn for this trial."""
+        """The benchmark, its items in the order that was drawn for this trial; the base model's outcomes may be known."""
+        if self._cache is not None:
+            return Recalled(self._benchmark, self._cache, self._about)
         path = self._folder / order.FILE
         return dataclasses.replace(benchmark, order=str(path)) if path.is_file() else benchmark  # type: ignore[type-var]
 
