@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+
+# in the background of a shell interrupts are ignored, and every search that a test starts and interrupts would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # locks on devices lie in the temporary folder: workers must not wait for one another's measurements, nor share cores

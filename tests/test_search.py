@@ -109,8 +109,6 @@ def test_the_same_command_goes_on_and_another_benchmark_is_refused(outputs: Path
 
 def test_ctrl_c_ends_it_soon_and_it_goes_on_later(tmp_path: Path) -> None:
     words = ["search.py", *SEARCH, f"outputs={tmp_path}", "wandb.mode=disabled"]
-    # where the tests run in the background of a shell, interrupts are ignored, and a child would inherit that
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     search = subprocess.Popen(
         [sys.executable, *words, "budget.trials=50"],
         cwd=REPOSITORY,
