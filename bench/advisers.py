@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common import Result
+from common import Result, spread
 from replay import OBJECTIVES
 
 from winnow.agent.gp import GP
@@ -78,16 +78,17 @@ def advisers(world: World, seeds: int) -> list[Result]:
         "worst": lambda seed: Ranked(worst),
         "good": lambda seed: Ranked(best),
     }
-    alone = [ours(world, GP(seed), Racing(), True, seed, until=1.0) for seed in range(seeds)]
+    alone = spread(lambda seed: ours(world, GP(seed), Racing(), True, seed, until=1.0), range(seeds))
     cost = statistics.median(reached(curve) for curve in alone)
     found = {}
     for name, make in makers.items():
-        runs = []
-        for seed in range(seeds):
+
+        def advised(seed: int, make: Any = make, until: float = SHARE if name == "good" else 1.0) -> Any:
             agents = {"llm": make(seed), "gp": GP(seed)}
             policy = Portfolio(agents, {"llm": SHARE_OF_LLM, "gp": 1 - SHARE_OF_LLM}, seed)
-            runs.append(ours(world, policy, Racing(), True, seed, until=1.0 if name != "good" else SHARE))
-        found[name] = runs
+            return ours(world, policy, Racing(), True, seed, until=until)
+
+        found[name] = spread(advised, range(seeds))
     least = 1.0
     for name in ("garbage", "nonsense", "worst"):
         for budget in BUDGETS:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -42,6 +45,22 @@ def command(*arguments: str) -> str:
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout
+
+
+_held: list[Callable[[Any], Any]] = []  # what a pool is to do: its processes inherit it, so it need not pickle
+
+
+def _call(task: Any) -> Any:
+    return _held[-1](task)
+
+
+def spread(work: Callable[[Any], Any], tasks: Iterable[Any]) -> list[Any]:
+    """`work` of each task, on all cores, in processes that share what this one has loaded by then."""
+    _held.append(work)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        found = pool.map(_call, tasks, chunksize=1)
+    _held.pop()
+    return found
 
 
 def report(bench: str, results: Sequence[Result]) -> None:

@@ -13,6 +13,7 @@ table. `portfolio_*`: with scripted advisers in the place of a language model; w
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import sys
 import time
@@ -21,10 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: searches are replayed on all cores, one each
+
 import moocore
 import numpy as np
 import table as tables
-from common import Result, report
+from common import Result, report, spread
 from replay import OBJECTIVES, OTHERS, ROUNDS, SCORES, Replay, draw, front_points, full_cost
 
 from winnow.search import pareto
@@ -142,24 +145,26 @@ def reached(curve: Curve, share: float = SHARE) -> float:
 
 def cost(world: World, seeds: int) -> list[Result]:
     """Every search with every seed; prints quartiles, and draws the curves."""
-    curves: dict[str, list[Curve]] = {}
-    for name, make in agents().items():
-        curves[name] = [ours(world, make(seed), Racing(), True, seed) for seed in range(seeds)]
-        _line(name, curves[name])
-    curves["gp, all scored"] = [ours(world, agents()["gp"](seed), None, True, seed) for seed in range(seeds)]
-    _line("gp, all scored", curves["gp, all scored"])
-    with warnings.catch_warnings():
+    mine, theirs = agents(), peers()
+
+    def curve(task: tuple[str, int]) -> Curve:
+        name, seed = task
         warnings.simplefilter("ignore")
-        for name, make in peers().items():
-            curves[name] = [peer(world, make(seed)) for seed in range(seeds)]
-            _line(name, curves[name])
+        if name in theirs:
+            return peer(world, theirs[name](seed))
+        return ours(world, mine[name.partition(",")[0]](seed), None if "," in name else Racing(), True, seed)
+
+    curves: dict[str, list[Curve]] = {}
+    for name in (*mine, "gp, all scored", *theirs):
+        curves[name] = spread(curve, [(name, seed) for seed in range(seeds)])
+        _line(name, curves[name])
     plot(curves)
     middle = {name: statistics.median(map(reached, found)) for name, found in curves.items()}
     best = min(middle[name] for name in peers() if name != "optuna random")
-    mine = middle["portfolio"]
+    took = middle["portfolio"]
     return [
-        Result("cost_vs_best_peer", mine / best, 1 / 4, "lower"),
-        Result("cost_vs_random", mine / middle["optuna random"], 1 / 10, "lower"),
+        Result("cost_vs_best_peer", took / best, 1 / 4, "lower"),
+        Result("cost_vs_random", took / middle["optuna random"], 1 / 10, "lower"),
     ]
 
 
