@@ -10,6 +10,7 @@ Items come early that trials like it got wrong: where all of them are right, the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections import Counter
@@ -87,6 +88,7 @@ class Gates:
         self._drawn = self._benchmark.drawn()
         self._cache: Path | None = None  # of the base model's outcomes
         self._about: dict[str, Any] = {}
+        self._samples = functools.cache(lambda number: read(folder.parent / str(number) / FILE))  # of an earlier trial
         self.scores_first = all(o.name in FROM_DISK for o in self._others)
 
     def served(self, lm: LM, served: Served, run: Run) -> Figures:
@@ -138,7 +140,7 @@ class Gates:
     def ordered(self, benchmark: Benchmark) -> Benchmark:
         """The benchmark, its items in the order that was drawn for this trial; the base model's outcomes may be known."""
         if self._cache is not None:
-            return Recalled(self._benchmark, self._cache, self._about)
+            return Recalled(benchmark, self._cache, self._about)  # type: ignore[arg-type]
         path = self._folder / order.FILE
         return dataclasses.replace(benchmark, order=str(path)) if path.is_file() else benchmark  # type: ignore[type-var]
 
@@ -152,7 +154,7 @@ class Gates:
         numbers = {*informants(scored, kl), *(rival["number"] for rival in self._rivals)}
         missed: Counter[order.Item] = Counter()
         for number in numbers:
-            for sample in read(self._folder.parent / str(number) / FILE):
+            for sample in self._samples(number):
                 if sample.correct is not None:
                     missed[sample.benchmark, sample.doc_hash] += 1 - sample.score  # type: ignore[assignment]
         chances = {item: LEAST_CHANCE + times / len(numbers) for item, times in missed.items()}
@@ -188,7 +190,7 @@ class Gates:
         )
 
     def _started(self) -> racing.Race:
-        found = [self._in_order(read(self._folder.parent / str(rival["number"]) / FILE)) for rival in self._rivals]
+        found = [self._in_order(self._samples(rival["number"])) for rival in self._rivals]
         numbered = zip(self._rivals, found, strict=True)
         rivals = [racing.Rival(rival["number"], table(samples, self._scores)) for rival, samples in numbered]
         weights = weights_of(found[0], self._benchmark.specs, self._scores)
