@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from common import Result, spread
 from replay import OBJECTIVES
+from searches import SHARE, World, at, ours, reached
 
 from winnow.agent.gp import GP
 from winnow.agent.policy import Exhausted, Outlook, Suggestion, fresh
@@ -18,9 +19,6 @@ from winnow.search.gates import Racing
 from winnow.search.history import History
 from winnow.search.space import Space
 from winnow.types import Trial
-
-if TYPE_CHECKING:
-    from search_efficiency import World
 
 SHARE_OF_LLM = 0.3
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of what the optimizer alone needs for 99 %
@@ -65,8 +63,6 @@ class Garbage:
 def advisers(world: World, seeds: int) -> list[Result]:
     """`portfolio_bad_adviser`: the least share, over budgets and bad advisers, of the optimizer's hypervolume, medians over seeds;
     `portfolio_good_adviser`: cost to 99 % with one that knows the front, relative to the optimizer's alone."""
-    from search_efficiency import SHARE, _at, ours, reached
-
     trials = [Trial(n, row.strategy, figures=row.figures) for n, row in enumerate(world.table.rows)]
     front = set(pareto.front(trials, OBJECTIVES))
     depth = np.array([world.share([n]) for n in range(len(trials))])  # what each adds by itself
@@ -92,8 +88,8 @@ def advisers(world: World, seeds: int) -> list[Result]:
     least = 1.0
     for name in ("garbage", "nonsense", "worst"):
         for budget in BUDGETS:
-            mine = statistics.median(_at(curve, budget * cost) for curve in found[name])
-            theirs = statistics.median(_at(curve, budget * cost) for curve in alone)
+            mine = statistics.median(at(curve, budget * cost) for curve in found[name])
+            theirs = statistics.median(at(curve, budget * cost) for curve in alone)
             least = min(least, mine / theirs)
             print(
                 f"adviser {name:<9} {budget:4.0%} of the cost: {mine:.4f} of the hypervolume, the optimizer alone {theirs:.4f}"

@@ -12,7 +12,6 @@ table. `portfolio_*`: with scripted advisers in the place of a language model; w
 
 from __future__ import annotations
 
-import functools
 import os
 import statistics
 import sys
@@ -24,11 +23,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: searches are replayed on all cores, one each
 
-import moocore
 import numpy as np
-import table as tables
+from advisers import advisers
 from common import Result, report, spread
-from replay import OBJECTIVES, OTHERS, ROUNDS, SCORES, Replay, draw, front_points, full_cost
+from replay import OBJECTIVES, OTHERS, ROUNDS, SCORES, draw, full_cost
+from searches import SHARE, Curve, World, agents, at, ours, peer, peers, reached
 
 from winnow.search import pareto
 from winnow.search.folders import LATEST
@@ -36,111 +35,7 @@ from winnow.search.gates import Racing, informants, matches
 from winnow.search.objectives import KL
 from winnow.types import Strategy, Trial
 
-SHARE = 0.99
 PLOT = Path(__file__).with_name("table") / "search_efficiency.html"
-
-
-class World:
-    """The table, and the hypervolume of any part of it relative to that of all of it."""
-
-    def __init__(self) -> None:
-        self.table, self.space = tables.load(), tables.space()
-        self.slots = {method.name: method.slot for method in self.space.methods}
-        points = front_points(self.table)
-        self.low, self.high = points.min(0), points.max(0)
-        self.scaled = (points - self.low) / (self.high - self.low)
-        self.reference = np.full(len(OBJECTIVES), 1 + pareto.MARGIN)
-        self.numbers = {row.strategy.overrides: n for n, row in enumerate(self.table.rows)}
-        self.whole = self.volume(self.scaled)
-
-    def volume(self, points: np.ndarray) -> float:
-        return float(moocore.hypervolume(points, ref=self.reference)) if len(points) else 0.0
-
-    def share(self, rows: Sequence[int]) -> float:
-        return self.volume(self.scaled[list(rows)]) / self.whole
-
-
-Curve = list[tuple[float, float]]  # seconds spent, share of the hypervolume
-
-
-def ours(world: World, policy: Any, racing: Racing | None, cached: bool, seed: int, until: float = SHARE) -> Curve:
-    """A search of ours until it has a share of the hypervolume."""
-    replay = Replay(world.table, policy, world.slots, racing, cached, first=first(world), seed=seed)
-    curve: Curve = []
-    rows: list[int] = []
-    for trial in replay.run(world.space):
-        if trial.complete:
-            rows.append(world.numbers[trial.strategy.overrides])
-            curve.append((replay.seconds, world.share(rows)))
-            if curve[-1][1] >= until:
-                break
-    return curve
-
-
-def first(world: World) -> tuple[Strategy, ...]:
-    """What `search.py` begins with: each method of the slot `quantize` by itself."""
-    from hydra import compose, initialize_config_dir
-
-    from winnow.cli import CONF
-    from winnow.search.start import first_strategies
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("search", overrides=[tables.METHODS])
-    return tuple(s for s in first_strategies(world.space, cfg) if s.overrides in world.numbers)
-
-
-def peer(world: World, sampler: Any, until: float = SHARE) -> Curve:
-    """An Optuna study with a sampler as its package has it; a strategy that it repeats costs nothing."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(directions=[o.direction for o in OBJECTIVES], sampler=sampler)
-    curve: Curve = []
-    rows: list[int] = []
-    seconds = 0.0
-    for _ in range(20 * len(world.table.rows)):
-        trial = study.ask()
-        row = world.numbers[world.space.draw(trial).overrides]
-        found = world.table.rows[row]
-        if row not in rows:
-            rows.append(row)
-            seconds += full_cost(found)
-            curve.append((seconds, world.share(rows)))
-        study.tell(trial, [found.figures[o.name] for o in OBJECTIVES])
-        if curve[-1][1] >= until or len(rows) == len(world.table.rows):
-            break
-    return curve
-
-
-def peers() -> dict[str, Callable[[int], Any]]:
-    import optuna
-
-    return {
-        "optuna random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-        "optuna TPE": lambda seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
-        "optuna NSGA-II": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
-        "optuna GPSampler": lambda seed: optuna.samplers.GPSampler(seed=seed),
-    }
-
-
-def agents() -> dict[str, Callable[[int], Any]]:
-    from hydra import compose, initialize_config_dir
-
-    from winnow.build import instantiate
-    from winnow.cli import CONF
-
-    def made(name: str, seed: int) -> Any:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("search", overrides=[f"agent={name}", f"seed={seed}"])
-        return instantiate(cfg.agent, "agent")
-
-    names = ("random", "tpe", "nsga2", "bandit", "gp", "portfolio")
-    return {name: functools.partial(made, name) for name in names}
-
-
-def reached(curve: Curve, share: float = SHARE) -> float:
-    """Seconds until the share; infinite if it was not reached."""
-    return next((seconds for seconds, volume in curve if volume >= share), float("inf"))
 
 
 def cost(world: World, seeds: int) -> list[Result]:
@@ -200,7 +95,7 @@ def plot(curves: dict[str, list[Curve]]) -> None:
     for (name, found), colour in zip(curves.items(), colours, strict=False):
         end = max(curve[-1][0] for curve in found)
         grid = np.geomspace(20, max(end, 30), 120)
-        values = np.array([[_at(curve, seconds) for seconds in grid] for curve in found])
+        values = np.array([[at(curve, seconds) for seconds in grid] for curve in found])
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
         dash = "dash" if name.startswith("optuna") else "solid"
         figure.add_scatter(x=grid, y=middle, name=name, line={"color": colour, "dash": dash})
@@ -221,10 +116,6 @@ def plot(curves: dict[str, list[Curve]]) -> None:
     )
     figure.write_html(PLOT, include_plotlyjs="cdn")
     print(f"plot: {PLOT}")
-
-
-def _at(curve: Curve, seconds: float) -> float:
-    return max((volume for spent, volume in curve if spent <= seconds), default=0.0)
 
 
 def races(world: World, count: int = 4000) -> list[Result]:
@@ -328,7 +219,6 @@ def _proposal_ms(count: int) -> float:
 
 
 def parts(world: World, seeds: int) -> Iterator[tuple[str, Callable[[], list[Result]]]]:
-    from advisers import advisers
 
     yield "racing", lambda: races(world)
     yield "overhead", lambda: overhead(world)
