@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -86,6 +87,8 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
                 # it always is one; unless it is told so, Hydra takes the sweep for the mistake when another option is wrong
                 sys.argv.insert(1, "--multirun")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing and exiting with 1
+            if {"--help", "-h", "--hydra-help"} & set(sys.argv[1:]):
+                _list_groups_from_one_copy()
             try:
                 wrapped()
             except KeyboardInterrupt:
@@ -99,6 +102,20 @@ def command(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
         return entry
 
     return decorate
+
+
+def _list_groups_from_one_copy() -> None:
+    """Hydra copies everything that it and its plugins can be configured with for each group that its help names (84 times)."""
+    original = ConfigLoaderImpl._parse_overrides_and_create_caching_repo
+
+    @functools.cache
+    def once(loader: ConfigLoaderImpl, config_name: str | None, overrides: tuple[str, ...]) -> Any:
+        return original(loader, config_name, list(overrides))
+
+    def remembered(self: Any, config_name: str | None, overrides: list[str]) -> Any:
+        return once(self, config_name, tuple(overrides))
+
+    ConfigLoaderImpl._parse_overrides_and_create_caching_repo = remembered  # type: ignore[method-assign]
 
 
 def _end(name: str, error: BaseException, code: int = 2) -> NoReturn:

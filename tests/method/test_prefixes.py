@@ -86,7 +86,7 @@ def test_nothing_is_taken_from_what_was_made_otherwise(
     elif change == "calibration":
         run = dataclasses.replace(run, calibration=Calibration(samples=9))
     elif change == "code":
-        monkeypatch.setattr(prefixes, "code_sha256", lambda: "changed")
+        monkeypatch.setattr(prefixes, "code_sha256", lambda *_: "changed")
     lm = pretrained(str(tiny), dtype="float32" if change == "base" else "auto")
     stages = {"rtn": RTN(4)} if change == "order" else {"wanda": wanda, "rtn": RTN(4)}
     if change == "base":

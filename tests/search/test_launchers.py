@@ -90,7 +90,7 @@ def test_interrupted_it_leaves_no_job_running(launcher: str, tmp_path: Path) -> 
     assert process.returncode == 130, said
     _, alive = psutil.wait_procs(below, timeout=60)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
-    assert len(recorded(tmp_path)) == 1
+    assert [trial.number for trial in recorded(tmp_path)] == [0], (recorded(tmp_path)[1:], said)
     assert (tmp_path / "s" / "front.json").exists()
 
 
