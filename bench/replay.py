@@ -34,9 +34,8 @@ class Looked:
     rows: Mapping[tuple[str, ...], Row]
     costs: Costs = field(default_factory=Costs)
 
-    def figures(self, strategy: Strategy) -> Mapping[str, float]:
-        row = self.rows.get(strategy.overrides)
-        return row.known if row is not None else {}
+    def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
+        return [self.rows[s.overrides].known if s.overrides in self.rows else {} for s in strategies]
 
     def refusal(self, strategy: Strategy) -> str:
         return "" if strategy.overrides in self.rows else "it is not in the table"

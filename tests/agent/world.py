@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from winnow.agent.policy import Policy, Suggestion
@@ -58,8 +58,8 @@ class Known:
     refused: frozenset[str] = frozenset()  # methods
     costs: Costs = field(default_factory=Costs)
 
-    def figures(self, strategy: Strategy) -> Mapping[str, float]:
-        return {"size_bytes": figures(strategy)["size_bytes"]}
+    def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
+        return [{"size_bytes": figures(strategy)["size_bytes"]} for strategy in strategies]
 
     def refusal(self, strategy: Strategy) -> str:
         bad = sorted(self.refused & set(strategy.methods))

@@ -91,13 +91,14 @@ class GP:
 
     def _gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
         new = features(space, candidates)
+        forecast = outlook.figures(candidates)
         complete = [trial for trial in history.trials if trial.complete]
         points = np.zeros((len(complete), len(history.objectives)))
         means, deviations = np.zeros((2, len(candidates), len(history.objectives)))
         for column, objective in enumerate(history.objectives):
             top = best_of(objective, complete)
             points[:, column] = missing(objective, np.array([t.figures[objective.name] for t in complete]), top)
-            known = [outlook.figures(s).get(objective.name) for s in candidates]
+            known = [figures.get(objective.name) for figures in forecast]
             if all(value is not None for value in known):
                 means[:, column] = np.log(missing(objective, np.array(known, dtype=float), top))
                 continue

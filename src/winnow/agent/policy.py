@@ -42,8 +42,8 @@ class Suggestion:
 class Outlook(Protocol):
     """What can be told of a strategy before it runs."""
 
-    def figures(self, strategy: Strategy) -> Mapping[str, float]:
-        """Those that follow from the configuration alone, such as `size_bytes`; empty where none does."""
+    def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
+        """Of each, those that follow from the configuration alone, such as `size_bytes`; empty where none does."""
 
     def refusal(self, strategy: Strategy) -> str:
         """Why it cannot be made or served here, or breaks a constraint; empty where it can be tried."""

@@ -70,6 +70,7 @@ def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
     from winnow.recovery.corpus import check_source
 
     hardware, lm = build.hardware(cfg), build.model(cfg, weights=False)
+    hardware = dataclasses.replace(hardware, memory_limit_bytes=hardware.memory_bytes() or None)  # looked up once
     calibration = Calibration(**OmegaConf.to_container(cfg.calibration, resolve=True))  # type: ignore[arg-type]
     check_source(calibration)
     plan = plan_of(lm)

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -77,10 +78,13 @@ class Launching:
         if self._basic:
             return self._run_here(number, lines)
         with self._composing:
-            self._context.config_loader.load_sweep_config(self._config, lines)  # a mistake shows here, not on a node
+            launcher = self._copy()
+            launcher.hydra_context.config_loader.load_sweep_config(
+                launcher.config, lines
+            )  # mistakes show here, not on a node
         started = time.monotonic()
         try:
-            job = self._launcher.launch([lines], initial_job_idx=number)[0]
+            job = launcher.launch([lines], initial_job_idx=number)[0]
         except (
             Exception,
             SystemExit,
@@ -91,6 +95,12 @@ class Launching:
         if job.status.name != "COMPLETED":
             return trial.failure(Reason.ERROR, child.describe(job._return_value))  # `return_value` would raise it
         return job.return_value  # type: ignore[no-any-return]
+
+    def _copy(self) -> Any:
+        """The launcher for one thread: it pickles configurations, and those change a little whenever they are read."""
+        launcher = copy.copy(self._launcher)
+        launcher.config, launcher.hydra_context = copy.deepcopy((self._config, self._context))
+        return launcher
 
     def _run_here(self, number: int, lines: Sequence[str]) -> dict[str, Any]:
         with self._composing:

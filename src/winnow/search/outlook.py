@@ -5,6 +5,7 @@ The configuration is read in a process of its own that has the libraries for it,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,22 +42,11 @@ class Forecasts:
     def observe(self, trial: Trial) -> None:
         self.costs.observe(trial)
 
-    def prepare(self, strategies: Sequence[Strategy]) -> None:
-        """Asks for all that were not asked for yet, at once."""
-        new = {s.overrides: s for s in strategies if s.overrides not in self._found}
-        if not new:
-            return
-        if len(self._found) + len(new) > MOST_KEPT:
-            self._found.clear()
-        found = self._ask([{"methods": list(s.methods), "knobs": dict(s.knobs)} for s in new.values()])
-        self._found.update(zip(new, found, strict=True))
-
-    def figures(self, strategy: Strategy) -> Mapping[str, float]:
-        found: Mapping[str, float] = self._of(strategy).get("figures", {})
-        return found
+    def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
+        return [found.get("figures", {}) for found in self._of(strategies)]
 
     def refusal(self, strategy: Strategy) -> str:
-        found = self._of(strategy)
+        (found,) = self._of([strategy])
         if found.get("refusal"):
             return str(found["refusal"])
         for kind, off in (("figures", KNOWN_TO), ("estimates", ESTIMATED_TO)):
@@ -69,9 +59,15 @@ class Forecasts:
     def seconds(self, strategy: Strategy) -> float:
         return self.costs.seconds(strategy)
 
-    def _of(self, strategy: Strategy) -> dict[str, Any]:
-        self.prepare([strategy])
-        return self._found[strategy.overrides]
+    def _of(self, strategies: Sequence[Strategy]) -> list[dict[str, Any]]:
+        """What was found of each; all that were not asked for yet are asked for at once."""
+        if len(self._found) + len(strategies) > MOST_KEPT:
+            self._found.clear()
+        new = {s.overrides: s for s in strategies if s.overrides not in self._found}
+        if new:
+            found = self._ask([{"methods": list(s.methods), "knobs": dict(s.knobs)} for s in new.values()])
+            self._found.update(zip(new, found, strict=True))
+        return [self._found[s.overrides] for s in strategies]
 
 
 def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -> Forecasts:
@@ -97,13 +93,14 @@ def forecaster(settings: dict[str, Any]) -> Callable[[list[dict[str, Any]]], lis
 
     cfg = OmegaConf.create(settings)
     base = base_of(cfg)
+    plain: dict[str, Any] = {str(name): build.instantiate(cfg.method[name], f"method.{name}") for name in cfg.method}
+    machine = base.machine(list(plain.values()))
 
     @functools.lru_cache(maxsize=10_000)
     def stage(name: str, knobs: tuple[tuple[str, Any], ...]) -> Stage:
-        made: Stage = build.instantiate(OmegaConf.merge(cfg.method[name], dict(knobs)), f"method.{name}")  # type: ignore[arg-type]
+        # Hydra would take longer to make it than all the rest; what a stage refuses, it refuses here, too
+        made: Stage = dataclasses.replace(plain[name], **dict(knobs))
         return made
-
-    machine = base.machine([stage(str(name), ()) for name in cfg.method])
 
     def answer(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [one(s["methods"], s["knobs"]) for s in strategies]
