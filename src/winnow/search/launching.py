@@ -122,8 +122,18 @@ class Launching:
         # Ray would start the task again by itself, and the search, which does so once, would not hear of it
         settings.remote.setdefault("max_retries", 0)
         _keep_threads(("OMP_NUM_THREADS",))
-        if not ray.is_initialized():
-            ray.init(**dict(settings.init))
+        for last in (False, True):
+            if ray.is_initialized():
+                return
+            try:
+                ray.init(**dict(settings.init))
+            except Exception as error:  # it gives its own processes 30 s, which they may miss on a busy machine
+                ray.shutdown()
+                if last:
+                    raise UserError(
+                        f"hydra/launcher=ray: Ray cannot be started or reached ({child.describe(error)}); "
+                        "see hydra.launcher.ray.init, or leave it out to run here"
+                    ) from error
 
 
 class Failures:
