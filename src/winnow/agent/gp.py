@@ -37,7 +37,7 @@ class GP:
     Attributes:
         startup: trials that are drawn at random before the processes count.
         pool: strategies that are looked at for each proposal: all of a small space; else three in four of a stock that is drawn
-            once, and the rest like those on the front.
+            once, of which each proposal looks a bit further, and the rest like those on the front.
         cost_exponent: 1 asks for the most gain a second, 0 for the most gain whatever it costs.
     """
 
@@ -75,7 +75,7 @@ class GP:
             return fresh(history, space, rng, self.pool)
         if not self._stock:
             self._stock = drawn(space, np.random.default_rng([self.seed, 0]), STOCK)
-        start = int(rng.integers(len(self._stock)))
+        start = history.proposals * self.pool // 8 % len(self._stock)  # most were forecast for the last proposal
         turned = [*self._stock[start:], *self._stock[:start]]
         found = [s for s in turned if s.overrides not in history.seen][: 3 * self.pool // 4]
         return list({s.overrides: s for s in [*fresh(history, space, rng, self.pool // 4, near=1.0), *found]}.values())
