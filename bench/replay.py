@@ -38,7 +38,7 @@ class Looked:
         return [self.rows[s.overrides].known if s.overrides in self.rows else {} for s in strategies]
 
     def refusal(self, strategy: Strategy) -> str:
-        return "" if strategy.overrides in self.rows else "it is not in the table"
+        return "" if strategy.overrides in self.rows else "it cannot be made"
 
     def seconds(self, strategy: Strategy) -> float:
         return self.costs.seconds(strategy)
@@ -88,7 +88,10 @@ class Replay:
             except Exhausted:
                 return
             self.history.begin(number, strategy)
-            trial = self.tried(number, strategy)
+            if refusal := self.outlook.refusal(strategy):
+                trial = Trial(number, strategy, figures={}, reason=Reason.INFEASIBLE, message=refusal)
+            else:
+                trial = self.tried(number, strategy)
             self.history.end(trial)
             self.outlook.observe(trial)
             yield trial

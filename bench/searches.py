@@ -68,8 +68,9 @@ def first(world: World) -> tuple[Strategy, ...]:
 
 
 def peer(world: World, sampler: Any, until: float = SHARE) -> Curve:
-    """An Optuna study with a sampler as its package has it; a strategy that it repeats costs nothing."""
+    """An Optuna study with a sampler as its package has it; a strategy that it repeats, or that cannot be made, costs nothing."""
     import optuna
+    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(directions=[o.direction for o in OBJECTIVES], sampler=sampler)
@@ -78,7 +79,10 @@ def peer(world: World, sampler: Any, until: float = SHARE) -> Curve:
     seconds = 0.0
     for _ in range(20 * len(world.table.rows)):
         trial = study.ask()
-        row = world.numbers[world.space.draw(trial).overrides]
+        row = world.numbers.get(world.space.draw(trial).overrides)
+        if row is None:
+            study.tell(trial, state=TrialState.FAIL)
+            continue
         found = world.table.rows[row]
         if row not in rows:
             rows.append(row)

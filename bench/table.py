@@ -1,7 +1,7 @@
 """The table of every strategy: what each makes of the embedded model, found by the search itself, and what that cost.
 
-    python bench/table.py run     # hours; started again, it goes on where it was
-    python bench/table.py pack    # writes bench/table/*.parquet from the study
+    python bench/table.py run                     # hours; started again, it goes on where it was
+    python bench/table.py pack [STUDY [AGAIN]]    # writes bench/table/*.parquet from its folder (and of what was measured again)
 
 `search.py agent=grid` evaluates the space below exhaustively: every trial is compressed, saved, loaded back, measured and
 scored on all items. Packed are all figures, what each part took in seconds, and every item's outcome; `search_efficiency.py`
@@ -115,17 +115,20 @@ class Table:
     scores: np.ndarray
 
 
-def pack(folder: Path) -> None:
-    """From the trials' folders of a study."""
+def pack(*folders: Path) -> None:
+    """From the trials' folders of studies; a strategy counts as the last of them has measured it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from winnow.benchmark.order import Order
     from winnow.benchmark.samples import read
 
-    trials = sorted(
-        (p for p in (folder / "trials").iterdir() if (p / "outcome.json").is_file()), key=lambda p: int(p.name)
-    )
+    latest: dict[Any, Path] = {}
+    for folder in folders:
+        found = [p for p in (folder / "trials").iterdir() if (p / "outcome.json").is_file()]
+        for trial in sorted(found, key=lambda p: int(p.name)):
+            latest[strategy_of(json.loads((trial / "outcome.json").read_text())["overrides"]).overrides] = trial
+    trials = list(latest.values())
     rows, outcomes, order = [], [], None
     known, even = forecasts(trials), Order(1234)
     for trial, sizes in zip(trials, known, strict=True):
@@ -222,6 +225,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
         run(sys.argv[2:])
     elif sys.argv[1:2] == ["pack"]:
-        pack(Path(sys.argv[2]) if len(sys.argv) > 2 else REPOSITORY / "outputs" / STUDY)
+        pack(*(Path(folder) for folder in sys.argv[2:] or [REPOSITORY / "outputs" / STUDY]))
     else:
         sys.exit(__doc__)

@@ -8,7 +8,7 @@ strategies' knobs only where both use the same method, so no knob is imputed and
 
 The sum lets what one slot does be learned whatever the others hold, the product lets them interact. It is positive definite: a
 constant plus a block-diagonal part, their sums and products. The scale is the data's, in closed form; the other
-hyperparameters are those of a small grid with the highest marginal likelihood (Rasmussen and Williams 2006, eq. 2.30).
+hyperparameters are the likeliest of a small grid, by marginal likelihood (Rasmussen and Williams 2006, eq. 2.30) and prior.
 """
 
 from __future__ import annotations
@@ -92,6 +92,25 @@ GRID = tuple(
 )
 
 
+def log_prior(settings: Settings) -> float:
+    """Of hyperparameters: what few observations cannot tell is taken to be as `Settings()` has it, give or take.
+
+    Normal, in units that have no ends (log odds of shares, logarithms of scales), up to a constant.
+    """
+    usual = Settings()
+    steps = (
+        _log_odds(settings.rho) - _log_odds(usual.rho),
+        2 * math.log(settings.length / usual.length),
+        _log_odds(settings.share) - _log_odds(usual.share),
+        math.log(settings.noise / usual.noise) / 2,
+    )
+    return -0.5 * sum(step**2 for step in steps)
+
+
+def _log_odds(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
 def kernel(a: Features, b: Features, settings: Settings) -> np.ndarray:
     """The correlations [len(a), len(b)]."""
     total = np.zeros((len(a), len(b)))
@@ -141,7 +160,7 @@ class GaussianProcess:
 
 
 def fitted(x: Features, y: np.ndarray, noise: np.ndarray | None = None, most: int = 120) -> Settings:
-    """The settings of `GRID` under which the observations are likeliest; by `most` of them, evenly chosen."""
+    """The likeliest settings of `GRID`, given the observations; by `most` of them, evenly chosen."""
     rows = np.unique(np.linspace(0, len(y) - 1, min(most, len(y))).astype(int))
     part = None if noise is None else noise[rows]
-    return max(GRID, key=lambda s: GaussianProcess(x[rows], y[rows], s, part).log_likelihood)
+    return max(GRID, key=lambda s: GaussianProcess(x[rows], y[rows], s, part).log_likelihood + log_prior(s))
