@@ -115,7 +115,7 @@ def test_influence_is_the_angle_between_input_and_output(tmp_path: Path, run_in)
             pairs = list(zip(states[::2], states[1::2], strict=True))
             cosines += torch.tensor([torch.cosine_similarity(a.float(), b.float(), dim=-1).sum() for a, b in pairs])
     expected = 1 - cosines / sum(batch.numel() for batch in batches)
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen2"])

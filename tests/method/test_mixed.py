@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from tests.method.shapes import FAMILIES, random_model
 from winnow.method import pipeline, sensitivity
@@ -152,17 +153,17 @@ def test_it_beats_uniform_bits_at_the_same_size(tmp_path: Path, run_in: Run) -> 
 
 def test_kept_scores_are_of_these_weights_and_settings(tmp_path: Path, tiny: Path, run_in: Run) -> None:
     def kept() -> list[Path]:
-        return sorted(tmp_path.glob("sensitivity-*.json"))
+        return sorted(tmp_path.glob("statistics/sensitivity-*"))
 
     def make(stage: Mixed, lm: LM | None = None, run: Run = run_in) -> None:
         stage(lm or pretrained(str(tiny)), run)
 
     make(Mixed(3.5, 32))
     (first,) = kept()
-    scores = first.read_text()
-    first.write_text(scores[:50])  # damaged: made anew
+    scores = first.read_bytes()
+    first.write_bytes(scores[:50])  # damaged: made anew
     make(Mixed(3.5, 32))
-    assert first.read_text() == scores
+    assert first.read_bytes() == scores
     make(Mixed(3.5, 64))
     assert len(kept()) == 2
     changed = pretrained(str(tiny))
@@ -171,18 +172,14 @@ def test_kept_scores_are_of_these_weights_and_settings(tmp_path: Path, tiny: Pat
     assert len(kept()) == 3
     make(Mixed(3.5, 32), run=Run(run_in.folder, seed=1, log=run_in.log, calibration=run_in.calibration))
     assert len(kept()) == 4
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_recipe_worse_than_uniform_bits_is_refused(tmp_path: Path, run_in: Run) -> None:
     Mixed(3.0, 64)(pretrained(str(WEIGHTS)), run_in)
-    (path,) = tmp_path.glob("sensitivity-*.json")
-    misleading = {
-        unit: {bits: 1 / score for bits, score in by.items()} for unit, by in json.loads(path.read_text()).items()
-    }
-    for by_width in misleading.values():  # still fewer bits cost more, but the wrong layers get them
-        by_width.update(zip(map(str, WIDTHS), sorted(by_width.values(), reverse=True), strict=True))
-    path.write_text(json.dumps(misleading))
+    (path,) = tmp_path.glob("statistics/sensitivity-*")
+    # still fewer bits cost more, but the wrong layers get them
+    save_file({unit: (1 / by_width).sort(descending=True).values for unit, by_width in load_file(path).items()}, path)
     with pytest.raises(
         UserError, match=r"method\.mixed\.bits=3: .* worse than 3 bits.*method=\[rtn\] method\.rtn\.bits=3"
     ):

@@ -69,6 +69,7 @@ class Depth(Checked):
         return Work.calibrated(plan, calibration, passes=self._dropped(layers) * layers / 2) + states
 
     def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.method import statistics
         from winnow.method.blocks import decoder_blocks
         from winnow.model.calibration import calibration_batches
         from winnow.model.reshape import rebuilt
@@ -80,7 +81,10 @@ class Depth(Checked):
             raise UserError(f"method.depth.by=perplexity does not know {type(lm.model).__name__}; take by=influence")
         batches, digest = calibration_batches(lm, run)
         if self.by == "influence":
-            scores = block_influences(lm.model, batches, run)
+            found = statistics.kept(
+                lm.model, run, "influence", (digest,), lambda: {"blocks": block_influences(lm.model, batches, run)}
+            )
+            scores = found["blocks"].tolist()
             dropped = sorted(range(len(blocks)), key=lambda index: (scores[index], index))[:count]
         else:
             dropped = least_missed(lm.model, batches, answer_starts(lm, run), count, run)
@@ -121,8 +125,9 @@ def shallower(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig
     return edited(config, **changes)
 
 
-def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], run: Run) -> list[float]:
+def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], run: Run) -> torch.Tensor:
     """Of each block, 1 - the mean over all tokens of the cosine between its input and its output (ShortGPT, eq. 1)."""
+    import torch
     import torch.nn.functional as F
 
     from winnow.method.blocks import decoder_blocks, walk_blocks
@@ -151,7 +156,7 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
             handle.remove()
         influences.append(1 - sum(cosines) / tokens)
         run.log(f"depth: block {index + 1} of {count}, influence {influences[-1]:.4f}")
-    return influences
+    return torch.tensor(influences, dtype=torch.float64)
 
 
 def answer_starts(lm: LM, run: Run) -> list[int]:

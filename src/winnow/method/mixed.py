@@ -127,20 +127,18 @@ class Mixed(Checked):
     def _scores(
         self, lm: LM, run: Run, batches: list[Any], digest: str, units: list[str]
     ) -> dict[str, dict[int, float]]:
-        """Kept from an earlier run with the same weights, calibration, group size and seed; or made now, and kept."""
-        from winnow.method import sensitivity
+        """By unit and width; of an earlier run with the same weights, calibration, group size and seed, if there was one."""
+        import torch
 
-        known_by = sensitivity.key(lm.model, digest, self.group_size, run.seed, WIDTHS)
-        path = run.folder.parent / f"sensitivity-{known_by[:16]}.json"
-        scores = sensitivity.read(path, units, WIDTHS)
-        if scores is None:
-            scores = sensitivity.sensitivities(
-                lm.model, batches, WIDTHS, self.group_size, run.device, run.seed, run.log
-            )
-            sensitivity.write(path, scores)
-        else:
-            run.log(f"mixed: sensitivities as kept in {path}")
-        return scores
+        from winnow.method import sensitivity, statistics
+
+        def score() -> dict[str, torch.Tensor]:
+            found = sensitivity.sensitivities(lm.model, batches, WIDTHS, self.group_size, run.device, run.seed, run.log)
+            return {unit: torch.tensor(list(found[unit].values()), dtype=torch.float64) for unit in units}
+
+        said = (digest, self.group_size, run.seed, WIDTHS)
+        found = statistics.kept(lm.model, run, "sensitivity", said, score)
+        return {unit: dict(zip(WIDTHS, found[unit].tolist(), strict=True)) for unit in units}
 
 
 def allocate(scores: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], bits: float) -> dict[str, int]:

@@ -11,12 +11,7 @@ each takes a forward pass for each of them; it goes block by block, so only one 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import math
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +25,6 @@ from winnow.model.packing import linears
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1  # of the scores: kept ones of another are not used
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 Scores = dict[str, dict[int, float]]  # by unit and width
@@ -234,29 +228,3 @@ def divergences(
             for which, other in enumerate(others):
                 totals[which] += F.kl_div(other, base, reduction="sum", log_target=True).item()
     return [total / sum(batch.numel() for batch in batches) for total in totals]
-
-
-def key(model: PreTrainedModel, *others: object) -> str:
-    """What scores are known by: the weights in memory, the architecture, and all else that they follow from."""
-    digest = hashlib.sha256(repr((VERSION, type(model).__name__, others)).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def read(path: Path, units: Sequence[str], widths: Sequence[int]) -> Scores | None:
-    """Kept scores, if there are any, and they are whole and of these units and widths."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        scores = {unit: {width: float(kept[unit][str(width)]) for width in widths} for unit in units}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return scores if all(math.isfinite(s) for by_width in scores.values() for s in by_width.values()) else None
-
-
-def write(path: Path, scores: Scores) -> None:
-    """Keeps scores for the next target, in one piece."""
-    scratch = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
-    scratch.write_text(json.dumps(scores, indent=1), encoding="utf-8")
-    scratch.replace(path)

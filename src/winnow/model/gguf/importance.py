@@ -6,7 +6,7 @@ llama.cpp's own tool.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,24 +23,31 @@ SMALLEST = 1e-10  # an input that is always zero (its channel was pruned) must n
 
 def collect(lm: LM, run: Run) -> tuple[dict[str, np.ndarray], str]:
     """The mean squares [in] of each linear layer's inputs by GGUF name, and the SHA-256 of the calibration data."""
-    from winnow.method.blocks import decoder_blocks, walk_blocks
+    from winnow.method import statistics
     from winnow.model.calibration import calibration_batches
+
+    batches, digest = calibration_batches(lm, run)
+    found = statistics.kept(lm.model, run, "importance", (digest,), lambda: _mean_squares(lm, batches, run))
+    return {name: mean.numpy() for name, mean in found.items()}, digest
+
+
+def _mean_squares(lm: LM, batches: Sequence[torch.Tensor], run: Run) -> dict[str, torch.Tensor]:
+    from winnow.method.blocks import decoder_blocks, walk_blocks
     from winnow.model.gguf.architectures import Names
 
     names = Names(lm.model.config)
     known = {module: name for name, module in lm.model.named_modules() if isinstance(module, nn.Linear)}
-    batches, digest = calibration_batches(lm, run)
     tokens = sum(batch.numel() for batch in batches)
     count = len(decoder_blocks(lm.model))
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, torch.Tensor] = {}
     for index, block, replay in walk_blocks(lm.model, batches, run.device):
         with _squares(block) as squares:
             replay()
         for linear, sum_i in squares.items():
             mean = (sum_i / tokens).clamp_min(SMALLEST)
-            found[names[f"{known[linear]}.weight"]] = mean.float().cpu().numpy()
+            found[names[f"{known[linear]}.weight"]] = mean.float().cpu()
         run.log(f"gguf: block {index + 1} of {count}")
-    return found, digest
+    return found
 
 
 @contextmanager
