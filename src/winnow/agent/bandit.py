@@ -6,7 +6,7 @@ python search.py agent=bandit
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,9 @@ import numpy as np
 from winnow.agent.policy import Outlook, Suggestion, fresh
 from winnow.search.history import History
 from winnow.search.space import NONE, Space
-from winnow.types import Strategy
+from winnow.types import Strategy, Trial
+
+RECENT = 1000  # trials: 0.97 to this power is nothing
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Rates:
     def of(cls, history: History, options: Mapping[int, tuple[object, ...]], memory: float) -> Rates:
         """From finished trials; `options`: those that each of them took, by number."""
         rates = cls(memory)
-        trials = [t for t in history.trials if t.number in options]
+        trials = [t for t in recent(history) if t.number in options]
         gain = max(1e-12, float(np.mean([history.gains[t.number] for t in trials]))) if trials else 1.0
         second = max(1e-9, float(np.mean([t.seconds.get("total", 0.0) for t in trials]))) if trials else 1.0
         for age, trial in enumerate(reversed(trials)):
@@ -60,7 +62,7 @@ class Bandit:
 
     def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
         rng = np.random.default_rng([self.seed, history.proposals])
-        taken = {t.number: tuple(chosen(space, t.strategy).items()) for t in history.trials if not t.failed}
+        taken = {t.number: tuple(chosen(space, t.strategy).items()) for t in recent(history) if not t.failed}
         rates = Rates.of(history, taken, self.memory)
         slots = [(slot, [NONE, *(m.name for m in methods)]) for slot, methods in space.slots()]
         drawn = {(slot.name, name): rates.drawn((slot.name, name), rng) for slot, names in slots for name in names}
@@ -72,6 +74,11 @@ class Bandit:
         strategy = ties[int(rng.integers(len(ties)))]
         why = ", ".join(f"{slot.lower()}: {name}" for slot, name in chosen(space, strategy).items())
         return Suggestion(strategy, "bandit", f"the options that promise most a second ({why})")
+
+
+def recent(history: History) -> Sequence[Trial]:
+    """The trials that still have any weight."""
+    return history.trials[-RECENT:]
 
 
 def chosen(space: Space, strategy: Strategy) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from winnow.types import Objective, Strategy, Trial
 MOST_OBSERVATIONS = 300  # that a process is conditioned on: solving for them is cubic
 ESTIMATED, GUESSED = 5.0, 30.0  # the noise of what was scored on some items, and of what only the divergence tells
 STOCK = 2048  # strategies of a large space
+MOST_KNOWN = 20_000  # strategies whose features are remembered
 MARGIN = 0.1  # of the range of an objective, past its worst value: where the hypervolume is counted from
 
 
@@ -43,10 +45,11 @@ class GP:
 
     seed: int = 0
     startup: int = 4
-    pool: int = 512
+    pool: int = 256
     cost_exponent: float = 1.0
     _stock: list[Strategy] = field(default_factory=list, init=False, repr=False)
     _settings: dict[str, tuple[int, Settings]] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
         """The next strategy.
@@ -82,7 +85,8 @@ class GP:
 
     def is_ready(self, history: History) -> bool:
         """Whether the processes count: there are as many complete trials as `startup` says."""
-        return sum(trial.complete for trial in history.trials) >= max(2, self.startup)
+        needed = max(2, self.startup)
+        return len(list(itertools.islice((t for t in history.trials if t.complete), needed))) == needed
 
     def gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
         """The expected improvement of each [candidates], as a share of all that could be dominated."""
@@ -90,9 +94,10 @@ class GP:
             return self._gains(history, space, outlook, candidates)
 
     def _gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
-        new = features(space, candidates)
+        new = self._features(space, candidates)
         forecast = outlook.figures(candidates)
-        complete = [trial for trial in history.trials if trial.complete]
+        told = considered(history)
+        complete = [trial for trial in told if trial.complete]
         points = np.zeros((len(complete), len(history.objectives)))
         means, deviations = np.zeros((2, len(candidates), len(history.objectives)))
         for column, objective in enumerate(history.objectives):
@@ -102,15 +107,29 @@ class GP:
             if all(value is not None for value in known):
                 means[:, column] = np.log(missing(objective, np.array(known, dtype=float), top))
                 continue
-            trials, values, noise = observed(objective, history)
+            trials, values, noise = observed(objective, told, history.front)
             y = np.log(missing(objective, values, top))
             process = self._process(objective.name, features(space, [t.strategy for t in trials]), y, noise)
             means[:, column], deviations[:, column] = process.predict(new)
         worst, best = points.max(0), points.min(0)
         reference = worst + MARGIN * np.maximum(worst - best, 1e-9 * worst)
         gain = expected(boxes(nondominated(points), reference), means, deviations)
-        found: np.ndarray = gain * likely(history, candidates) / np.prod(reference - best)
+        found: np.ndarray = gain * likely(told, candidates) / np.prod(reference - best)
         return found
+
+    def _features(self, space: Space, candidates: Sequence[Strategy]) -> Features:
+        """Those of the candidates; most of a stock were looked at before."""
+        missing = [s for s in candidates if s.overrides not in self._known]
+        if len(self._known) > MOST_KNOWN:
+            self._known.clear()
+            missing = list(candidates)
+        if missing:
+            found = features(space, missing)
+            self._known.update(
+                zip((s.overrides for s in missing), zip(found.methods, found.knobs, strict=True), strict=True)
+            )
+        methods, knobs = zip(*(self._known[s.overrides] for s in candidates), strict=True)
+        return Features(np.array(methods), np.array(knobs))
 
     def _process(self, name: str, x: Features, y: np.ndarray, noise: np.ndarray) -> GaussianProcess:
         """The posterior; hyperparameters are fitted anew when the observations have grown by a quarter."""
@@ -145,16 +164,28 @@ def missing(objective: Objective, values: np.ndarray, top: float) -> np.ndarray:
     return found
 
 
-def observed(objective: Objective, history: History) -> tuple[list[Trial], np.ndarray, np.ndarray]:
+def considered(history: History) -> Sequence[Trial]:
+    """All trials; of very many those on the front, the newest, and an even choice of the rest."""
+    trials, most = history.trials, MOST_OBSERVATIONS
+    if len(trials) <= 2 * most:
+        return trials
+    earlier = trials[:-most]
+    chosen = (*history.on_front, *earlier[:: len(earlier) // most], *trials[-most:])
+    return sorted({trial.number: trial for trial in chosen}.values(), key=lambda trial: trial.number)
+
+
+def observed(
+    objective: Objective, trials: Sequence[Trial], on_front: Sequence[int]
+) -> tuple[list[Trial], np.ndarray, np.ndarray]:
     """Trials that tell something of an objective, what they tell, and its noise as a multiple of a full score's.
 
     Of stopped ones that is an estimate from some items, or what others with a divergence like theirs have scored.
     """
     name = objective.name
-    curve = sorted((t.figures[KL], t.figures[name]) for t in history.trials if t.complete and KL in t.figures)
+    curve = sorted((t.figures[KL], t.figures[name]) for t in trials if t.complete and KL in t.figures)
     known = np.log(np.array([kl for kl, _ in curve]) + 1e-4)
     rows: list[tuple[Trial, float, float]] = []
-    for trial in history.trials:
+    for trial in trials:
         if name in trial.figures and not trial.failed:
             rows.append((trial, trial.figures[name], 1.0))
         elif name in trial.estimates:
@@ -164,7 +195,7 @@ def observed(objective: Objective, history: History) -> tuple[list[Trial], np.nd
             near = curve[min(max(0, place - 1), len(curve) - 3) :][:3]
             rows.append((trial, float(np.mean([value for _, value in near])), GUESSED))
     if len(rows) > MOST_OBSERVATIONS:
-        front = set(history.front)
+        front = set(on_front)
         best = [row for row in rows if row[0].number in front][-MOST_OBSERVATIONS // 3 :]
         others = [row for row in rows if row[0].number not in front]
         newest = others[-MOST_OBSERVATIONS // 3 :]
@@ -173,10 +204,10 @@ def observed(objective: Objective, history: History) -> tuple[list[Trial], np.nd
     return [row[0] for row in rows], np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
 
 
-def likely(history: History, candidates: Sequence[Strategy]) -> np.ndarray:
+def likely(trials: Sequence[Trial], candidates: Sequence[Strategy]) -> np.ndarray:
     """The chance that a strategy does not fail, by how its methods have done (Laplace's rule, one success assumed)."""
     done: dict[str, list[int]] = {}
-    for trial in history.trials:
+    for trial in trials:
         for method in trial.strategy.methods:
             counts = done.setdefault(method, [0, 0])
             counts[trial.failed] += 1

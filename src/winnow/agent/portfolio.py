@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from winnow.agent.bandit import Rates
+from winnow.agent.bandit import Rates, recent
 from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion
 from winnow.search.history import History
 from winnow.search.space import Space
@@ -75,10 +75,10 @@ class Portfolio:
 
     def current(self, history: History) -> dict[str, float]:
         """The share of each agent now: what it began with, times what it gains a second."""
-        took = {t.number: (t.decision["agent"],) for t in history.trials if t.decision.get("agent") in self.agents}
+        took = {t.number: (t.decision["agent"],) for t in recent(history) if t.decision.get("agent") in self.agents}
         rates = Rates.of(history, took, self.memory)
         vetoes = dict.fromkeys(self.agents, 0.0)
-        for age, trial in enumerate(reversed(history.trials)):
+        for age, trial in enumerate(reversed(recent(history))):
             vetoed = trial.decision.get("vetoed")
             if vetoed and vetoed["of"] in vetoes:
                 vetoes[vetoed["of"]] += self.memory**age

@@ -6,6 +6,7 @@ Narrowed on the command line with Hydra's own sweep grammar: `method.rtn.bits=ch
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,11 +74,19 @@ class Space:
     methods: tuple[Method, ...]
 
     def slots(self) -> list[tuple[Slot, list[Method]]]:
+        return self._slots
+
+    def method(self, name: str) -> Method:
+        return self._named[name]
+
+    @functools.cached_property
+    def _slots(self) -> list[tuple[Slot, list[Method]]]:
         ordered = sorted(self.methods, key=lambda m: m.slot)
         return [(slot, list(group)) for slot, group in itertools.groupby(ordered, key=lambda m: m.slot)]
 
-    def method(self, name: str) -> Method:
-        return next(m for m in self.methods if m.name == name)
+    @functools.cached_property
+    def _named(self) -> dict[str, Method]:
+        return {method.name: method for method in self.methods}
 
     def draw(self, suggest: Suggest) -> Strategy:
         """A strategy, each choice by `suggest`; knobs of methods that are not chosen are never asked for."""
