@@ -74,15 +74,17 @@ def advisers(world: World, seeds: int) -> list[Result]:
         "worst": lambda seed: Ranked(worst),
         "good": lambda seed: Ranked(best),
     }
-    alone = spread(lambda seed: ours(world, GP(seed), Racing(), True, seed, until=1.0), range(seeds))
-    cost = statistics.median(reached(curve) for curve in alone)
+    cost = statistics.median(spread(lambda seed: reached(ours(world, GP(seed), Racing(), True, seed)), range(seeds)))
+    alone = spread(lambda seed: ours(world, GP(seed), Racing(), True, seed, until=1.0, budget=cost), range(seeds))
     found = {}
     for name, make in makers.items():
 
-        def advised(seed: int, make: Any = make, until: float = SHARE if name == "good" else 1.0) -> Any:
+        def advised(seed: int, name: str = name, make: Any = make) -> Any:
             agents = {"llm": make(seed), "gp": GP(seed)}
             policy = Portfolio(agents, {"llm": SHARE_OF_LLM, "gp": 1 - SHARE_OF_LLM}, seed)
-            return ours(world, policy, Racing(), True, seed, until=until)
+            if name == "good":
+                return ours(world, policy, Racing(), True, seed)
+            return ours(world, policy, Racing(), True, seed, until=1.0, budget=cost)
 
         found[name] = spread(advised, range(seeds))
     least = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,8 +42,16 @@ class World:
 Curve = list[tuple[float, float]]  # seconds spent, share of the hypervolume
 
 
-def ours(world: World, policy: Any, racing: Racing | None, cached: bool, seed: int, until: float = SHARE) -> Curve:
-    """A search of ours until it has a share of the hypervolume."""
+def ours(
+    world: World,
+    policy: Any,
+    racing: Racing | None,
+    cached: bool,
+    seed: int,
+    until: float = SHARE,
+    budget: float = math.inf,
+) -> Curve:
+    """A search of ours until it has a share of the hypervolume, or has spent its budget, in seconds."""
     replay = Replay(world.table, policy, world.slots, racing, cached, first=first(world), seed=seed)
     curve: Curve = []
     rows: list[int] = []
@@ -52,6 +61,8 @@ def ours(world: World, policy: Any, racing: Racing | None, cached: bool, seed: i
             curve.append((replay.seconds, world.share(rows)))
             if curve[-1][1] >= until:
                 break
+        if replay.seconds >= budget:
+            break
     return curve
 
 
