@@ -2,7 +2,7 @@
 
     python bench/search_efficiency.py [seeds=50] [only=cost,racing,advisers,overhead]
 
-Some 15 minutes on 2 cores, most of them those of Optuna's GPSampler, which is given few seeds. Each search is replayed with each
+Optuna's GPSampler, which takes a minute a search, is given few seeds. Each search is replayed with each
 seed: its cost is the seconds that its trials took when they were really run. Ours are the search as it is, with its stage cache,
 its gates and its races; peers pay every trial whole, and nothing for one they repeat.
 `cost_vs_best_peer`, `cost_vs_random`: of our default agent, cost to 99 % of the hypervolume of the exhaustive front, against the

@@ -119,15 +119,13 @@ class GP:
 
     def _features(self, space: Space, candidates: Sequence[Strategy]) -> Features:
         """Those of the candidates; most of a stock were looked at before."""
-        missing = [s for s in candidates if s.overrides not in self._known]
         if len(self._known) > MOST_KNOWN:
             self._known.clear()
-            missing = list(candidates)
-        if missing:
-            found = features(space, missing)
-            self._known.update(
-                zip((s.overrides for s in missing), zip(found.methods, found.knobs, strict=True), strict=True)
-            )
+        new = [s for s in candidates if s.overrides not in self._known]
+        if new:
+            found = features(space, new)
+            rows = zip(found.methods, found.knobs, strict=True)
+            self._known.update(zip((s.overrides for s in new), rows, strict=True))
         methods, knobs = zip(*(self._known[s.overrides] for s in candidates), strict=True)
         return Features(np.array(methods), np.array(knobs))
 
