@@ -5,6 +5,7 @@ The policy, the history, the gates' decisions and the race are the search's own;
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from table import Row, Table
 
-from winnow.agent.policy import Exhausted, Policy
+from winnow.agent.policy import Exhausted, Policy, Suggestion
 from winnow.search.costs import Costs, Prefix, prefixes
 from winnow.search.folders import scored
 from winnow.search.gates import LEAST_CHANCE, Racing, informants, matches
@@ -82,16 +83,22 @@ class Replay:
     def run(self, space: Any) -> Iterator[Trial]:
         """Trials, each once it has ended and its cost is counted, until the space is exhausted."""
         for number in range(len(self.table.rows)):
-            waiting = [s for s in (Strategy(), *self.first) if s.overrides not in self.history.seen]
+            waiting = [
+                Suggestion(s, "first") for s in (Strategy(), *self.first) if s.overrides not in self.history.seen
+            ]
             try:
-                strategy = waiting[0] if waiting else self.policy.ask(self.history, space, self.outlook).strategy
+                found = waiting[0] if waiting else self.policy.ask(self.history, space, self.outlook)
             except Exhausted:
                 return
-            self.history.begin(number, strategy)
+            strategy = found.strategy
+            self.history.begin(number, strategy, found.record)
             if refusal := self.outlook.refusal(strategy):
                 trial = Trial(number, strategy, figures={}, reason=Reason.INFEASIBLE, message=refusal)
             else:
                 trial = self.tried(number, strategy)
+            trial = dataclasses.replace(
+                trial, proposed_by=found.by, decision=found.record
+            )  # a portfolio learns from it
             self.history.end(trial)
             self.outlook.observe(trial)
             yield trial

@@ -204,7 +204,7 @@ def _proposal_ms(count: int) -> float:
                 figures=figures,
                 stages=stages,
                 seconds=seconds,
-                decision={"agent": "gp"},
+                decision=suggestion.record,
             )
             study.record(trial)
             outlook.observe(trial)

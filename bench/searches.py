@@ -10,7 +10,7 @@ from typing import Any
 import moocore
 import numpy as np
 import table as tables
-from replay import OBJECTIVES, Replay, front_points, full_cost
+from replay import OBJECTIVES, Looked, Replay, front_points, full_cost
 
 from winnow.search import pareto
 from winnow.search.gates import Racing
@@ -30,6 +30,7 @@ class World:
         self.scaled = (points - self.low) / (self.high - self.low)
         self.reference = np.full(len(OBJECTIVES), 1 + pareto.MARGIN)
         self.numbers = {row.strategy.overrides: n for n, row in enumerate(self.table.rows)}
+        self.rows = {row.strategy.overrides: row for row in self.table.rows}
         self.whole = self.volume(self.scaled)
 
     def volume(self, points: np.ndarray) -> float:
@@ -67,15 +68,16 @@ def ours(
 
 
 def first(world: World) -> tuple[Strategy, ...]:
-    """What `search.py` begins with: each method of the slot `quantize` by itself."""
+    """What `search.py` begins with."""
     from hydra import compose, initialize_config_dir
 
     from winnow.cli import CONF
+    from winnow.search.outlook import smallest
     from winnow.search.start import first_strategies
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("search", overrides=[tables.METHODS])
-    return tuple(s for s in first_strategies(world.space, cfg) if s.overrides in world.numbers)
+    return tuple(smallest(first_strategies(world.space, cfg), Looked(world.rows), cfg.first_trials))
 
 
 def peer(world: World, sampler: Any, until: float = SHARE) -> Curve:

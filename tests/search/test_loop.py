@@ -18,7 +18,7 @@ from winnow.search.outlook import Forecasts
 from winnow.search.study import Proposal
 from winnow.search.trial import RIVALS
 from winnow.search.views import Views
-from winnow.types import Reason, UserError
+from winnow.types import Reason, Strategy, UserError
 
 Outcome = dict[str, Any]
 
@@ -65,6 +65,17 @@ def test_the_space_is_searched_and_its_front_kept(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "trials" / "29" / RIVALS).read_text())
     assert {rival["number"] for rival in told["front"]} <= set(range(29)) and told["front"]
     assert set(map(int, told["scored"])) >= {rival["number"] for rival in told["front"]}
+
+
+def test_it_begins_with_the_base_model_and_the_smallest_of_what_it_is_given(tmp_path: Path) -> None:
+    def asked(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"figures": {"size_bytes": 1 - s["knobs"].get("method.wanda.sparsity", 0)}} for s in strategies]
+
+    given = [Strategy(("wanda",), {"method.wanda.sparsity": share}) for share in (0.3, 0.6)]
+    found = Found(tmp_path, asked=asked, budget=Budget(trials=3), first=given, first_trials=1)
+    found.search.run()
+    assert found.launched[:2] == ["base", "wanda(sparsity=0.6)"]
+    assert [t.proposed_by for t in found.study.trials] == ["base", "first", "grid"]
 
 
 def test_what_is_refused_is_written_down_and_not_run(tmp_path: Path) -> None:

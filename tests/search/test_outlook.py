@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from tests.agent import world
 from tests.test_conf import composed
 from winnow.search.costs import Costs
-from winnow.search.outlook import Forecasts, forecaster
+from winnow.search.outlook import Forecasts, forecaster, smallest
 from winnow.types import Strategy, Trial
 
 
@@ -64,6 +64,22 @@ def made(
     stages = [{"method": m, "seconds": seconds[m], "reused": n < reused} for n, m in enumerate(methods)]
     figures = world.figures(Strategy())
     return Trial(number, Strategy(methods, knobs), figures=figures, stages=stages, seconds={"evaluate": evaluate})
+
+
+def test_the_smallest_come_first_and_what_cannot_be_made_not_at_all() -> None:
+    sizes = {"rtn": 3.0, "nf4": 1.0, "int8": 5.0, "awq": 2.0, "kv": None}
+
+    def answer(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        known = [(s["methods"][0], sizes[s["methods"][0]]) for s in asked]
+        return [
+            {"figures": {} if size is None else {"size_bytes": size}, "refusal": "no" if name == "awq" else ""}
+            for name, size in known
+        ]
+
+    made = [Strategy((name,)) for name in sizes]
+    found = [s.methods[0] for s in smallest(made, Forecasts(answer), 9)]
+    assert found == ["nf4", "rtn", "int8", "kv"]  # of unknown size: last
+    assert [s.methods[0] for s in smallest(made, Forecasts(answer), 2)] == ["nf4", "rtn"]
 
 
 def test_costs_are_those_of_what_has_to_be_done() -> None:

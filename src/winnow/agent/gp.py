@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,12 +45,13 @@ class GP:
     """
 
     seed: int = 0
-    startup: int = 4
+    startup: int = 3
     pool: int = 256
     cost_exponent: float = 1.0
     _stock: list[Strategy] = field(default_factory=list, init=False, repr=False)
     _settings: dict[str, tuple[int, Settings]] = field(default_factory=dict, init=False, repr=False)
     _known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
+    _now: _Moment | None = field(default=None, init=False, repr=False)
 
     def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
         """The next strategy.
@@ -79,8 +81,8 @@ class GP:
         if not self._stock:
             self._stock = drawn(space, np.random.default_rng([self.seed, 0]), STOCK)
         start = history.proposals * self.pool // 8 % len(self._stock)  # most were forecast for the last proposal
-        turned = [*self._stock[start:], *self._stock[:start]]
-        found = [s for s in turned if s.overrides not in history.seen][: 3 * self.pool // 4]
+        turned = itertools.chain(self._stock[start:], self._stock[:start])
+        found = itertools.islice((s for s in turned if s.overrides not in history.seen), 3 * self.pool // 4)
         return list({s.overrides: s for s in [*fresh(history, space, rng, self.pool // 4, near=1.0), *found]}.values())
 
     def is_ready(self, history: History) -> bool:
@@ -96,26 +98,27 @@ class GP:
     def _gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
         new = self._features(space, candidates)
         forecast = outlook.figures(candidates)
-        told = considered(history)
-        complete = [trial for trial in told if trial.complete]
-        points = np.zeros((len(complete), len(history.objectives)))
+        now = self._at(history)
         means, deviations = np.zeros((2, len(candidates), len(history.objectives)))
-        for column, objective in enumerate(history.objectives):
-            top = best_of(objective, complete)
-            points[:, column] = missing(objective, np.array([t.figures[objective.name] for t in complete]), top)
+        for column, (objective, top) in enumerate(zip(history.objectives, now.tops, strict=True)):
             known = [figures.get(objective.name) for figures in forecast]
             if all(value is not None for value in known):
                 means[:, column] = np.log(missing(objective, np.array(known, dtype=float), top))
                 continue
-            trials, values, noise = observed(objective, told, history.front)
-            y = np.log(missing(objective, values, top))
-            process = self._process(objective.name, features(space, [t.strategy for t in trials]), y, noise)
-            means[:, column], deviations[:, column] = process.predict(new)
-        worst, best = points.max(0), points.min(0)
-        reference = worst + MARGIN * np.maximum(worst - best, 1e-9 * worst)
-        gain = expected(boxes(nondominated(points), reference), means, deviations)
-        found: np.ndarray = gain * likely(told, candidates) / np.prod(reference - best)
+            if objective.name not in now.processes:
+                trials, values, noise = observed(objective, now.told, history.front)
+                x = self._features(space, [t.strategy for t in trials])
+                y = np.log(missing(objective, values, top))
+                now.processes[objective.name] = self._process(objective.name, x, y, noise)
+            means[:, column], deviations[:, column] = now.processes[objective.name].predict(new)
+        gain = expected(now.open_boxes, means, deviations)
+        found: np.ndarray = gain * likely(now.told, candidates) / now.volume
         return found
+
+    def _at(self, history: History) -> _Moment:
+        if self._now is None or self._now.history is not history or self._now.trials != len(history.trials):
+            self._now = _Moment(history)
+        return self._now
 
     def _features(self, space: Space, candidates: Sequence[Strategy]) -> Features:
         """Those of the candidates; most of a stock were looked at before."""
@@ -136,6 +139,32 @@ class GP:
             settings = fitted(x, y, noise)
             self._settings[name] = (len(y), settings)
         return GaussianProcess(x, y, settings, noise)
+
+
+class _Moment:
+    """What the trials say until another ends: worked out once, whatever is asked meanwhile.
+
+    Attributes:
+        tops: the best value of each objective.
+        open_boxes, volume: what no trial dominates yet, as of `winnow.search.improvement.boxes`; of the whole box.
+        processes: by objective.
+    """
+
+    def __init__(self, history: History) -> None:
+        self.history, self.trials = history, len(history.trials)
+        self.told = considered(history)
+        complete = [trial for trial in self.told if trial.complete]
+        self.tops = [best_of(objective, complete) for objective in history.objectives]
+        columns = [
+            missing(objective, np.array([t.figures[objective.name] for t in complete]), top)
+            for objective, top in zip(history.objectives, self.tops, strict=True)
+        ]
+        points = np.stack(columns, axis=1)
+        worst, best = points.max(0), points.min(0)
+        reference = worst + MARGIN * np.maximum(worst - best, 1e-9 * worst)
+        self.open_boxes = boxes(nondominated(points), reference)
+        self.volume = float(np.prod(reference - best))
+        self.processes: dict[str, GaussianProcess] = {}
 
 
 def _one_thread() -> contextlib.AbstractContextManager[Any]:
@@ -210,4 +239,4 @@ def likely(trials: Sequence[Trial], candidates: Sequence[Strategy]) -> np.ndarra
             counts = done.setdefault(method, [0, 0])
             counts[trial.failed] += 1
     chance = {method: (good + 1) / (good + bad + 1) for method, (good, bad) in done.items()}
-    return np.array([np.prod([chance.get(m, 1.0) for m in s.methods]) if s.methods else 1.0 for s in candidates])
+    return np.array([math.prod(chance.get(m, 1.0) for m in s.methods) for s in candidates])

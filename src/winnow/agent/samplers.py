@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NOTES = "optuna"  # in the record of a decision
 DRAWS = 50  # by a sampler that comes back to what was tried, before plain chance decides
+MOST_DRAFTS = 100  # beside as many as there are finished trials, before they are swept out
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Sampler:
 
     seed: int = 0
     _mirror: Any = field(default=None, init=False, repr=False)
+    _finished: list[Any] = field(default_factory=list, init=False, repr=False)  # as Optuna has them
     _told: int = field(default=0, init=False, repr=False)
+    _drafts: int = field(default=0, init=False, repr=False)
 
     def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         raise NotImplementedError
@@ -80,6 +83,7 @@ class Sampler:
             # what the sampler wants to find at the finished trial, its generation say
             notes = study._storage.get_trial_system_attrs(draft._trial_id)
             study.tell(draft, state=optuna.trial.TrialState.FAIL)
+            self._drafts += 1
             if strategy.overrides not in history.seen and not outlook.refusal(strategy):
                 return Suggestion(strategy, name, "drawn by Optuna's sampler", record={NOTES: notes})
         rng = np.random.default_rng([self.seed, history.proposals])
@@ -90,24 +94,27 @@ class Sampler:
     def _synced(self, history: History, space: Space) -> optuna.Study:
         import optuna
 
-        if self._mirror is None:
+        new = [
+            optuna.trial.create_trial(
+                params=chosen,
+                distributions={name: known[name] for name in chosen},
+                values=values,
+                system_attrs=trial.decision.get(NOTES),
+            )
+            for known in [distributions(space)]
+            for trial in history.trials[self._told :]
+            if (values := self._values(trial, history)) is not None
+            for chosen in [space.parameters(trial.strategy)]
+        ]
+        self._finished += new
+        self._told = len(history.trials)
+        # drafts cannot be taken out again, and each costs the sampler a look: at times the finished trials begin afresh
+        if self._mirror is None or self._drafts > MOST_DRAFTS + len(self._finished):
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             self._mirror = optuna.create_study(directions=[o.direction for o in history.objectives])
-        for trial in history.trials[self._told :]:
-            values = self._values(trial, history)
-            if values is not None:
-                chosen = space.parameters(trial.strategy)
-                known = distributions(space)
-                self._mirror.add_trial(
-                    optuna.trial.create_trial(
-                        params=chosen,
-                        distributions={name: known[name] for name in chosen},
-                        values=values,
-                        system_attrs=trial.decision.get(NOTES),
-                    )
-                )
-        self._told = len(history.trials)
+            self._drafts, new = 0, self._finished
         study: optuna.Study = self._mirror
+        study.add_trials(new)
         return study
 
     def _values(self, trial: Trial, history: History) -> list[float] | None:

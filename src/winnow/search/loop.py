@@ -6,6 +6,7 @@ Nothing here knows Hydra: the sweeper passes in `launch`, which runs one trial.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion
 from winnow.search.budget import Budget, Convergence
 from winnow.search.folders import MESSAGES, Folders
 from winnow.search.history import tried_again
+from winnow.search.outlook import smallest
 from winnow.search.overrides import command_lines
 from winnow.search.space import Space
 from winnow.search.study import Proposal, Study
@@ -38,7 +40,7 @@ class Search:
         launch: runs one trial and returns its outcome.
         shared: the overrides of every trial, for the command lines that make a trial again.
         folder: of the study; trials lie in `trials/<number>/`.
-        first: strategies to try before the policy is asked; the base model is always the very first.
+        first: of these the `first_trials` smallest are tried before the policy is asked; the base model is always the very first.
         keep: which trials' weights stay on disk: of the front, all, or none.
         workers: trials that run at a time.
         confirm: scores the front again once the search has ended.
@@ -56,6 +58,7 @@ class Search:
     views: Views
     log: Callable[[str], None]
     first: Sequence[Strategy] = ()
+    first_trials: int = 2
     keep: str = "front"
     workers: int = 1
     confirm: Callable[[], None] | None = None
@@ -186,10 +189,14 @@ class Search:
         if self._again:
             self._again.remove(again := again or self._again[0])
             return again
-        for strategy in self.first:
+        for strategy in self._first:
             if strategy.overrides not in self.study.seen:
                 return Suggestion(strategy, "first")
         return self.policy.ask(self.study, self.space, self.outlook)
+
+    @functools.cached_property
+    def _first(self) -> list[Strategy]:
+        return smallest(self.first, self.outlook, self.first_trials)
 
     def _announce(self, proposal: Proposal) -> None:
         of = f" of {self.budget.trials}" if self.budget.trials else ""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from winnow.agent.policy import Outlook
 from winnow.search import child
 from winnow.search.costs import Costs
 from winnow.types import Strategy, Trial, UserError
@@ -68,6 +70,13 @@ class Forecasts:
             found = self._ask([{"methods": list(s.methods), "knobs": dict(s.knobs)} for s in new.values()])
             self._found.update(zip(new, found, strict=True))
         return [self._found[s.overrides] for s in strategies]
+
+
+def smallest(strategies: Sequence[Strategy], outlook: Outlook, most: int) -> list[Strategy]:
+    """So many of the strategies that can be made, by the size that they are known to have; those of unknown size come last."""
+    found = [s for s in strategies if not outlook.refusal(s)]
+    sizes = [figures.get("size_bytes", math.inf) for figures in outlook.figures(found)]
+    return [found[place] for place in sorted(range(len(found)), key=sizes.__getitem__)[:most]]
 
 
 def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -> Forecasts:
