@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from winnow.method import depth, statistics
+from winnow.method import depth, importance, statistics
 from winnow.method.depth import Depth
+from winnow.method.prune import Magnitude, Pruning, Wanda
+from winnow.method.width import Width
 from winnow.model.load import pretrained
-from winnow.types import Calibration, Run
+from winnow.types import Calibration, Run, Stage
 
 
 @pytest.fixture
@@ -34,6 +36,26 @@ def test_what_a_trial_has_computed_another_reads(tiny: Path, run: Run, monkeypat
     changed.model.model.norm.weight.data[0] += 1
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         Depth(0.4)(changed, run)
+
+
+@pytest.mark.parametrize(
+    ("stage", "computing"),
+    [
+        (Wanda(sparsity=0.6, allocation="owl"), (Pruning, "_scores")),
+        (Wanda(sparsity=0.6, allocation="global"), (Pruning, "_scores")),
+        (Magnitude(sparsity=0.6, allocation="owl"), (Pruning, "_scores")),
+        (Width(mlp=0.5, heads=0.5, hidden=0.75, multiple=16), (importance, "importances")),
+    ],
+    ids=lambda v: f"{type(v).__name__}-{getattr(v, 'allocation', '')}" if isinstance(v, Stage) else "",
+)
+def test_from_what_is_kept_comes_the_same_model(
+    stage: Stage, computing: tuple[object, str], tiny: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stage(pretrained(str(tiny)), run).model
+    monkeypatch.setattr(*computing, lambda *args: pytest.fail("computed again"))
+    again = stage(pretrained(str(tiny)), run).model
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 def test_the_least_recently_used_go_first(tiny: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

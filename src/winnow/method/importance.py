@@ -39,6 +39,30 @@ class Importances:
     energy: dict[nn.Module, torch.Tensor]
 
 
+def kept_importances(
+    model: PreTrainedModel, heads: int, batches: Sequence[torch.Tensor], digest: str, run: Run
+) -> Importances:
+    """`importances`, or what they were when the same weights saw the same texts, those of the `digest`, before."""
+    from winnow.method import statistics
+
+    norms = {module: f"energy.{name}" for name, module in model.named_modules()}
+
+    def compute() -> statistics.Statistics:
+        found = importances(model, heads, batches, run)
+        layers = {f"channels.{n}": each for n, each in enumerate(found.channels)}
+        layers |= {f"heads.{n}": each for n, each in enumerate(found.heads)}
+        return layers | {"hidden": found.hidden} | {norms[norm]: each for norm, each in found.energy.items()}
+
+    found = statistics.kept(model, run, "widths", (heads, digest), compute)
+    count = sum(name.startswith("channels.") for name in found)
+    return Importances(
+        [found[f"channels.{n}"] for n in range(count)],
+        [found[f"heads.{n}"] for n in range(count)],
+        found["hidden"],
+        {norm: found[name] for norm, name in norms.items() if name in found},
+    )
+
+
 @torch.no_grad()
 def importances(model: PreTrainedModel, heads: int, batches: Sequence[torch.Tensor], run: Run) -> Importances:
     """Walks over the blocks of a Llama-like model with `heads` query heads; the model is left as it is."""

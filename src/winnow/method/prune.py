@@ -85,28 +85,49 @@ class Pruning(Checked):
             return smallest_of_pattern(score_oi, self.pattern)
         return smallest(score_oi, sparsity) if by_row else smallest_of_all(score_oi, sparsity)
 
-    def sparsities(self, lm: LM, run: Run, batches: Sequence[torch.Tensor] | None) -> dict[str, float]:
-        """The share of each linear layer, by name. `batches` to see inputs with; None ranks by magnitude alone."""
-        from winnow.method import allocation
+    def sparsities(
+        self, lm: LM, run: Run, batches: Sequence[torch.Tensor] | None, digest: str | None
+    ) -> dict[str, float]:
+        """The share of each linear layer, by name. `batches` (of that digest) to see inputs with; None ranks by magnitude alone."""
+        from winnow.method import allocation, statistics
+        from winnow.method.blocks import decoder_blocks
         from winnow.model.packing import linears
 
         names = {linear: name for name, linear in linears(lm.model).items()}
         if self.allocation == "uniform" or self.pattern != "unstructured":
             return dict.fromkeys(names.values(), self.sparsity)
         if self.allocation == "global":
-            histograms = {
-                names[linear]: allocation.histogram(score if batches is None else score / score.mean().clamp_min(1e-30))
-                for block in self._scores(lm, run, batches)
-                for linear, score in block.items()
-            }
-            return allocation.global_threshold(histograms, self.sparsity)
-        outliers, blocks = [], []
-        for block in self._scores(lm, run, batches):
-            outliers.append(allocation.outlier_share(list(block.values()), self.owl_m))
-            blocks.append(list(block))
+
+            def count() -> dict[str, torch.Tensor]:
+                return {
+                    names[linear]: allocation.histogram(
+                        score if batches is None else score / score.mean().clamp_min(1e-30)
+                    )
+                    for block in self._scores(lm, run, batches)
+                    for linear, score in block.items()
+                }
+
+            # without data they are counted as fast as looked up
+            counts = count() if digest is None else statistics.kept(lm.model, run, "scores", (digest,), count)
+            ordered = {name: counts[name] for name in names.values() if name in counts}  # as kept they are in another
+            return allocation.global_threshold(ordered, self.sparsity)
+        found = statistics.kept(
+            lm.model, run, "outliers", (digest, self.owl_m), lambda: self._outliers(lm, run, batches)
+        )
+        blocks = [[m for m in block.modules() if m in names] for block in decoder_blocks(lm.model)]
         sizes = [sum(linear.weight.numel() for linear in block) for block in blocks]
-        found = allocation.owl(outliers, sizes, self.sparsity, self.owl_lambda)
-        return {names[linear]: s for block, s in zip(blocks, found, strict=True) for linear in block}
+        spread = allocation.owl(found["blocks"].tolist(), sizes, self.sparsity, self.owl_lambda)
+        return {names[linear]: share for block, share in zip(blocks, spread, strict=True) for linear in block}
+
+    def _outliers(self, lm: LM, run: Run, batches: Sequence[torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """The share of outliers of each block [blocks]."""
+        import torch
+
+        from winnow.method import allocation
+
+        scores = self._scores(lm, run, batches)
+        shares = [allocation.outlier_share(list(block.values()), self.owl_m) for block in scores]
+        return {"blocks": torch.tensor(shares, dtype=torch.float64)}
 
     def _scores(
         self, lm: LM, run: Run, batches: Sequence[torch.Tensor] | None
@@ -159,7 +180,7 @@ class Magnitude(Pruning):
         names = {linear: name for name, linear in linears(lm.model).items()}
         self.check_widths({name: linear.in_features for linear, name in names.items()})
         batches, digest = calibration_batches(lm, run) if self.allocation == "owl" else (None, None)
-        sparsities = self.sparsities(lm, run, batches)
+        sparsities = self.sparsities(lm, run, batches, digest)
         blocks = decoder_blocks(lm.model)
         for index, block in enumerate(blocks):
             for linear in [m for m in block.modules() if isinstance(m, nn.Linear)]:
@@ -192,7 +213,7 @@ class CalibratedPruning(Pruning):
         batches, digest = calibration_batches(lm, run)
         checkpoint = checkpoint_of(self, lm, run, digest)
         if "sparsities" not in checkpoint.state:
-            checkpoint.state["sparsities"] = self.sparsities(lm, run, batches)
+            checkpoint.state["sparsities"] = self.sparsities(lm, run, batches, digest)
         sparsities = checkpoint.state["sparsities"]
         blocks = decoder_blocks(lm.model)
         for index, block, replay in walk_blocks(lm.model, batches, run.device, checkpoint):

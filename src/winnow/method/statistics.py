@@ -1,7 +1,8 @@
 """What calibration data tell of a model, kept for the next stage that asks the same of the same weights.
 
-GGUF's importance matrix, the influence of blocks, the sensitivity of layers: small beside the weights, but each takes a pass or
-more over all calibration tokens. Kept ones are found by the weights themselves, so that whatever came before does not matter.
+GGUF's importance matrix, the influence of blocks, the importance of units, the outliers of scores, the sensitivity of layers:
+small beside the weights, but each takes a pass or more over all calibration tokens. Kept ones are found by the weights
+themselves, so that whatever came before does not matter.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Width(Checked):
         return Work.calibrated(plan, calibration).then(sliced)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.method.importance import importances
+        from winnow.method.importance import kept_importances
         from winnow.model.calibration import calibration_batches
         from winnow.model.reshape import rebuilt
 
@@ -90,7 +90,7 @@ class Width(Checked):
         changes = [f"{name} {getattr(old, name)} -> {getattr(new, name)}" for name in WIDTHS]
         run.log(f"width: {', '.join(changes)}")
         batches, digest = calibration_batches(lm, run)
-        found = importances(lm.model, old.num_attention_heads, batches, run)
+        found = kept_importances(lm.model, old.num_attention_heads, batches, digest, run)
         hidden = strongest(found.hidden, new.hidden_size)
         for layer, channels, heads in zip(layers, found.channels, found.heads, strict=True):
             queries, keys = strongest_heads(
