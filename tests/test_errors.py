@@ -45,6 +45,9 @@ COMMAND_LINES = [
     ("search", ["method.rtn.bits=choice(4,5)"], ["method.rtn.bits=5", "2, 3, 4, 8"]),
     ("search", ["budget.trials=0"], ["budget.trials=0", "more than 0"]),
     ("search", ["model=nano,local"], ["one search for each model"]),
+    ("search", ["budget.trials=many"], ["budget.trials=many", "a whole number or null"]),
+    ("search", ["first_slots=[quantise]"], ["first_slots=[quantise]", "quantize"]),
+    ("compress", ["seed=x"], ["seed=x", "a whole number"]),
     ("search", ["keep=some"], ["keep=some", "front, all, none"]),
     ("search", ["agent=tpee"], ["agent=tpee", "did you mean tpe"]),
 ]

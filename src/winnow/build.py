@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from winnow.scalars import check_scalars
 from winnow.types import LM, Benchmark, Calibration, Run, Stage, UserError
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 ALLOWED_TARGETS = ("winnow.",)  # prefixes; `_target_` may name nothing else
 
 
-def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str, dict[Any, Any]]]:
+    """Each key with a `_target_`, that, and what stands beside it."""
     if isinstance(node, dict):
         for name, value in node.items():
             if name == "_target_":
-                yield key, str(value)
+                yield key, str(value), node
             else:
                 yield from _targets(value, f"{key}.{name}" if key else str(name))
     elif isinstance(node, list):
@@ -46,13 +48,14 @@ def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
     from hydra.errors import InstantiationException
 
     plain = OmegaConf.to_container(cfg, resolve=True)
-    for where, target in _targets(plain, key):
+    for where, target, values in _targets(plain, key):
         if where.startswith("agent.") and where.endswith(".llm") and _is_chat_model(target, where):
             continue
         # "winnow.x.os.system" would pass a mere prefix check: attributes reached through a module's imports are refused
         if not target.startswith(ALLOWED_TARGETS) or not _defined_in_winnow(target):
             allowed = "targets must be classes or functions of winnow, or as agent.llm a chat model that conf/agent/llm.yaml names"
             raise UserError(f"{where}._target_={target} is not allowed: {allowed}")
+        check_scalars(target_of(target), values, where)
     try:
         return hydra.utils.instantiate(cfg, **extra)
     except InstantiationException as error:
@@ -145,12 +148,19 @@ def policy(cfg: DictConfig) -> Policy:
     return made
 
 
+def calibration(cfg: DictConfig) -> Calibration:
+    given: dict[str, Any] = OmegaConf.to_container(cfg.calibration, resolve=True)  # type: ignore[assignment]
+    check_scalars(Calibration, given, "calibration")
+    return Calibration(**given)
+
+
 def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
     """What stages and probes are given beside the model."""
     from winnow.recovery.corpus import check_source
 
-    calibration = Calibration(**OmegaConf.to_container(cfg.calibration, resolve=True))  # type: ignore[arg-type]
-    check_source(calibration)
+    check_scalars(Run, {"seed": cfg.seed})
+    known = calibration(cfg)
+    check_source(known)
     folder.mkdir(parents=True, exist_ok=True)
     used = hardware(cfg)
     return Run(
@@ -158,7 +168,7 @@ def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
         seed=cfg.seed,
         device=used.device,
         log=log,
-        calibration=calibration,
+        calibration=known,
         base=cfg.get("base") or cfg.model.get("path"),
         devices=used.devices,
         parallel=used.parallel,

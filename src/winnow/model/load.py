@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from unittest import mock
 
 from winnow.model import adapter, lowrank, manifest
 from winnow.model.hub import offline_if_unreachable
+from winnow.scalars import check_scalars
 from winnow.types import LM, Loading, MissingExtra, Unservable, UserError
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def pretrained(
     if not path:
         raise UserError("model.path is not set; give a folder or a hub id: model=local model.path=...")
     loading = Loading(dtype, attention, device, trust_remote_code, allow_pickle)
+    check_scalars(Loading, dataclasses.asdict(loading), "model")
     folder = Path(path)
     if folder.is_dir():
         check_folder(folder, loading, weights)

@@ -71,7 +71,7 @@ def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
 
     hardware, lm = build.hardware(cfg), build.model(cfg, weights=False)
     hardware = dataclasses.replace(hardware, memory_limit_bytes=hardware.memory_bytes() or None)  # looked up once
-    calibration = Calibration(**OmegaConf.to_container(cfg.calibration, resolve=True))  # type: ignore[arg-type]
+    calibration = build.calibration(cfg)
     check_source(calibration)
     plan = plan_of(lm)
     check_dense(lm, plan.config, stages)

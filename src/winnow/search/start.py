@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,6 +18,7 @@ from winnow import build
 from winnow.agent.policy import Policy
 from winnow.agent.recipe import read_recipe
 from winnow.cli import say
+from winnow.scalars import check_scalars
 from winnow.search import child, confirm, outlook, overrides, storage, trial
 from winnow.search.budget import Budget, Convergence
 from winnow.search.gates import Racing
@@ -29,6 +32,40 @@ from winnow.search.views import Views
 from winnow.types import LM, Slot, Strategy, UserError
 
 OF_NODE = ("cpu", "cores", "threads", "gpus")  # of the hardware: on a cluster not those of the machine that searches
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a search is told that is a number or a word, and that no part of it is made from."""
+
+    workers: int
+    first_trials: int
+    convergence: int | None
+    confirm: float
+    stage_cache_gb: float
+    keep: str
+    study: str
+    seed: int
+    interactive: bool
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        if self.keep not in KEEP:
+            raise UserError(f"keep={self.keep} is not known; it is one of {', '.join(KEEP)}")
+        if self.workers < 1:
+            raise UserError(f"workers={self.workers} leaves nobody to run a trial; give at least 1")
+        for name in ("first_trials", "stage_cache_gb"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} is negative; give 0 to do without")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a trial; None is without."""
+
+    minutes: float | None
+    memory_bytes: float | None
 
 
 def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -> None:
@@ -43,12 +80,13 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
 
     typed = overrides.parse(arguments)
     space = read_space(OmegaConf.to_container(config.method, resolve=True) or {}, typed.narrowed)  # type: ignore[arg-type]
-    if config.keep not in KEEP:
-        raise UserError(f"keep={config.keep} is not known; it is one of {', '.join(KEEP)}")
-    budget, convergence = Budget(**config.budget), Convergence(config.convergence if config.recipe is None else None)
-    Racing(**config.racing)
-    if config.workers < 1:
-        raise UserError(f"workers={config.workers} leaves nobody to run a trial; give at least 1")
+    build.calibration(config)
+    first = first_strategies(space, config) if config.recipe is None else []
+    _made(Settings, {field.name: config[field.name] for field in dataclasses.fields(Settings)})
+    _made(Limits, config.limits, "limits")
+    _made(Racing, config.racing, "racing")
+    budget = _made(Budget, config.budget, "budget")
+    convergence = Convergence(config.convergence if config.recipe is None else None)
     lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
     scores = benchmark.scores()
     confirm.check(config.confirm, benchmark)
@@ -96,7 +134,8 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         shared=_shared(config, typed.shared),
         views=Views(folder, say, tracker),
         log=say,
-        first=first_strategies(space, config) if config.recipe is None else (),
+        first=first,
+        first_trials=config.first_trials,
         keep=config.keep,
         workers=config.workers,
         convergence=convergence,
@@ -110,6 +149,12 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         study.close()
     print(front_table(study.summary()))
     print(f"report: {(folder / 'report.html').resolve()}")
+
+
+def _made(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """A dataclass from settings of the types that it wants."""
+    check_scalars(kind, values, where)
+    return kind(**values)
 
 
 def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,8 +190,13 @@ def _policy(config: DictConfig, space: Space) -> Policy:
 
 
 def first_strategies(space: Space, config: DictConfig) -> list[Strategy]:
-    """Each method of the slots in `first_slots` alone, at its defaults: a rough front before the policy begins."""
-    slots = {Slot[name.upper()] for name in config.first_slots}
+    """Each method of the slots in `first_slots` alone, at its defaults: of these come a few points before the policy begins."""
+    slots = set()
+    for name in config.first_slots:
+        if str(name).upper() not in Slot.__members__:
+            known = ", ".join(slot.name.lower() for slot in Slot)
+            raise UserError(f"first_slots=[{name}]: there is no such slot; they are {known}")
+        slots.add(Slot[str(name).upper()])
     default = functools.partial(OmegaConf.select, config)
     return [Strategy((m.name,), m.defaults(default)) for m in space.methods if m.slot in slots]
 
