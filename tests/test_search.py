@@ -60,7 +60,7 @@ def test_a_study_leaves_its_files(outputs: Path, results: dict) -> None:
         assert (folder / ".hydra" / "config.yaml").exists()
         for name in ("manifest.json", "metrics.json", "samples.parquet"):
             assert (folder / name).stat().st_size > 0, name
-        assert not list(folder.rglob("*.partial"))
+        assert not list(folder.rglob("*.partial*"))
 
 
 def test_the_base_model_is_trial_0_and_all_figures_have_a_source(results: dict) -> None:

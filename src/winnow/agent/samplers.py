@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from winnow.agent.policy import Exhausted, Outlook, Suggestion, fresh
+from winnow.agent.policy import Exhausted, Near, Outlook, Suggestion, fresh
 from winnow.search.history import History
 from winnow.search.space import Space, distributions
 from winnow.types import Trial
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     import optuna
 
 NOTES = "optuna"  # in the record of a decision
-DRAWS = 50  # by a sampler that comes back to what was tried, before plain chance decides
-MOST_DRAFTS = 100  # beside as many as there are finished trials, before they are swept out
+DRAWS = 5  # by a sampler that comes back to what was tried, before one of them is changed a little
+CHANGES = 200  # before plain chance decides
+MOST_DRAFTS = 50  # beside a tenth as many as there are finished trials, before they are swept out
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Sampler:
         raise NotImplementedError
 
     def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
-        """The sampler's next draw that was not tried; one at random where it keeps to what was."""
+        """The sampler's next draw that was not tried; one like it where it keeps to what was."""
         import optuna
 
         name = type(self).__name__.lower()
@@ -87,9 +88,13 @@ class Sampler:
             if strategy.overrides not in history.seen and not outlook.refusal(strategy):
                 return Suggestion(strategy, name, "drawn by Optuna's sampler", record={NOTES: notes})
         rng = np.random.default_rng([self.seed, history.proposals])
+        for _ in range(CHANGES):
+            near = space.draw(Near(rng, space.parameters(strategy)))
+            if near.overrides not in history.seen and not outlook.refusal(near):
+                return Suggestion(near, name, "like one that Optuna's sampler comes back to", record={NOTES: notes})
         candidates = fresh(history, space, rng, 16)
         chosen = candidates[int(rng.integers(len(candidates)))]
-        return Suggestion(chosen, name, "drawn at random: the sampler comes back to what was tried")
+        return Suggestion(chosen, name, "drawn at random: all that is like what the sampler comes back to was tried")
 
     def _synced(self, history: History, space: Space) -> optuna.Study:
         import optuna
@@ -109,7 +114,7 @@ class Sampler:
         self._finished += new
         self._told = len(history.trials)
         # drafts cannot be taken out again, and each costs the sampler a look: at times the finished trials begin afresh
-        if self._mirror is None or self._drafts > MOST_DRAFTS + len(self._finished):
+        if self._mirror is None or self._drafts > MOST_DRAFTS + len(self._finished) // 10:
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             self._mirror = optuna.create_study(directions=[o.direction for o in history.objectives])
             self._drafts, new = 0, self._finished

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from winnow.files import whole
 from winnow.types import LM, Figures, Run
 
 if TYPE_CHECKING:
@@ -64,15 +63,14 @@ def reference(base: LM, served: Served | None, run: Run, device: str) -> Referen
             return Reference(rows, held["tokens"], held["log_probabilities"].astype(np.float32))
     made = _computed(base, served, run, device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.npz")
-    np.savez_compressed(
-        partial,
-        ids=np.concatenate([np.array(row, np.int32) for row in made.rows]),
-        lengths=np.array([len(row) for row in made.rows], np.int32),
-        tokens=made.tokens.astype(np.int32),
-        log_probabilities=made.log_probabilities.astype(np.float32),
-    )
-    os.replace(partial, path)
+    with whole(path) as scratch:
+        np.savez_compressed(
+            scratch,
+            ids=np.concatenate([np.array(row, np.int32) for row in made.rows]),
+            lengths=np.array([len(row) for row in made.rows], np.int32),
+            tokens=made.tokens.astype(np.int32),
+            log_probabilities=made.log_probabilities.astype(np.float32),
+        )
     return made
 
 

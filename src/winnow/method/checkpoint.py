@@ -7,7 +7,6 @@ says how far they are valid, is written last, and each file under another name f
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from winnow.files import whole
 from winnow.types import LM, Run
 
 SAVE_EVERY_S = 300.0
@@ -99,13 +99,8 @@ class Checkpoint:
 
     @staticmethod
     def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-        scratch = path.with_suffix(".partial")
-        try:
+        with whole(path) as scratch:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
-            scratch.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
 
 
 def checkpoint_of(stage: Any, lm: LM, run: Run, calibration_sha256: str) -> Checkpoint:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from winnow.files import whole
 from winnow.types import Run
 
 if TYPE_CHECKING:
@@ -48,12 +48,9 @@ def kept(
         return found
     found = compute()
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    # where the disk is full, say, they are computed again the next time
+    with contextlib.suppress(OSError, SafetensorError), whole(path) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch)
-        scratch.replace(path)
-    except (OSError, SafetensorError):  # the disk is full, say: they are computed again the next time
-        scratch.unlink(missing_ok=True)
     _forget(folder)
     return found
 

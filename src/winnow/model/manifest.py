@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from winnow.files import write_json
 from winnow.types import UserError
 
 NAME = "manifest.json"
@@ -71,7 +72,4 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, indent=2, default=str) + "\n"
-    partial = folder / f".{NAME}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / NAME)
+    write_json(folder / NAME, manifest)

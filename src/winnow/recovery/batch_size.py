@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from winnow.files import write_json
 from winnow.recovery.data import Encoded, collate
 from winnow.recovery.devices import World, agreed, local_device
 from winnow.recovery.objective import Objective
@@ -136,9 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _remember(path: Path, name: str, entry: dict[str, Any]) -> None:
     """Adds an entry, whole or not at all; of two that are added at once one may be lost, and is found again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.partial")
-    scratch.write_text(json.dumps({**_read(path), name: entry}, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_json(path, {**_read(path), name: entry}, indent=1)
 
 
 def hardware_name(device: str) -> str:

@@ -12,7 +12,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from html import escape
@@ -20,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from winnow.files import whole
 from winnow.report import rows
 from winnow.report.facts import WITHIN_POINTS, base_of, best_kept, counts, headline, payback, points, quality_of, ratio
 from winnow.report.figures import Axis, axes_of, directions, plain, plain_lines
@@ -32,12 +32,8 @@ def write_report(path: Path, summary: Summary) -> None:
     """Writes the report to `path`, all of it or nothing: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(render(summary), encoding="utf-8", errors="replace")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as scratch:
+        scratch.write_text(render(summary), encoding="utf-8", errors="replace")
 
 
 def render(summary: Summary) -> str:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from winnow.files import write_json
 from winnow.report.figures import plain
 from winnow.report.runs import NAME_LENGTH, Entry, front_entry, trial_entry
 from winnow.types import MissingExtra, Summary, UserError
@@ -183,6 +183,4 @@ class Tracker:
         except (OSError, ValueError):
             memory = {}
         memory = (memory if isinstance(memory, dict) else {}) | {self._target: dict(known)}
-        part = self._memory.with_name(f".{self._memory.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(memory, indent=1))
-        part.replace(self._memory)
+        write_json(self._memory, memory, indent=1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from winnow.files import write_json
 from winnow.search.history import History
 from winnow.search.objectives import KL
 from winnow.search.trial import RIVALS, STOP
@@ -32,14 +32,12 @@ class Folders:
             "front": [{"number": t.number, "figures": dict(t.figures)} for t in history.on_front],
             "scored": scored(history),
         }
-        (self.of(number) / RIVALS).write_text(json.dumps(told) + "\n", encoding="utf-8")
+        write_json(self.of(number) / RIVALS, told)
 
     def keep_messages(self, number: int, messages: Mapping[str, Any]) -> None:
         if messages:
             self.of(number).mkdir(parents=True)
-            scratch = self.of(number) / f".{MESSAGES}.partial"
-            scratch.write_text(json.dumps(messages, indent=1) + "\n", encoding="utf-8")
-            scratch.replace(self.of(number) / MESSAGES)
+            write_json(self.of(number) / MESSAGES, messages, indent=1)
 
     def cancel(self, number: int) -> None:
         """Tells a trial, wherever it runs, that nobody waits for it any more."""

@@ -122,12 +122,15 @@ class Launching:
         # Ray would start the task again by itself, and the search, which does so once, would not hear of it
         settings.remote.setdefault("max_retries", 0)
         _keep_threads(("OMP_NUM_THREADS",))
-        for last in (False, True):
+        here = not settings.init.get(
+            "address"
+        )  # its own processes then have 30 s to start, which they may miss on a busy machine
+        for last in (False, True) if here else (True,):
             if ray.is_initialized():
                 return
             try:
                 ray.init(**dict(settings.init))
-            except Exception as error:  # it gives its own processes 30 s, which they may miss on a busy machine
+            except Exception as error:
                 ray.shutdown()
                 if last:
                     raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from winnow import build
 from winnow.agent.policy import Policy
 from winnow.agent.recipe import read_recipe
 from winnow.cli import say
+from winnow.files import write_json
 from winnow.scalars import check_scalars
 from winnow.search import child, confirm, outlook, overrides, storage, trial
 from winnow.search.budget import Budget, Convergence
@@ -229,7 +229,7 @@ def _write_spec(folder: Path, lm: LM) -> None:
             )
         except child.Failed as failed:
             raise UserError(f"model.path={lm.path} cannot be read: {failed.message}") from None
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(path, result)
 
 
 def model_spec(path: str, log: Callable[[str], None]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
+from winnow.files import whole
 from winnow.model import manifest
 from winnow.search import child
 from winnow.types import Reason
@@ -180,10 +181,7 @@ def failure(reason: Reason, message: str) -> dict[str, Any]:
 
 def write_outcome(folder: Path, outcome: dict[str, Any]) -> None:
     """Puts an outcome on the disk, whole or not at all: from here on a kill cannot lose the trial."""
-    path = folder / OUTCOME
-    scratch = path.with_suffix(".partial")
-    with scratch.open("w", encoding="utf-8") as file:
+    with whole(folder / OUTCOME) as scratch, scratch.open("w", encoding="utf-8") as file:
         json.dump(outcome, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    scratch.replace(path)

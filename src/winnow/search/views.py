@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnow.files import write_json
 from winnow.types import Summary, Trial
 
 if TYPE_CHECKING:
@@ -44,15 +44,10 @@ class Views:
         from winnow.report.table import front_json, results_json
 
         self._front = summary.front
-        self._json("front.json", front_json(summary))
+        write_json(self.folder / "front.json", front_json(summary))
         if final or time.monotonic() - self._reported > REPORT_EVERY_S:
-            self._json("final_results.json", results_json(summary))
+            write_json(self.folder / "final_results.json", results_json(summary))
             write_report(self.folder / "report.html", summary)
             self._reported = time.monotonic()
         if final and mirror and self.tracker is not None:
             self.tracker.mirror(summary)
-
-    def _json(self, name: str, content: dict[str, Any]) -> None:
-        scratch = self.folder / f".{name}.partial"
-        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(self.folder / name)
