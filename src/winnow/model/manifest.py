@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from importlib import metadata
@@ -50,9 +51,16 @@ def content_hash(folder: Path) -> str:
     for path in content_files(folder):
         if path.suffix in WEIGHT_SUFFIXES or path.name in ("config.json", "adapter_config.json"):
             digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            found = path.stat()
+            digest.update(_sha256(path, found.st_ino, found.st_size, found.st_mtime_ns))
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: Path, *version: int) -> bytes:
+    """Of a file's content, read once for each version of it: a trial asks several times, and large models take a while."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def read(folder: Path) -> dict[str, Any]:
