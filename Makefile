@@ -7,7 +7,7 @@ READY := .venv/.ready
 
 # a front in minutes: a quarter of the items, short recoveries, and no new trial after four minutes and a quarter
 search: $(READY)
-	$(BIN)/python search.py study=first benchmark.limit=100 method.lora.steps=30 budget.hours=0.07
+	$(BIN)/python search.py study=first benchmark.limit=100 method.lora.steps=30 budget.hours=0.06
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
