@@ -83,11 +83,11 @@ class Replay:
     def run(self, space: Any) -> Iterator[Trial]:
         """Trials, each once it has ended and its cost is counted, until the space is exhausted."""
         for number in range(len(self.table.rows)):
-            waiting = [
-                Suggestion(s, "first") for s in (Strategy(), *self.first) if s.overrides not in self.history.seen
-            ]
+            waiting = [s for s in (Strategy(), *self.first) if s.overrides not in self.history.seen]
             try:
-                found = waiting[0] if waiting else self.policy.ask(self.history, space, self.outlook)
+                found = (
+                    Suggestion(waiting[0], "first") if waiting else self.policy.ask(self.history, space, self.outlook)
+                )
             except Exhausted:
                 return
             strategy = found.strategy
@@ -96,9 +96,8 @@ class Replay:
                 trial = Trial(number, strategy, figures={}, reason=Reason.INFEASIBLE, message=refusal)
             else:
                 trial = self.tried(number, strategy)
-            trial = dataclasses.replace(
-                trial, proposed_by=found.by, decision=found.record
-            )  # a portfolio learns from it
+            # a portfolio learns from it
+            trial = dataclasses.replace(trial, proposed_by=found.by, decision=found.record)
             self.history.end(trial)
             self.outlook.observe(trial)
             yield trial

@@ -30,7 +30,6 @@ class World:
         self.scaled = (points - self.low) / (self.high - self.low)
         self.reference = np.full(len(OBJECTIVES), 1 + pareto.MARGIN)
         self.numbers = {row.strategy.overrides: n for n, row in enumerate(self.table.rows)}
-        self.rows = {row.strategy.overrides: row for row in self.table.rows}
         self.whole = self.volume(self.scaled)
 
     def volume(self, points: np.ndarray) -> float:
@@ -67,6 +66,7 @@ def ours(
     return curve
 
 
+@functools.cache  # it does not depend on the seed
 def first(world: World) -> tuple[Strategy, ...]:
     """What `search.py` begins with."""
     from hydra import compose, initialize_config_dir
@@ -77,7 +77,8 @@ def first(world: World) -> tuple[Strategy, ...]:
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("search", overrides=[tables.METHODS])
-    return tuple(smallest(first_strategies(world.space, cfg), Looked(world.rows), cfg.first_trials))
+    rows = {row.strategy.overrides: row for row in world.table.rows}
+    return tuple(smallest(first_strategies(world.space, cfg), Looked(rows), cfg.first_trials))
 
 
 def peer(world: World, sampler: Any, until: float = SHARE) -> Curve:

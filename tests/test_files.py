@@ -26,3 +26,11 @@ def test_a_reader_never_sees_half(tmp_path: Path) -> None:
         scratch.write_text("half")
         assert not path.exists() and scratch.suffix == ".json"
     assert path.read_text() == "half"
+
+
+def test_what_json_has_no_word_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "front.json", {"path": tmp_path})
+    assert not list(tmp_path.iterdir())
+    write_json(tmp_path / "manifest.json", {"path": tmp_path}, default=str)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"path": str(tmp_path)}

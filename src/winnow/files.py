@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def whole(path: Path) -> Iterator[Path]:
             scratch.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any, indent: int = 2) -> None:
-    """Whole or not at all."""
+def write_json(path: Path, content: Any, indent: int = 2, default: Callable[[Any], Any] | None = None) -> None:
+    """Whole or not at all; `default` turns what JSON has no word for into something that it has (without it: TypeError)."""
     with whole(path) as scratch:
-        scratch.write_text(json.dumps(content, indent=indent, default=str) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(content, indent=indent, default=default) + "\n", encoding="utf-8")

@@ -99,18 +99,15 @@ class Sampler:
     def _synced(self, history: History, space: Space) -> optuna.Study:
         import optuna
 
-        new = [
-            optuna.trial.create_trial(
-                params=chosen,
-                distributions={name: known[name] for name in chosen},
-                values=values,
-                system_attrs=trial.decision.get(NOTES),
-            )
-            for known in [distributions(space)]
-            for trial in history.trials[self._told :]
-            if (values := self._values(trial, history)) is not None
-            for chosen in [space.parameters(trial.strategy)]
-        ]
+        known, new = distributions(space), []
+        for trial in history.trials[self._told :]:
+            if (values := self._values(trial, history)) is not None:
+                chosen = space.parameters(trial.strategy)
+                mine = {name: known[name] for name in chosen}
+                notes = trial.decision.get(NOTES)
+                new.append(
+                    optuna.trial.create_trial(params=chosen, distributions=mine, values=values, system_attrs=notes)
+                )
         self._finished += new
         self._told = len(history.trials)
         # drafts cannot be taken out again, and each costs the sampler a look: at times the finished trials begin afresh

@@ -80,4 +80,4 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
-    write_json(folder / NAME, manifest)
+    write_json(folder / NAME, manifest, default=str)

@@ -122,10 +122,8 @@ class Launching:
         # Ray would start the task again by itself, and the search, which does so once, would not hear of it
         settings.remote.setdefault("max_retries", 0)
         _keep_threads(("OMP_NUM_THREADS",))
-        here = not settings.init.get(
-            "address"
-        )  # its own processes then have 30 s to start, which they may miss on a busy machine
-        for last in (False, True) if here else (True,):
+        # started here, its own processes have 30 s, which they may miss on a busy machine
+        for last in (True,) if settings.init.get("address") else (False, True):
             if ray.is_initialized():
                 return
             try:
