@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="winnow-tests-")
     Path(os.environ["TMPDIR"]).chmod(0o711)  # a database server runs as somebody else
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+    # after multiprocessing's own folder in it, whose priority is -100
+    Finalize(None, shutil.rmtree, args=(os.environ["TMPDIR"], True), exitpriority=-200)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def test_what_a_trial_has_computed_another_reads(tiny: Path, run: Run, monkeypat
     changed.model.model.norm.weight.data[0] += 1
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         Depth(0.4)(changed, run)
+    otherwise_normed = pretrained(str(tiny))
+    otherwise_normed.model.config.rms_norm_eps *= 10
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        Depth(0.4)(otherwise_normed, run)
+    moved = pretrained(str(shutil.copytree(tiny, run.folder / "moved")))
+    assert Depth(0.4)(moved, run).manifest["_notes"] == first.manifest["_notes"]
 
 
 @pytest.mark.parametrize(

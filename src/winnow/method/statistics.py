@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,15 @@ def key(model: PreTrainedModel, *others: object) -> str:
     """SHA-256 over the weights in memory, the architecture, the code, and all else that statistics follow from."""
     from winnow.method.prefixes import code_sha256
 
-    digest = hashlib.sha256(repr((type(model).__name__, code_sha256("method", "model"), others)).encode())
+    architecture = model.config.to_dict()
+    architecture.pop("_name_or_path", None)  # where it lies does not matter
+    said = (
+        type(model).__name__,
+        json.dumps(architecture, sort_keys=True, default=str),
+        code_sha256("method", "model"),
+        others,
+    )
+    digest = hashlib.sha256(repr(said).encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
