@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from winnow.build import instantiate
 from winnow.cli import CONF, options
-from winnow.types import Slot, Stage, UserError, knobs_of
+from winnow.knobs import knobs_of
+from winnow.types import Slot, Stage, UserError
 
 COMMANDS = ("train", "compress", "evaluate", "search")
 GROUPS = {"model": "evaluate", "method": "compress", "benchmark": "evaluate", "hardware": "evaluate", "agent": "search"}

@@ -14,10 +14,11 @@ from torch.nn.utils import prune
 
 from winnow.hardware.runtime import serving
 from winnow.hardware.runtime.check import check
+from winnow.knobs import Checked
 from winnow.model.load import pretrained
 from winnow.nano.model import WEIGHTS, untrained
 from winnow.search.child import classify
-from winnow.types import LM, Checked, MissingExtra, Reason, Run, Slot, Unservable
+from winnow.types import LM, MissingExtra, Reason, Run, Slot, Unservable
 
 
 def checked(lm: LM) -> float:

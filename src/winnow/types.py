@@ -5,7 +5,6 @@ Imports neither torch nor transformers, so that `--help`, `--cfg job` and the se
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -45,84 +44,6 @@ class Slot(enum.IntEnum):
     ADAPT = 3
     CACHE = 4
     PROMPT = 5
-
-
-@dataclass(frozen=True)
-class Knob:
-    """What a stage's field may be: one of `choices`, or a number from `low` to `high`."""
-
-    choices: tuple[Any, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    log: bool = False
-    search: bool = True  # False: checked, but not searched over
-    when: Mapping[str, Any] = field(default_factory=dict)  # searched over only if these other knobs have these values
-    search_range: tuple[float, float] | None = None  # narrower than what is allowed
-    searched: tuple[Any, ...] = ()  # of the choices, those to search over; all if none are named
-
-    def allows(self, value: Any) -> bool:
-        if self.choices:
-            return value in self.choices
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number:
-            return False
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(map(str, self.choices))}" if self.choices else f"from {self.low:g} to {self.high:g}"
-
-
-def knob(
-    default: Any,
-    *,
-    choices: Sequence[Any] = (),
-    low: float | None = None,
-    high: float | None = None,
-    log: bool = False,
-    search: bool = True,
-    when: Mapping[str, Any] | None = None,
-    search_range: tuple[float, float] | None = None,
-    searched: Sequence[Any] = (),
-) -> Any:
-    """A dataclass field that says which values it takes; the search space is read from these."""
-    made = Knob(tuple(choices), low, high, log, search, dict(when or {}), search_range, tuple(searched))
-    return field(default=default, metadata={"knob": made})
-
-
-def knobs_of(stage: type | Stage) -> dict[str, Knob]:
-    """The knobs of a stage's class, by field name, in the order of definition."""
-    if not dataclasses.is_dataclass(stage):
-        raise TypeError(f"{stage} is not a dataclass")
-    return {f.name: f.metadata["knob"] for f in dataclasses.fields(stage) if "knob" in f.metadata}
-
-
-class Checked:
-    """Base of stages: a knob out of its range is an error at construction, before anything heavy happens."""
-
-    preload: ClassVar[tuple[str, ...]] = ()  # slow imports, which a search's fork server makes once for all trials
-    perplexity_bound: ClassVar[float] = 1.1  # at its defaults it keeps the embedded model within this ratio of its own
-    aggressive: ClassVar[Mapping[str, Any]] = {}  # the knobs that compress most, for docs/methods.md
-    shown_after: ClassVar[tuple[str, ...]] = ()  # the methods without which there is nothing to show of it there
-    shown_with: ClassVar[
-        Mapping[str, Any]
-    ] = {}  # and knobs that suit the embedded model, where the defaults are for others
-
-    def predict(self, plan: Plan) -> Plan:
-        """What the stage makes of a model, from shapes alone; here: nothing that bytes would show."""
-        return plan
-
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        """What applying it to a model of this plan costs; here: every weight is read and written once."""
-        from winnow.hardware.work import Work
-
-        return Work.streamed(plan)
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__.lower()
-        for field_name, knob_ in knobs_of(type(self)).items():
-            value = getattr(self, field_name)
-            if not knob_.allows(value):
-                raise UserError(f"method.{name}.{field_name}={value} is out of range: it takes {knob_}")
 
 
 @dataclass(frozen=True)
@@ -428,9 +349,3 @@ class Summary:
     front: tuple[int, ...]  # numbers of the non-dominated complete trials
     hypervolume: tuple[float, ...]  # after each of `trials`, relative to the reference point
     confirmed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # scores on items the search did not use
-
-
-class Policy(Protocol):
-    """Who proposes the next strategy."""
-
-    def ask(self, study: Any, space: Any) -> Any: ...

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.agent.histories import OBJECTIVES, add, outlook, random_history, rtn, space_of, started
-from tests.agent.test_llm import in_space
+from tests.agent.steered import in_space
 from winnow.agent.llm.brief import adding, as_text, brief, gaps, knobs
 from winnow.agent.llm.critic import clean, judge
 from winnow.agent.llm.schema import as_proposal, proposals_schema, variants

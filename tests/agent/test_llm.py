@@ -1,86 +1,25 @@
-"""The language model's policy over the real client and a scripted endpoint: what it proposes, and every fault it may meet."""
+"""The language model's policy over the real client and a scripted endpoint: what it proposes, and what is made of its answers."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-from datetime import UTC, datetime
-from email.utils import format_datetime
 from typing import Any
 
 import pytest
 
-from tests.agent.endpoint import Cut, Endpoint, Fault, Hang, Say, Words, propose
-from tests.agent.histories import OBJECTIVES, outlook, rtn, space_of, started
-from winnow.agent.llm.chat import retry_after
-from winnow.agent.llm.policy import DEAD_IN_A_ROW, LLM
-from winnow.agent.policy import Suggestion
+from tests.agent.endpoint import Endpoint, Fault, Say, Words, propose
+from tests.agent.histories import OBJECTIVES, outlook, rtn
+from tests.agent.steered import GOOD, GOOD_STRATEGY, KEY, Steered
+from winnow.agent.llm.policy import LLM
 from winnow.agent.samplers import Grid, Random
 from winnow.search.history import History
 from winnow.types import Strategy, UserError
 
 pytest.importorskip("langchain_openai", reason="pip install 'winnow[agent]'")
 pytest.importorskip("langgraph", reason="pip install 'winnow[agent]'")
-
-KEY = "sk-scripted-0123456789abcdef"
-GOOD = propose({"rtn": {"bits": 3, "group_size": 32}})
-GOOD_STRATEGY = rtn(3, 32)
-DATE = datetime(2031, 5, 4, 12, 0, tzinfo=UTC)
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("LLM_API_KEY", raising=False)
-
-
-class Steered:
-    """A policy at an endpoint, with what it logs and how long it would have waited."""
-
-    def __init__(self, url: str, **settings: Any) -> None:
-        from langchain_openai import ChatOpenAI
-
-        self.lines: list[str] = []
-        self.waits: list[float] = []
-        llm = functools.partial(ChatOpenAI, model="scripted", base_url=url)
-        given = {"llm": llm, "optimizer": Random(seed=1), "timeout_s": 20.0, "log": self.lines.append, **settings}
-        self.policy = LLM(**given)
-        self.policy.chat.sleep = self.waits.append
-        self.policy.chat.clock = lambda: DATE.timestamp()
-        self.history = started(rtn(4), rtn(8))
-        self.space, self.outlook = space_of(), outlook()
-
-    def ask(self) -> Suggestion:
-        suggestion = self.policy.ask(self.history, self.space, self.outlook)
-        assert isinstance(suggestion.strategy, Strategy)
-        assert in_space(suggestion.strategy, self.space)
-        return suggestion
-
-
-def in_space(strategy: Strategy, space: Any) -> bool:
-    """By the space itself, not by the critic: drawing its parameters gives the strategy again."""
-    from winnow.search.space import distributions
-
-    parameters, known = space.parameters(strategy), distributions(space)
-    if not set(parameters) <= set(known):
-        return False
-    if not all(known[k]._contains(known[k].to_internal_repr(v)) for k, v in parameters.items()):
-        return False
-    return bool(space.draw(Fixed(parameters)) == strategy)
-
-
-class Fixed:
-    def __init__(self, parameters: dict[str, Any]) -> None:
-        self.parameters = parameters
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any:
-        return self.parameters[name]
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return self.parameters[name]
-
-    suggest_int = suggest_float
+pytestmark = pytest.mark.usefixtures("key")
 
 
 def test_a_proposal_is_taken_with_all_that_retraces_it() -> None:
@@ -208,100 +147,6 @@ def test_more_than_was_asked_for_is_not_looked_at() -> None:
     answer = propose(*[{"quantum": {}}] * 3, {"rtn": {"bits": 3, "group_size": 32}})
     with Endpoint(answer) as endpoint:
         assert Steered(endpoint.url, proposals=3).ask().by == "random"
-
-
-@pytest.mark.parametrize("fault", [Fault(500), Fault(502, "<html>bad gateway</html>"), Fault(503), Fault(429), Cut()])
-def test_what_may_pass_is_tried_again_after_growing_waits(fault: Any) -> None:
-    with Endpoint(fault, fault, GOOD) as endpoint:
-        steered = Steered(endpoint.url)
-        assert steered.ask().strategy == GOOD_STRATEGY
-        assert endpoint.proposals == 3
-    first, second = steered.waits
-    assert 0.5 <= first <= 1.0 <= second <= 2.0
-
-
-def test_jitter_differs_from_one_search_to_another() -> None:
-    with Endpoint(Fault(500), GOOD) as endpoint:
-        waits = []
-        for seed in (1, 2):
-            endpoint.proposals = 0
-            steered = Steered(endpoint.url, seed=seed)
-            steered.ask()
-            waits += steered.waits
-    assert waits[0] != waits[1]
-
-
-@pytest.mark.parametrize(
-    ("value", "wait"), [("7", 7.0), (format_datetime(datetime(2031, 5, 4, 12, 0, 30, tzinfo=UTC)), 30.0)]
-)
-def test_the_endpoints_own_wait_is_kept(value: str, wait: float) -> None:
-    with Endpoint(Fault(429, headers={"Retry-After": value}), GOOD) as endpoint:
-        steered = Steered(endpoint.url)
-        assert steered.ask().strategy == GOOD_STRATEGY
-    assert steered.waits == [wait]
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"), [("-3", 0.0), ("soon", None), ("nan", None), ("Sun, 04 May 2031 11:00:00 GMT", 0.0)]
-)
-def test_odd_waits(value: str, seconds: float | None) -> None:
-    assert retry_after({"retry-after": value}, DATE.timestamp()) == seconds
-
-
-def test_nobody_waits_for_an_hour() -> None:
-    with Endpoint(Fault(429, headers={"Retry-After": "3600"})) as endpoint:
-        steered = Steered(endpoint.url)
-        found = steered.ask()
-        assert endpoint.proposals == 1
-    assert (found.by, steered.waits) == ("random", [])
-    assert "asks to wait for 3600 s" in found.record["fallback"]
-
-
-def test_a_silent_endpoint_is_left_after_its_time() -> None:
-    with Endpoint(Hang(), route=Hang()) as endpoint:
-        steered = Steered(endpoint.url, timeout_s=1.0, attempts=2)
-        found = steered.ask()
-    assert (found.by, len(steered.waits)) == ("random", 1)
-    assert "Timeout" in found.record["fallback"] and "2 times" in found.record["fallback"]
-
-
-FINAL = {
-    "401": (Fault(401, f'{{"error": {{"message": "Incorrect API key provided: {KEY}", "code": "invalid_api_key"}}}}'), "the key is refused"),
-    "403": (Fault(403), "access is refused"),
-    "404": (Fault(404, '{"error": {"message": "The model `scripted` does not exist", "code": "model_not_found"}}'), "no such model"),
-    "no quota": (Fault(429, '{"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}'), "quota"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FINAL)
-def test_what_will_not_pass_ends_the_models_part_with_one_line(name: str) -> None:
-    fault, words = FINAL[name]
-    with Endpoint(fault) as endpoint:
-        steered = Steered(endpoint.url)
-        found = [steered.ask() for _ in range(3)]
-        assert (endpoint.proposals, len(endpoint.requests)) == (1, 2)
-    assert [s.by for s in found] == ["random"] * 3
-    assert all(words in s.record["fallback"] for s in found)
-    (line,) = steered.lines
-    assert words in line and "OPENAI_API_KEY" in line and "the optimizer steers on" in line
-    assert KEY not in line + json.dumps([[s.record, s.messages] for s in found])
-
-
-def test_an_endpoint_that_stays_dead_is_not_asked_for_ever() -> None:
-    with Endpoint(Fault(500), route=Fault(500)) as endpoint:
-        steered = Steered(endpoint.url, attempts=2, fallback=Grid())
-        found = [steered.ask() for _ in range(DEAD_IN_A_ROW + 2)]
-        assert len(endpoint.requests) == 2 * DEAD_IN_A_ROW
-    assert [s.by for s in found] == ["random"] * DEAD_IN_A_ROW + ["grid"] * 2
-    assert "agent.fallback steers on" in steered.lines[-1]
-
-
-def test_an_endpoint_that_comes_back_is_asked_again() -> None:
-    faults = [Fault(400)] * (DEAD_IN_A_ROW - 1)
-    with Endpoint(*faults, GOOD, *faults, GOOD) as endpoint:
-        steered = Steered(endpoint.url)
-        found = [steered.ask().by for _ in range(2 * DEAD_IN_A_ROW)]
-    assert found == (["random"] * (DEAD_IN_A_ROW - 1) + ["llm"]) * 2
 
 
 def test_a_coordinator_that_answers_nonsense_is_passed_over() -> None:

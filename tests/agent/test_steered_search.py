@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from tests.agent.endpoint import Cut, Endpoint, Fault, Say, Words, propose
 from tests.agent.histories import OBJECTIVES, outlook, rtn, space_of
-from tests.agent.test_llm import KEY, in_space
+from tests.agent.steered import KEY, in_space
 from winnow import build
 from winnow.agent.llm.policy import LLM
 from winnow.agent.portfolio import Portfolio

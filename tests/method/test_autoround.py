@@ -13,6 +13,7 @@ import torch
 
 from tests.method.shapes import FAMILIES, random_model
 from winnow.hardware.feasibility import plan_of
+from winnow.knobs import knobs_of
 from winnow.method import checkpoint, pipeline
 from winnow.method.autoround import AutoRound
 from winnow.method.rtn import RTN
@@ -20,7 +21,7 @@ from winnow.model.load import pretrained
 from winnow.model.packing import linears
 from winnow.model.save import save
 from winnow.nano.model import WEIGHTS
-from winnow.types import LM, MissingExtra, Run, UserError, knobs_of
+from winnow.types import LM, MissingExtra, Run, UserError
 
 pytest.importorskip("auto_round")
 from winnow.method import autoround_driver as driver

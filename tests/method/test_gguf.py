@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
@@ -21,7 +20,7 @@ import numpy as np
 
 from winnow.method import pipeline
 from winnow.method.gguf import GGUF, TYPES
-from winnow.model.gguf import mix, tokenizer
+from winnow.model.gguf import mix
 from winnow.model.gguf.architectures import Names
 from winnow.model.gguf.export import export
 from winnow.model.gguf.importance import collect
@@ -248,68 +247,6 @@ def test_importance_lowers_the_error_where_inputs_are_large(tmp_path: Path, run_
             squares = (tensor - layer.mlp.up_proj.weight.float()).square()
             errors[label] += float((squares * torch.tensor(importance[name])).sum())
     assert errors["weighed"] < 0.95 * errors["plain"]
-
-
-def byte_level(*steps: Any, whole_words: bool = False) -> Any:
-    """A byte-level BPE tokenizer trained on a few texts, that splits them by `steps`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.BPE(ignore_merges=whole_words))
-    made.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
-    made.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator([item.completion for item in held_out_text(50)] + 20 * list(tokenizer.SAMPLES), trainer)
-    made.add_tokens(["<tool>"])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
-
-
-@pytest.mark.parametrize(("steps", "name"), tokenizer.NAMED_SPLITS.items(), ids=tokenizer.NAMED_SPLITS.values())
-def test_ids_of_byte_level_tokenizers_agree(steps: tuple[str, ...], name: str, tmp_path: Path) -> None:
-    from tokenizers import Regex, pre_tokenizers
-
-    built = {
-        "byte-level": pre_tokenizers.ByteLevel(add_prefix_space=False),
-        "digits": pre_tokenizers.Digits(individual_digits=True),
-    }
-    parts = [built.get(step) or pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
-    if "byte-level" not in steps:
-        parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    ours = byte_level(*parts, whole_words=name in tokenizer.WHOLE_WORDS)
-    notes = tokenizer.add_to(library.GGUFWriter(tmp_path / "v.gguf", "llama"), ours, len(ours) + 10)
-    assert notes == {"tokenizer": "gpt2", "tokenizer_agreement": 1.0, "pre_tokenizer": name}
-
-
-@pytest.mark.parametrize("space_first", [True, False])
-def test_ids_of_sentencepiece_tokenizers_agree(space_first: bool, tmp_path: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
-    from tokenizers import Tokenizer, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.tokenization_utils_base import generate_merges
-
-    file = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([item.completion for item in held_out_text(200)] + 20 * list(tokenizer.SAMPLES)),
-        model_writer=file,
-        model_type="bpe",
-        vocab_size=700,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
-    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
-    merges = generate_merges(vocabulary, {piece: pieces.get_score(i) for piece, i in vocabulary.items()})
-    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    prefix = [normalizers.Prepend("\u2581")] if space_first else []
-    made.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "\u2581")])
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    ours = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    notes = tokenizer.add_to(library.GGUFWriter(tmp_path / "v.gguf", "llama"), ours, len(ours) + 3)
-    assert notes == {"tokenizer": "llama", "tokenizer_agreement": 1.0}
 
 
 def test_a_tokenizer_of_another_kind_leaves_a_file_that_takes_ids(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.method.shapes import random_model
+from winnow.knobs import knobs_of
 from winnow.method import pipeline
 from winnow.method.oneshot import AWQ, FP8, GPTQ, SmoothQuant
 from winnow.method.prune import Wanda
@@ -22,7 +23,7 @@ from winnow.model.plan import Plan, dense_tensors
 from winnow.model.save import save
 from winnow.nano.items import held_out_text
 from winnow.nano.model import trained
-from winnow.types import LM, Calibration, MissingExtra, Run, Stage, UserError, knobs_of
+from winnow.types import LM, Calibration, MissingExtra, Run, Stage, UserError
 
 pytest.importorskip("llmcompressor")
 

@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Calibration, Checked, MissingExtra, Run, Slot, knob
+from winnow.knobs import Checked, knob
+from winnow.types import LM, Calibration, MissingExtra, Run, Slot
 
 if TYPE_CHECKING:
     import torch

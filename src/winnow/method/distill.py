@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from winnow.knobs import knob
 from winnow.method.training import Training
-from winnow.types import LM, Calibration, Run, Slot, UserError, knob
+from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.work import Work

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Calibration, Checked, MissingExtra, Run, Slot, UserError, knob
+from winnow.knobs import Checked, knob
+from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Calibration, Checked, Run, Slot, UserError, knob
+from winnow.knobs import Checked, knob
+from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.work import Work

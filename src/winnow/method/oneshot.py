@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
-from winnow.types import LM, Calibration, Checked, MissingExtra, Run, Slot, UserError, knob
+from winnow.knobs import Checked, knob
+from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
 
 if TYPE_CHECKING:
     import torch

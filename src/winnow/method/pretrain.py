@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from winnow.knobs import knob
 from winnow.method.training import Training
-from winnow.types import LM, Calibration, Run, Slot, knob
+from winnow.types import LM, Calibration, Run, Slot
 
 if TYPE_CHECKING:
     from winnow.hardware.work import Work

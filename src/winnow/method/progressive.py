@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from winnow.knobs import Checked, knob
 from winnow.method.distill import Distilling
-from winnow.types import LM, Calibration, Checked, Run, Slot, UserError, knob
+from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

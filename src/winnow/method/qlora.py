@@ -11,8 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from winnow.knobs import knob
 from winnow.method.lora import Adapting
-from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError, knob
+from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
 
 if TYPE_CHECKING:
     import torch

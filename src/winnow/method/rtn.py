@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Calibration, Checked, Run, Slot, knob
+from winnow.knobs import Checked, knob
+from winnow.types import LM, Calibration, Run, Slot
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from winnow.knobs import knob
 from winnow.method.training import Training
-from winnow.types import LM, Calibration, Run, Slot, UserError, knob
+from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from winnow.knobs import knob
 from winnow.method.prune import CalibratedPruning
-from winnow.types import Calibration, UserError, knob
+from winnow.types import Calibration, UserError
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.types import LM, Calibration, Checked, Run, knob
+from winnow.knobs import Checked, knob
+from winnow.types import LM, Calibration, Run
 
 if TYPE_CHECKING:
     from winnow.hardware.work import Work

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
+from winnow.knobs import knobs_of
 from winnow.report.figures import MISSING, digits, duration, human, plain, scale
 from winnow.report.table import aligned
-from winnow.types import LM, Calibration, Run, Stage, Strategy, UserError, knobs_of
+from winnow.types import LM, Calibration, Run, Stage, Strategy, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.device import Hardware

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from winnow.cli import CONF, options
-from winnow.types import Slot, Strategy, knobs_of
+from winnow.knobs import knobs_of
+from winnow.types import Slot, Strategy
 
 DOCS = CONF.parent / "docs"
 FIGURES, PAGE = DOCS / "methods.json", DOCS / "methods.md"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from winnow.benchmark.order import FILE as ORDER
-from winnow.types import Knob, Strategy, UserError
+from winnow.knobs import Knob
+from winnow.types import Strategy, UserError
 
 COMPRESS_KEYS = ("experiment", "debug", "model", "calibration", "seed", "hardware")
 EVALUATE_KEYS = ("experiment", "debug", "model", "benchmark", "hardware", "seed")

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from winnow.build import target_of
-from winnow.types import Knob, Slot, Strategy, UserError, knobs_of
+from winnow.knobs import Knob, knobs_of
+from winnow.types import Slot, Strategy, UserError
 
 NONE = "none"  # the choice of no method for a slot
 
