@@ -53,7 +53,7 @@ def process(path: Path, parallel: str, lora: bool) -> None:
     from winnow.nano.model import trained
     from winnow.recovery import devices
     from winnow.recovery.corpus import documents
-    from winnow.recovery.data import encode
+    from winnow.recovery.encoding import encode
     from winnow.recovery.fit import Batching, fit
     from winnow.recovery.module import Recovery, Schedule
     from winnow.types import Calibration, Run

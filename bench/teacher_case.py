@@ -16,7 +16,8 @@ from winnow.model.load import load_tokenizer, pretrained
 from winnow.model.save import save
 from winnow.nano.model import WEIGHTS
 from winnow.recovery.corpus import documents
-from winnow.recovery.data import Documents, Encoded, encode
+from winnow.recovery.data import Documents
+from winnow.recovery.encoding import Encoded, encode
 from winnow.recovery.losses import forward_kl
 from winnow.recovery.objective import Distillation, Objective, SampledDistillation
 from winnow.recovery.student import Student

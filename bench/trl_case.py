@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 from common import REPOSITORY, Result, report
 
 if TYPE_CHECKING:
-    from winnow.recovery.data import Encoded
+    from winnow.recovery.encoding import Encoded
     from winnow.recovery.module import Schedule
 
 PEER = "trl==1.16.0"
@@ -85,7 +85,7 @@ class Clock:
 def documents(tokenizer: Any, steps: int) -> tuple[list[Encoded], list[Encoded]]:
     """To train on, rather more than the steps take; and to hold out."""
     from winnow.recovery.corpus import documents
-    from winnow.recovery.data import encode
+    from winnow.recovery.encoding import encode
     from winnow.types import Calibration
 
     rows = encode(documents(Calibration("nano"), HELD_OUT + steps * TOKENS // 30, 0), tokenizer, MAX_LENGTH)
@@ -115,7 +115,7 @@ def loss_alone(model: Any, rows: Sequence[Encoded]) -> float:
     """Mean over completion tokens, each document by itself, in single precision: the same code for both sides."""
     import torch
 
-    from winnow.recovery.data import IGNORED, collate
+    from winnow.recovery.encoding import IGNORED, collate
     from winnow.recovery.losses import cross_entropy
 
     model.eval()
@@ -160,7 +160,7 @@ def sft_trainer(
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from winnow.recovery.data import IGNORED
+    from winnow.recovery.encoding import IGNORED
 
     class Ends(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ def difference(model: Any, tokenizer: Any, rows: list[Encoded], folder: Path, se
     """Of the loss over all `rows` as TRL computes it from the loss of each alone, relative; in single precision."""
     import torch
 
-    from winnow.recovery.data import IGNORED
+    from winnow.recovery.encoding import IGNORED
 
     trainer = sft_trainer(copy.deepcopy(model), tokenizer, rows, 1, folder, Clock(), setting)
     total, targets = 0.0, 0

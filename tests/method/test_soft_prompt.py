@@ -23,7 +23,7 @@ from winnow.model.load import pretrained
 from winnow.model.plan import plan_of
 from winnow.model.save import save
 from winnow.nano.model import WEIGHTS
-from winnow.recovery.data import IGNORED, Encoded, collate, collate_padded
+from winnow.recovery.encoding import IGNORED, Encoded, collate, collate_padded
 from winnow.recovery.losses import cross_entropy
 from winnow.recovery.objective import CrossEntropy
 from winnow.recovery.prompted import PromptedStudent

@@ -9,7 +9,7 @@ import torch
 
 from tests.method.shapes import FAMILIES, config_of
 from winnow.recovery.attention import packed
-from winnow.recovery.data import Encoded, collate
+from winnow.recovery.encoding import Encoded, collate
 from winnow.recovery.student import Student
 
 LENGTHS = (11, 1, 23, 6)

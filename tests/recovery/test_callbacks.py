@@ -21,7 +21,7 @@ from winnow import commands
 from winnow.model.load import pretrained
 from winnow.recovery import callbacks
 from winnow.recovery.corpus import documents
-from winnow.recovery.data import encode
+from winnow.recovery.encoding import encode
 from winnow.recovery.fit import Batching, Fitted, fit
 from winnow.recovery.module import Schedule
 from winnow.types import Calibration, Run, UserError

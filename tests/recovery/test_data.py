@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from winnow.model.load import pretrained
-from winnow.recovery.data import IGNORED, Documents, Encoded, collate, collate_padded, encode, pack
+from winnow.recovery.data import Documents, pack
+from winnow.recovery.encoding import IGNORED, Encoded, collate, collate_padded, encode
 from winnow.types import Chat, Document, UserError
 
 CHATML = (

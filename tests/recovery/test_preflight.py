@@ -16,8 +16,8 @@ from tests.conftest import REPOSITORY
 from winnow.model.load import pretrained
 from winnow.recovery import fit as fitting
 from winnow.recovery.corpus import documents
-from winnow.recovery.data import Encoded, encode
 from winnow.recovery.devices import World
+from winnow.recovery.encoding import Encoded, encode
 from winnow.recovery.fit import Batching, fit
 from winnow.recovery.module import Recovery, Schedule
 from winnow.recovery.preflight import Demand, Flight, check, demand
@@ -151,7 +151,7 @@ from winnow.method.lora import Lora, adapted
 from winnow.nano.model import trained
 from winnow.recovery import fit as fitting
 from winnow.recovery.corpus import documents
-from winnow.recovery.data import encode
+from winnow.recovery.encoding import encode
 from winnow.recovery.module import Schedule
 from winnow.types import Calibration, Run
 

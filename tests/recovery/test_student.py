@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from winnow.model.load import pretrained
-from winnow.recovery.data import Documents, Encoded, collate, collate_padded
+from winnow.recovery.data import Documents
+from winnow.recovery.encoding import Encoded, collate, collate_padded
 from winnow.recovery.fit import Batching, fit
 from winnow.recovery.module import Schedule
 from winnow.recovery.objective import CrossEntropy

@@ -16,7 +16,7 @@ from winnow.nano.model import WEIGHTS
 from winnow.recovery import targets as module
 from winnow.recovery import zeros
 from winnow.recovery.corpus import documents
-from winnow.recovery.data import Encoded, collate, encode
+from winnow.recovery.encoding import Encoded, collate, encode
 from winnow.recovery.losses import forward_kl, reverse_kl
 from winnow.recovery.objective import Distillation, SampledDistillation, block_outputs, evenly, relative_distance
 from winnow.recovery.optimizer import build_optimizer

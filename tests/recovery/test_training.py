@@ -14,7 +14,7 @@ from winnow.method.lora import adapted
 from winnow.method.pretrain import Pretrain
 from winnow.model.load import pretrained
 from winnow.recovery.corpus import documents
-from winnow.recovery.data import encode
+from winnow.recovery.encoding import encode
 from winnow.recovery.fit import Batching, Fitted, fit
 from winnow.recovery.module import Schedule
 from winnow.types import Calibration, Run

@@ -93,7 +93,7 @@ def _computed(base: LM, served: Served | None, run: Run, device: str) -> Referen
 def _rows(base: LM, run: Run) -> list[list[int]]:
     """Documents of the calibration source, as token ids, up to `TOKENS` of them together."""
     from winnow.recovery.corpus import documents
-    from winnow.recovery.data import encode
+    from winnow.recovery.encoding import encode
 
     length = run.calibration.max_length
     rows: list[list[int]] = []

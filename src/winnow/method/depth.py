@@ -163,7 +163,7 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
 def answer_starts(lm: LM, run: Run) -> list[int]:
     """Of each row of the calibration batches, one after another, the first position that the loss counts."""
     from winnow.recovery.corpus import documents
-    from winnow.recovery.data import encode
+    from winnow.recovery.encoding import encode
 
     found = encode(
         documents(run.calibration, run.calibration.samples, run.seed), lm.tokenizer, run.calibration.max_length

@@ -20,7 +20,7 @@ from winnow.types import LM, Calibration, Run, Slot, UserError
 if TYPE_CHECKING:
     from winnow.hardware.work import Work
     from winnow.model.plan import Plan
-    from winnow.recovery.data import Encoded
+    from winnow.recovery.encoding import Encoded
     from winnow.recovery.losses import Loss
     from winnow.recovery.objective import Objective
     from winnow.recovery.student import Student

@@ -13,7 +13,7 @@ from winnow.types import LM, Calibration, Run
 if TYPE_CHECKING:
     from winnow.hardware.work import Work
     from winnow.model.plan import Plan
-    from winnow.recovery.data import Encoded
+    from winnow.recovery.encoding import Encoded
     from winnow.recovery.fit import Fitted
     from winnow.recovery.objective import Objective
     from winnow.recovery.student import Student
@@ -74,7 +74,7 @@ class Training(Checked):
     def encoded(self, lm: LM, run: Run, calibration: Calibration | None = None) -> list[Encoded]:
         """The documents to train on, cut to what the model can read; how many were cut is said."""
         from winnow.recovery.corpus import documents
-        from winnow.recovery.data import encode
+        from winnow.recovery.encoding import encode
 
         context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(self.max_length, context or self.max_length)

@@ -27,7 +27,7 @@ def calibration_batches(lm: LM, run: Run) -> tuple[list[torch.Tensor], str]:
         UserError: the source is missing or empty, has rows without text, or a benchmark's test items among them.
     """
     from winnow.recovery.corpus import documents
-    from winnow.recovery.data import encode
+    from winnow.recovery.encoding import encode
 
     tokenizer = lm.tokenizer
     key = (run.calibration, run.seed, tokenizer.name_or_path, len(tokenizer))

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from winnow.files import write_json
-from winnow.recovery.data import Encoded, collate
 from winnow.recovery.devices import World, agreed, local_device
+from winnow.recovery.encoding import Encoded, collate
 from winnow.recovery.objective import Objective
 from winnow.recovery.preflight import Demand, Flight
 from winnow.recovery.student import Student

@@ -26,7 +26,8 @@ from winnow.model.packing import cast_weights
 from winnow.recovery import batch_size, devices, kernels, preflight
 from winnow.recovery.attention import packed
 from winnow.recovery.callbacks import Checkpoints, EarlyStop, Progress, check_finite
-from winnow.recovery.data import Documents, Encoded
+from winnow.recovery.data import Documents
+from winnow.recovery.encoding import Encoded
 from winnow.recovery.module import Recovery, Schedule
 from winnow.recovery.objective import CrossEntropy, Objective
 from winnow.recovery.student import Student

@@ -83,7 +83,7 @@ class Recovery(lightning.LightningModule):
     @torch.no_grad()
     def held_out_loss(self, batches: list[dict[str, Any]]) -> tuple[float, int]:
         """Sum of the objective over held-out batches, and its targets."""
-        from winnow.recovery.data import IGNORED
+        from winnow.recovery.encoding import IGNORED
 
         was = self.student.training
         self.student.eval()

@@ -16,7 +16,7 @@ from torch import nn
 
 from winnow.model.adapter import bare
 from winnow.recovery.attention import packed
-from winnow.recovery.data import IGNORED
+from winnow.recovery.encoding import IGNORED
 from winnow.recovery.losses import Head, head_of
 
 

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from winnow.recovery.data import Encoded, collate, collate_padded
+from winnow.recovery.encoding import Encoded, collate, collate_padded
 from winnow.recovery.student import Student
 from winnow.types import LM, UserError
 
