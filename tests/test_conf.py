@@ -108,3 +108,14 @@ def test_the_searchs_own_modules_import_nothing_heavy() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+def test_calibrating_and_comparing_models_import_no_lightning() -> None:
+    """Each child process of a search would pay for it, those of spaces without any training, too."""
+    import subprocess
+    import sys
+
+    modules = "winnow.model.calibration, winnow.recovery.encoding, winnow.recovery.corpus, winnow.benchmark.divergence"
+    code = f"import sys, {modules}; print('lightning' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "False"

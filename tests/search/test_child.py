@@ -10,8 +10,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.test_conf import composed
+from winnow.benchmark import harness
 from winnow.search import child
+from winnow.search.trial import preloads
 from winnow.types import Reason
+
+
+def test_the_fork_server_imports_what_methods_and_benchmark_name() -> None:
+    assert {*harness.PRELOAD, "compressed_tensors"} <= set(preloads(composed("search", "method=[rtn]")))
+    assert "winnow.recovery.fit" in preloads(composed("search", "method=[lora]"))
+
 
 WORKERS = "tests.search.workers"
 

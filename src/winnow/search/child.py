@@ -7,6 +7,7 @@ the fork server, which dies with the search: whatever way a search ends, nothing
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import multiprocessing
 import os
@@ -154,10 +155,15 @@ class Service:
         _kill(self._process)
 
 
-def _serve(connection: Connection, function: str, arguments: dict[str, Any], output: str) -> None:
-    """The child of a `Service`."""
+def _begin() -> None:
     os.setpgid(0, 0)
     end_with_parent()
+    gc.freeze()  # the collector leaves alone what the fork server made: to look at it would copy its pages
+
+
+def _serve(connection: Connection, function: str, arguments: dict[str, Any], output: str) -> None:
+    """The child of a `Service`."""
+    _begin()
     with open(output, "a", encoding="utf-8", buffering=1) as file:  # noqa: PTH123
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -182,9 +188,8 @@ def _main(
     connection: Connection, function: str, arguments: dict[str, Any], output: str, environment: dict[str, str]
 ) -> None:
     """The child: its own process group, output to a file, result or typed failure over the pipe."""
-    os.setpgid(0, 0)
+    _begin()
     os.environ.update(environment)
-    end_with_parent()
     with open(output, "a", encoding="utf-8", buffering=1) as file:  # noqa: PTH123
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -106,9 +106,9 @@ class _Cancelled:
 
 
 def preloads(cfg: DictConfig) -> list[str]:
-    """Modules that the stages of `cfg.method` want imported once, in the fork server."""
-    stages = [build.target_of(node["_target_"]) for node in (cfg.method or {}).values()]
-    return sorted({module for stage in stages for module in stage.preload})
+    """Modules that the stages of `cfg.method` and the benchmark want imported once, in the fork server."""
+    users = [build.target_of(node["_target_"]) for node in [*(cfg.method or {}).values(), cfg.benchmark]]
+    return sorted({module for user in users for module in user.preload})
 
 
 def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:
