@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +14,40 @@ import pytest
 
 from tests.test_conf import composed
 from winnow.benchmark import harness
+from winnow.cli import CONF
 from winnow.search import child
 from winnow.search.trial import preloads
 from winnow.types import Reason
+
+# torch answers from NVML where the variable is set, and else through CUDA, which then works in no fork
+WITHOUT_CUDA = """
+import importlib, os, sys, torch
+asked = []
+def watch(name, real):
+    def watched(*arguments):
+        if name != "is_available" or os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") != "1":
+            asked.append(name)
+        return real(*arguments)
+    setattr(torch.cuda, name, watched)
+for name in ("is_available", "init", "_lazy_init", "current_device", "get_device_properties", "get_device_capability"):
+    watch(name, getattr(torch.cuda, name))
+for module in sys.argv[1:]:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        pass  # of an extra that is not installed
+    if asked:
+        sys.exit(f"{module} asks CUDA: {asked}")
+"""
+
+
+def test_the_fork_server_leaves_cuda_to_its_children() -> None:
+    methods = ",".join(sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
+    modules = preloads(composed("search", f"method=[{methods}]", "hardware=l40s_x2"))
+    line = [sys.executable, "-c", WITHOUT_CUDA, *child.PRELOAD, *modules]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert {"bitsandbytes", "peft"} <= set(preloads(composed("search", f"method=[{methods}]", "hardware=cpu")))
 
 
 def test_the_fork_server_imports_what_methods_and_benchmark_name() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from winnow.types import UserError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARALLEL = ("auto", "ddp", "fsdp")
 RUNTIMES = ("transformers", "vllm", "llama_cpp")  # modules of winnow.hardware.runtime
+# importing them starts CUDA where it is there: bitsandbytes asks for the GPUs' capabilities, and peft imports bitsandbytes
+STARTS_CUDA = frozenset({"bitsandbytes", "peft"})
 WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; what codecarbon, too, takes for an unknown country
 
 
@@ -167,6 +170,11 @@ def physical_memory_bytes() -> int:
         if limit.isdigit():
             total = min(total, int(limit))
     return total
+
+
+def without_cuda(modules: Iterable[str], device: str) -> list[str]:
+    """Those of the modules that leave CUDA alone when they are imported, for a process that serves `device`; on others, all."""
+    return [module for module in modules if device != "cuda" or module not in STARTS_CUDA]
 
 
 def visible_gpus() -> tuple[Gpu, ...]:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
 from winnow.files import whole
+from winnow.hardware.device import without_cuda
 from winnow.model import manifest
 from winnow.search import child
 from winnow.types import Reason
@@ -106,9 +107,12 @@ class _Cancelled:
 
 
 def preloads(cfg: DictConfig) -> list[str]:
-    """Modules that the stages of `cfg.method` and the benchmark want imported once, in the fork server."""
+    """Modules that the stages of `cfg.method` and the benchmark want imported once, in the fork server.
+
+    On GPUs those that start CUDA are left to each child: once started, it works in no fork.
+    """
     users = [build.target_of(node["_target_"]) for node in [*(cfg.method or {}).values(), cfg.benchmark]]
-    return sorted({module for user in users for module in user.preload})
+    return without_cuda(sorted({module for user in users for module in user.preload}), cfg.hardware.device)
 
 
 def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:
