@@ -10,11 +10,11 @@ search: $(READY)
 	$(BIN)/python search.py study=first benchmark.limit=100 method.lora.steps=30 budget.hours=0.06
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # every method on every shape of model
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --all-shapes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --all-shapes
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -34,7 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-shapes", action="store_true", help="every method on every shape of model, and slow tests")
 
 
+LONGEST = ("test_readme.py", "test_search.py")  # minutes each: were they begun last, one worker would wait for the other
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not config.getoption("--all-shapes"):
         for item in items:
             if item.get_closest_marker("slow"):
