@@ -34,7 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-shapes", action="store_true", help="every method on every shape of model, and slow tests")
 
 
-LONGEST = ("test_readme.py", "test_search.py")  # minutes each: were they begun last, one worker would wait for the other
+# minutes each: were they begun last, one worker would wait for the other
+LONGEST = ("test_readme.py", "test_search.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
