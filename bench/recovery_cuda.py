@@ -29,11 +29,11 @@ def one(method: str, model: str) -> dict[str, float]:
     import torch
 
     from winnow.method.lora import Lora
-    from winnow.method.qlora import QLora
+    from winnow.method.qlora import QLoRA
     from winnow.model.load import pretrained
     from winnow.types import Run
 
-    stage = {"lora": Lora, "qlora": QLora}[method](
+    stage = {"lora": Lora, "qlora": QLoRA}[method](
         steps=STEPS, max_length=ROW, tokens_per_batch=ROW * ROWS, tokens_per_device=ROW, checkpoint_minutes=1e6
     )
     with tempfile.TemporaryDirectory() as scratch:
