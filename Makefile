@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 .PHONY: search test test-all lint bench clean
 
-# a front in minutes: a quarter of the items, short recoveries, and no new trial after four minutes and a quarter
+# a front in minutes: a quarter of the items, short recoveries, and no new trial after 3 minutes and 36 seconds
 search: $(READY)
 	$(BIN)/python search.py study=first benchmark.limit=100 method.lora.steps=30 budget.hours=0.06
 

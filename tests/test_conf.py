@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,26 +99,23 @@ def test_only_winnows_own_targets_are_built(target: str) -> None:
         instantiate(OmegaConf.create({"_target_": "winnow.agent.samplers.Grid", "x": {"_target_": target}}), "agent")
 
 
+def loaded_by(imports: str, *heavy: str) -> list[str]:
+    """Which of the heavy modules a fresh process has loaded after it imported others."""
+    code = f"import json, sys, {imports}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return list(json.loads(printed))
+
+
 def test_the_searchs_own_modules_import_nothing_heavy() -> None:
     """`--help` and `--cfg job` must not pay for torch; neither must the process that only steers."""
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, winnow.cli, winnow.types, winnow.search.start, winnow.search.loop, winnow.agent.samplers, "
-        "winnow.method.rtn, winnow.method.prune, winnow.method.bnb, winnow.method.lora, hydra_plugins.winnow_sweeper.sweeper;"
-        "print([m for m in ('torch', 'transformers', 'lm_eval', 'lightning', 'optuna') if m in sys.modules])"
+    imports = (
+        "winnow.cli, winnow.types, winnow.search.start, winnow.search.loop, winnow.agent.samplers, winnow.method.rtn, "
+        "winnow.method.prune, winnow.method.bnb, winnow.method.lora, hydra_plugins.winnow_sweeper.sweeper"
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "[]"
+    assert loaded_by(imports, "torch", "transformers", "lm_eval", "lightning", "optuna") == []
 
 
 def test_calibrating_and_comparing_models_import_no_lightning() -> None:
     """Each child process of a search would pay for it, those of spaces without any training, too."""
-    import subprocess
-    import sys
-
-    modules = "winnow.model.calibration, winnow.recovery.encoding, winnow.recovery.corpus, winnow.benchmark.divergence"
-    code = f"import sys, {modules}; print('lightning' in sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "False"
+    imports = "winnow.model.calibration, winnow.recovery.encoding, winnow.recovery.corpus, winnow.benchmark.divergence"
+    assert loaded_by(imports, "torch", "lightning") == ["torch"]
