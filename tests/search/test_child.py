@@ -14,7 +14,7 @@ import pytest
 
 from tests.test_conf import composed
 from winnow.benchmark import harness
-from winnow.cli import CONF
+from winnow.cli import options
 from winnow.search import child
 from winnow.search.trial import preloads
 from winnow.types import Reason
@@ -42,7 +42,7 @@ for module in sys.argv[1:]:
 
 
 def test_the_fork_server_leaves_cuda_to_its_children() -> None:
-    methods = ",".join(sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
+    methods = ",".join(options("method"))
     modules = preloads(composed("search", f"method=[{methods}]", "hardware=l40s_x2"))
     line = [sys.executable, "-c", WITHOUT_CUDA, *child.PRELOAD, *modules]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
