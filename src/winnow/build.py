@@ -156,6 +156,7 @@ def calibration(cfg: DictConfig) -> Calibration:
 
 def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
     """What stages and probes are given beside the model."""
+    from winnow.hardware.compute import slow_here
     from winnow.recovery.corpus import check_source
 
     check_scalars(Run, {"seed": cfg.seed})
@@ -163,10 +164,16 @@ def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
     check_source(known)
     folder.mkdir(parents=True, exist_ok=True)
     used = hardware(cfg)
+    loaded_in = cfg.model.get("dtype") or "auto"
+    dtype = used.compute_dtype if loaded_in == "auto" else loaded_in
+    slow = slow_here(dtype, used.device)
+    if slow and "study" not in cfg:  # a search says it once, not in each trial
+        log(f"hardware.dtype={dtype}: {slow}")
     return Run(
         folder=folder,
         seed=cfg.seed,
         device=used.device,
+        dtype=dtype,
         log=log,
         calibration=known,
         base=cfg.get("base") or cfg.model.get("path"),

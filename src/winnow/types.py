@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so that `--help`, `--cfg job` and the se
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +112,11 @@ class LM:
 
         return self.manifest.get("sha256") or (identity(self.path) if self.path else None)
 
+    def compute_in(self, dtype: str) -> None:
+        """Lets the weights come into memory in `dtype`, unless they are there already or `model.dtype` names a type."""
+        if self._model is None and self.loading.dtype == "auto":
+            self.loading = dataclasses.replace(self.loading, dtype=dtype)
+
     def release(self) -> None:
         """Lets go of the model in memory; it is read from `path` again when it is next asked for."""
         if self.path is not None:
@@ -135,6 +141,7 @@ class Run:
     folder: Path  # scratch space and checkpoints; exists
     seed: int = 0
     device: str = "cpu"
+    dtype: str = "auto"  # that is computed in; auto: what the device computes fastest
     log: Callable[[str], None] = print
     calibration: Calibration = field(default_factory=lambda: Calibration())
     base: str | None = None  # the folder or hub id of the model that the first stage was given
@@ -147,6 +154,13 @@ class Run:
     stage_cache_bytes: int = 0  # of `cache`, for what the first stages of pipelines made; 0: none of it is kept
     bars: bool = True  # whether to draw progress bars in a terminal
     curve: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None  # a point of a training's curves
+
+    @property
+    def compute_dtype(self) -> str:
+        """The type that is computed in, by torch's name."""
+        from winnow.hardware.compute import fastest
+
+        return fastest(self.device) if self.dtype == "auto" else self.dtype
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_losses_are_those_of_the_model_without_the_layers(family: str, tmp_path:
     starts = answer_starts(lm, run_in)
     rows = [row for batch in batches for row in batch]
     assert any(start > 1 for start in starts) and all(start < len(row) for start, row in zip(starts, rows, strict=True))
-    found = losses_without(lm.model, batches, starts, [1], "cpu")
+    found = losses_without(lm.model, batches, starts, [1], run_in)
     assert sorted(found) == [0, 2, 3, 4]
     for index, loss in found.items():
         model = pretrained(str(base)).model

@@ -70,7 +70,7 @@ def test_a_recipes_divergence_is_that_of_the_whole_model(run_in: Run) -> None:
     batches, _ = calibration_batches(lm, run_in)
     recipe = {name: WIDTHS[number % 3] for number, name in enumerate(linears(lm.model))}
     kept = {name: linear.weight.detach().clone() for name, linear in linears(lm.model).items()}
-    (found,) = sensitivity.divergences(lm.model, batches, [recipe], 64, "cpu")
+    (found,) = sensitivity.divergences(lm.model, batches, [recipe], 64, run_in)
     assert all(torch.equal(linear.weight, kept[name]) for name, linear in linears(lm.model).items())
     before = [lm.model(input_ids=ids).logits.float().log_softmax(-1) for ids in batches]
     for name, linear in linears(lm.model).items():
@@ -85,7 +85,7 @@ def test_scores_order_layers_as_trying_each_does(run_in: Run) -> None:
     lm = pretrained(str(WEIGHTS))
     batches, _ = calibration_batches(lm, run_in)
     kept = {name: (p.requires_grad, p.detach().clone()) for name, p in lm.model.named_parameters()}
-    scores = sensitivity.sensitivities(lm.model, batches, WIDTHS, 64, "cpu", 0, lambda line: None)
+    scores = sensitivity.sensitivities(lm.model, batches, WIDTHS, 64, run_in)
     for name, parameter in lm.model.named_parameters():
         assert parameter.requires_grad == kept[name][0] and torch.equal(parameter, kept[name][1]), name
     assert list(scores) == list(sizes_of(lm))
@@ -95,7 +95,7 @@ def test_scores_order_layers_as_trying_each_does(run_in: Run) -> None:
         return {name: bits if sensitivity.unit_of(name) == unit else 8 for name in linears(lm.model)}
 
     tried = [(unit, bits) for unit in scores for bits in (2, 3)]
-    exact = sensitivity.divergences(lm.model, batches, [alone(*which) for which in tried], 64, "cpu")
+    exact = sensitivity.divergences(lm.model, batches, [alone(*which) for which in tried], 64, run_in)
     pair = torch.tensor([exact, [scores[unit][bits] for unit, bits in tried]]).log()
     assert torch.corrcoef(pair)[0, 1] > 0.95
 

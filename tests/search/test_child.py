@@ -2,52 +2,99 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.test_conf import composed
 from winnow.benchmark import harness
 from winnow.cli import options
+from winnow.hardware.device import RUNTIMES
 from winnow.search import child
 from winnow.search.trial import preloads
 from winnow.types import Reason
 
-# torch answers from NVML where the variable is set, and else through CUDA, which then works in no fork
-WITHOUT_CUDA = """
-import importlib, os, sys, torch
-asked = []
-def watch(name, real):
-    def watched(*arguments):
-        if name != "is_available" or os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK") != "1":
-            asked.append(name)
-        return real(*arguments)
-    setattr(torch.cuda, name, watched)
-for name in ("is_available", "init", "_lazy_init", "current_device", "get_device_properties", "get_device_capability"):
-    watch(name, getattr(torch.cuda, name))
-for module in sys.argv[1:]:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        pass  # of an extra that is not installed
-    if asked:
-        sys.exit(f"{module} asks CUDA: {asked}")
+# what the fork server does with its modules, on a torch that looks as if it were built for CUDA
+LEAVES_OUT = """
+import json, sys
+from tests.search import cuda_built
+from winnow.search.spoilt import spoilers
+found = spoilers(sys.argv[1:])
+print(json.dumps({"asked": cuda_built.asked, "left_out": found, "imported": sorted(sys.modules)}))
+"""
+# a child of a fork server with these modules
+CALLS = """
+import json, sys
+from pathlib import Path
+from winnow.search import child
+child.PRELOAD = ("tests.search.cuda_built", *sys.argv[2:])
+if __name__ == "__main__":
+    child.start_server()
+    log = []
+    answer = child.call("tests.search.workers:cuda", {}, child.Limits(), log.append, Path(sys.argv[1]))
+    again = child.call("tests.search.workers:cuda", {}, child.Limits(), log.append, Path(sys.argv[1]))
+    print(json.dumps({**answer, "log": log, "again": answer == again, "method": child._server.method}))
 """
 
 
-def test_the_fork_server_leaves_cuda_to_its_children() -> None:
+def run_python(program: Path, *arguments: str) -> dict[str, Any]:
+    environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": str(REPOSITORY)}
+    line = [sys.executable, str(program), *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def every_preload() -> list[str]:
+    """Of every method and benchmark, and the modules of agents and runtimes."""
     methods = ",".join(options("method"))
-    modules = preloads(composed("search", f"method=[{methods}]", "hardware=l40s_x2"))
-    line = [sys.executable, "-c", WITHOUT_CUDA, *child.PRELOAD, *modules]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-1000:]
-    assert {"bitsandbytes", "peft"} <= set(preloads(composed("search", f"method=[{methods}]", "hardware=cpu")))
+    wanted = list(child.PRELOAD)
+    for benchmark in options("benchmark"):
+        wanted += preloads(composed("search", f"method=[{methods}]", f"benchmark={benchmark}", "hardware=l40s_x2"))
+    agents = [composed("search", f"agent={name}").agent._target_.rpartition(".")[0] for name in options("agent")]
+    runtimes = [f"winnow.hardware.runtime.{name}" for name in RUNTIMES]
+    return list(dict.fromkeys([*wanted, *agents, *runtimes]))
+
+
+def test_the_fork_server_leaves_cuda_to_its_children(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(LEAVES_OUT)
+    seen = run_python(tmp_path / "program.py", *every_preload())
+    assert seen["asked"] == []
+    assert {"torch", "transformers", "winnow.search.preload", "lightning"} <= set(seen["imported"])  # not all left out
+    assert not {"torch", "transformers", "lm_eval", "winnow.search.preload"} & set(seen["left_out"])
+
+
+def test_a_preload_that_starts_cuda_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(CALLS)
+    seen = run_python(tmp_path / "program.py", str(tmp_path / "log"), "tests.search.asks_cuda", "colorsys")
+    assert not seen["initialized"] and not seen["bad_fork"]
+    assert "colorsys" in seen["imported"] and "tests.search.asks_cuda" not in seen["imported"]
+    assert seen["log"] == [
+        "tests.search.asks_cuda starts CUDA when it is imported, or cannot be imported: it is left to each trial"
+    ]
+    assert seen["method"] == "forkserver" and seen["again"]
+
+
+def test_where_every_fork_is_spoilt_children_are_fresh_processes(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(CALLS)
+    seen = run_python(tmp_path / "program.py", str(tmp_path / "log"), "tests.search.asks_cuda_in_a_server")
+    assert not seen["initialized"] and not seen["bad_fork"]
+    assert seen["method"] == "spawn" and "fresh process" in seen["log"][0]
+
+
+def test_without_anything_that_starts_cuda_the_server_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(CALLS)
+    seen = run_python(tmp_path / "program.py", str(tmp_path / "log"), "colorsys")
+    assert seen["log"] == [] and seen["method"] == "forkserver" and "colorsys" in seen["imported"]
 
 
 def test_the_fork_server_imports_what_methods_and_benchmark_name() -> None:

@@ -64,3 +64,15 @@ def work(overrides: list[str], seconds: float, started: str, log: Any) -> dict[s
     time.sleep(seconds)
     value = sum(map(ord, "".join(overrides)))
     return {"accuracy": value % 97 / 97, "size_bytes": float(value % 89)}
+
+
+def cuda(log: Any) -> dict[str, Any]:
+    """Whether this process could use CUDA, and what it was given to begin with."""
+    imported = sorted(sys.modules)
+    import torch
+
+    return {
+        "initialized": torch.cuda.is_initialized(),
+        "bad_fork": torch.cuda._is_in_bad_fork(),
+        "imported": imported,
+    }

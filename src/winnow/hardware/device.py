@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from winnow.hardware.compute import fastest
 from winnow.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARALLEL = ("auto", "ddp", "fsdp")
 RUNTIMES = ("transformers", "vllm", "llama_cpp")  # modules of winnow.hardware.runtime
-# importing them starts CUDA where it is there: bitsandbytes asks for the GPUs' capabilities, and peft imports bitsandbytes
-STARTS_CUDA = frozenset({"bitsandbytes", "peft"})
 WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; what codecarbon, too, takes for an unknown country
 
 
@@ -30,6 +28,7 @@ class Gpu:
     name: str
     uuid: str
     memory_bytes: int
+    capability: tuple[int, int] | None = None  # of CUDA's; None where the driver does not say
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Hardware:
             where the forecast says that one cannot hold the model.
         runtime: what serves the model, and so what it is scored and measured through: one of `RUNTIMES`. A GGUF file is served
             by llama.cpp instead of transformers, and the metrics say so.
-        dtype: of weights that are not quantized; `auto` keeps that of the artifact.
+        dtype: that is computed in; `auto` is what the device computes fastest (`winnow.hardware.compute`). What is saved keeps
+            the type of the base model.
         threads: of the processor, for measuring; None leaves torch's choice. llama.cpp scores with them, too.
         memory_limit_bytes: per device; None is all that there is.
         carbon_g_per_kwh: grams of CO2 equivalent per kWh where the hardware stands.
@@ -118,6 +118,11 @@ class Hardware:
                 f"install a CUDA build of torch, or use hardware=cpu"
             )
 
+    @property
+    def compute_dtype(self) -> str:
+        """The type that is computed in, by torch's name."""
+        return fastest(self.device) if self.dtype == "auto" else self.dtype
+
     def memory_bytes(self) -> int:
         """Bytes that one device may hold: the limit that is set, else what the machine has."""
         if self.memory_limit_bytes is not None:
@@ -134,7 +139,7 @@ class Hardware:
             "device": self.device,
             "devices": self.devices,
             "runtime": self.runtime,
-            "dtype": self.dtype,
+            "dtype": self.compute_dtype,
             "cpu": cpu_model(),
             "cores": available_cores(),
             "threads": self.threads or available_cores(),
@@ -172,11 +177,6 @@ def physical_memory_bytes() -> int:
     return total
 
 
-def without_cuda(modules: Iterable[str], device: str) -> list[str]:
-    """Those of the modules that leave CUDA alone when they are imported, for a process that serves `device`; on others, all."""
-    return [module for module in modules if device != "cuda" or module not in STARTS_CUDA]
-
-
 def visible_gpus() -> tuple[Gpu, ...]:
     """The NVIDIA GPUs that this process may use, in NVML's order (by PCI bus), as CUDA_VISIBLE_DEVICES narrows them.
 
@@ -193,12 +193,27 @@ def visible_gpus() -> tuple[Gpu, ...]:
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         found = [
-            Gpu(pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetUUID(h), int(pynvml.nvmlDeviceGetMemoryInfo(h).total))
+            Gpu(
+                pynvml.nvmlDeviceGetName(h),
+                pynvml.nvmlDeviceGetUUID(h),
+                int(pynvml.nvmlDeviceGetMemoryInfo(h).total),
+                _capability(h),
+            )
             for h in handles
         ]
     finally:
         pynvml.nvmlShutdown()
     return tuple(narrowed(found, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def _capability(handle: Any) -> tuple[int, int] | None:
+    import pynvml
+
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:
+        return None
+    return int(major), int(minor)
 
 
 def narrowed(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
@@ -228,4 +243,4 @@ def _gpus_of_torch() -> tuple[Gpu, ...]:
     if not torch.cuda.is_available():
         return ()
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return tuple(Gpu(p.name, f"GPU-{p.uuid}", p.total_memory) for p in properties)
+    return tuple(Gpu(p.name, f"GPU-{p.uuid}", p.total_memory, (p.major, p.minor)) for p in properties)

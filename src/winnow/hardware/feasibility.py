@@ -162,7 +162,7 @@ def _weights(plan: Plan, hardware: Hardware, bits: float | None = None) -> int:
         return others + math.ceil(plan.linear_parameters * (bits + _SCALES) / 8)
     if plan.kind == "gguf" or hardware.runtime != "transformers":
         return plan.weight_bytes
-    return plan.memory_bytes
+    return plan.served_bytes
 
 
 def _cache(plan: Plan, hardware: Hardware, tokens: int, batch: int) -> int:

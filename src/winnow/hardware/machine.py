@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from winnow.hardware.device import Hardware, physical_memory_bytes, visible_gpus, without_cuda
+from winnow.hardware.device import Hardware, physical_memory_bytes, visible_gpus
 from winnow.hardware.work import Work
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def measured(hardware: Hardware, dtype: str, imports: Iterable[str] = ()) -> Mac
         traffic = _traffic()
     finally:
         torch.set_num_threads(before)
-    # a search's forecasts are made beside its trials: CUDA would take memory of each GPU here
-    _import("codecarbon.core.emissions", *without_cuda(imports, hardware.device))
+    _import("codecarbon.core.emissions", *imports)
     return Machine(
         flops=flops,
         traffic=traffic,

@@ -166,11 +166,16 @@ class Work:
         return Work(
             flops=passes * (2 * seen.tokens * plan.linear_parameters + attention),
             traffic_bytes=2 * passes * states * n.layers,
-            host_bytes=states + inputs,
-            device_bytes=seen.batch_tokens * _widest(plan) * width,
+            host_bytes=states + inputs + _widened(plan.outside_blocks, plan),
+            device_bytes=seen.batch_tokens * _widest(plan) * width + _widened(plan.largest_block, plan),
             moved_bytes=_bytes(plan.largest_block),
             matmuls=seen.shapes * _kinds(plan),
         )
+
+    @staticmethod
+    def widened(plan: Plan) -> Work:
+        """All weights once more in single precision, for a library that cannot widen them a block at a time."""
+        return Work(host_bytes=_widened(list(plan.tensors.values()), plan))
 
     @staticmethod
     def hessians(plan: Plan, calibration: Calibration) -> Work:
@@ -224,7 +229,7 @@ class Work:
         kept = copies + layers + logits
         in_heap = kept - (logits if logits > _HEAP_BLOCK else 0)
         masks = 4 * plan.linear_parameters if masked else 0
-        held = plan.memory_bytes if frozen else 4 * parameters
+        held = max(plan.memory_bytes, plan.served_bytes) if frozen else 4 * parameters
         # forward, the inputs' gradient, and for what is trained the weights' gradient
         flops = 2 * batch_tokens * (2 * parameters + trained_parameters)
         in_single = held - plan.memory_bytes
@@ -279,7 +284,12 @@ def _inputs(linears: list[Stored]) -> int:
 
 def _width(plan: Plan) -> int:
     """Bytes of an element of what flows through the model."""
-    return 4 if plan.spec.dtype == "float32" else 2
+    return 4 if plan.compute_dtype == "float32" else 2
+
+
+def _widened(tensors: list[Stored], plan: Plan) -> int:
+    """Bytes of these weights once more, in single precision, where they are stored in less and computed with in that."""
+    return 4 * sum(t.numel for t in tensors) if plan.is_widened else 0
 
 
 def _widest(plan: Plan) -> int:

@@ -59,7 +59,7 @@ class AutoRound(Checked):
     format: str = knob("llm_compressor", choices=("llm_compressor", "auto_round"), search=False)
 
     def predict(self, plan: Plan) -> Plan:
-        grouped = plan.grouped(self.bits, self.group_size, 4 if plan.spec.dtype == "float32" else 2)
+        grouped = plan.grouped(self.bits, self.group_size, 4 if plan.dtype == "float32" else 2)
         if self.format == "llm_compressor":
             return grouped
 

@@ -26,17 +26,15 @@ import torch
 import transformers.utils.logging  # noqa: F401 (before the library: it defines `warning_once`)
 from torch import nn
 
-from winnow.method.blocks import Caught, block_inputs, decoder_blocks
+from winnow.method.blocks import Caught, block_inputs, compute_dtype, decoder_blocks
 from winnow.method.checkpoint import Checkpoint
 from winnow.model.load import quiet
 from winnow.model.packing import cast_weights, linears, quantize_linear
 from winnow.types import LM, Run, UserError
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
-# it looks for accelerators when it is imported: through the driver that would spoil CUDA in the children of a fork server;
-# and it puts its own `warning_once` in the place of transformers', whose remarks would then come in its name
+# it puts its own `warning_once` in the place of transformers', whose remarks would then come in its name
 with (
-    mock.patch.dict(os.environ, {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}),
     mock.patch.object(logging.Logger, "warning_once", logging.Logger.warning_once),  # type: ignore[attr-defined]
     quiet(),
 ):
@@ -85,7 +83,7 @@ def tune_blocks(lm: LM, run: Run, tuning: Tuning, rows: Sequence[torch.Tensor], 
     """
     blocks = decoder_blocks(lm.model)
     with torch.no_grad():
-        exact, caught = block_inputs(lm.model, blocks, rows)
+        exact, caught = block_inputs(lm.model, blocks, rows, compute_dtype(lm.model, run))
     tuned: list[torch.Tensor] | None = None  # hidden states after the tuned blocks; `exact`: after those as they were
     if checkpoint.done:
         states = checkpoint.restore(blocks)
@@ -107,12 +105,14 @@ def _tune(
     caught: Sequence[Caught],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     """One block; returns what it puts out as it was and, where the library goes on from it, as it is now."""
-    dtype, layers = lm.model.dtype, {m: n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    dtype, computed = lm.model.dtype, compute_dtype(lm.model, run)
+    layers = {m: n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     zeros = {linear: linear.weight == 0 for linear in layers}
     own = {module: set(vars(module)) for module in block.modules()}
     block.requires_grad_(False).to(run.device)
+    cast_weights(block, computed)
     rounding = AutoRound(
-        _Alone(block, lm.model.config, dtype),
+        _Alone(block, lm.model.config, computed),
         lm.tokenizer,
         scheme=QuantizationScheme(
             bits=tuning.bits, group_size=tuning.group_size, sym=True, data_type="int", act_bits=16
@@ -127,7 +127,8 @@ def _tune(
         enable_torch_compile=run.device != "cpu",  # for processors it would need a C++ compiler
         seed=run.seed,
         scale_dtype=_SHORT[dtype],
-        amp=dtype == torch.bfloat16 or (dtype == torch.float16 and run.device != "cpu"),  # else in single precision
+        amp=computed == torch.bfloat16
+        or (computed == torch.float16 and run.device != "cpu"),  # else in single precision
     )
     inputs = [(((state, *args), kwargs),) for state, (args, kwargs) in zip(exact, caught, strict=True)]
     with torch.enable_grad():

@@ -4,6 +4,9 @@ The walk feeds every block what the (already compressed) blocks before it put ou
 that the compressed model will really have. The model stays in main memory: one block at a time is on the device, with one
 batch of its inputs; of the calibration batches the inputs of one block are held in main memory. With a checkpoint
 (`winnow.method.checkpoint`) a walk that died goes on at the block it had reached.
+
+The weights keep the type that they are stored in. Only while something is computed is a block, or what lies outside of the
+blocks, in the type that the device computes fastest (`Run.compute_dtype`), if that is wider.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from winnow.types import UserError
+from winnow.types import Run, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,14 +42,65 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
 Caught = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block other than the hidden states
 
 
+def compute_dtype(model: PreTrainedModel, run: Run) -> torch.dtype:
+    """The type in which blocks of `model` are computed: what is fastest on the device, but never narrower than the weights.
+
+    A GPU computes both 16-bit types equally fast, so that weights in one of them stay as they are.
+    """
+    stored: torch.dtype = model.dtype
+    fastest: torch.dtype = getattr(torch, run.compute_dtype)
+    if run.device != "cpu" and stored.itemsize == fastest.itemsize:
+        return stored
+    return torch.promote_types(stored, fastest)
+
+
+@contextlib.contextmanager
+def computing(block: nn.Module, device: str, dtype: torch.dtype) -> Iterator[Callable[[], None]]:
+    """Meanwhile `block` is on `device` with its floating-point weights in `dtype`; then it is back as it came.
+
+    What a method has changed meanwhile is rounded to the type that the block's weights came in; calling what is yielded does
+    that at once, so that the block computes with the weights that it will have.
+    """
+    first = next(block.parameters())
+    home, main, stored = first.device, first.dtype, {name: p.dtype for name, p in block.named_parameters()}
+
+    def cast(narrow: bool) -> None:
+        for name, parameter in block.named_parameters():
+            if parameter.is_floating_point():  # a method may have put in parameters that were not there before
+                parameter.data = parameter.data.to(stored.get(name, main) if narrow else dtype)
+
+    def round_weights() -> None:
+        cast(narrow=True)
+        cast(narrow=False)
+
+    try:
+        block.to(device)
+        cast(narrow=False)
+        yield round_weights
+    finally:
+        cast(narrow=True)
+        block.to(home)
+
+
+@contextlib.contextmanager
+def outside_blocks(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Meanwhile embeddings, norms and head are in `dtype`; then they are the very tensors that they were."""
+    inside = {id(p) for p in decoder_blocks(model).parameters()}
+    before = [(p, p.data) for p in model.parameters() if id(p) not in inside and p.is_floating_point()]
+    try:
+        for parameter, data in before:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
 @torch.no_grad()
 def walk_blocks(
-    model: PreTrainedModel,
-    batches: Sequence[torch.Tensor],
-    device: str = "cpu",
-    checkpoint: Checkpoint | None = None,
+    model: PreTrainedModel, batches: Sequence[torch.Tensor], run: Run, checkpoint: Checkpoint | None = None
 ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
-    """For each block: its index, the block on `device`, and `replay()`, which runs all calibration batches through it.
+    """For each block: its index, the block on the run's device, and `replay()`, which runs all calibration batches through it.
 
     A method registers hooks, calls `replay`, and changes the block before it asks for the next one. `replay(see)` calls
     `see(index of the batch, output [rows, T, hidden])` for each batch. It ends with its block: the next has another.
@@ -54,25 +108,23 @@ def walk_blocks(
     With a checkpoint the blocks that an earlier run finished are put into place and not walked again; whatever a method
     keeps of them beside their weights belongs into `checkpoint.state`.
     """
-    blocks = decoder_blocks(model)
+    blocks, dtype = decoder_blocks(model), compute_dtype(model, run)
     home = next(model.parameters()).device
-    hidden, caught = block_inputs(model, blocks, [batch.to(home) for batch in batches])
+    hidden, caught = block_inputs(model, blocks, [batch.to(home) for batch in batches], dtype)
     if getattr(model.config, "num_kv_shared_layers", None):
         checkpoint = None  # later blocks read keys and values that only a run through the earlier ones makes
     done = checkpoint.done if checkpoint else 0
     if checkpoint and done:
         hidden = [state.to(home) for state in checkpoint.restore(blocks)]
     for index, block in list(enumerate(blocks))[done:]:
-        run = functools.partial(block_outputs, block, hidden, caught[index], device)
-        try:
-            block.to(device)
-            yield index, block, functools.partial(_replay, run)
+        outputs = functools.partial(block_outputs, block, hidden, caught[index], run.device)
+        with computing(block, run.device, dtype) as round_weights:
+            yield index, block, functools.partial(_replay, outputs)
             if index == len(blocks) - 1:
                 return  # nobody asks for what the last block puts out
-            for number, output in enumerate(run()):
+            round_weights()
+            for number, output in enumerate(outputs()):
                 hidden[number] = output.to(home)
-        finally:
-            block.to(home)
         if checkpoint:
             checkpoint.save(blocks, index + 1, hidden)
 
@@ -102,9 +154,11 @@ def _replay(
 
 
 def block_inputs(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor]
+    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], list[list[Caught]]]:
     """The hidden states [rows, T, hidden] that enter the first block, and what else each block is called with, by batch.
+
+    All of it is computed in `dtype`.
 
     Caught for each block, not for the first alone: masks and rotary embeddings may alternate from layer to layer (Gemma).
     """
@@ -126,9 +180,10 @@ def block_inputs(
     try:
         for index, block in enumerate(blocks):
             block.forward = catch(index)  # type: ignore[method-assign]
-        for batch in batches:
-            with contextlib.suppress(_AllCaught):
-                model.base_model(input_ids=batch, use_cache=False)
+        with outside_blocks(model, dtype):
+            for batch in batches:
+                with contextlib.suppress(_AllCaught):
+                    model.base_model(input_ids=batch, use_cache=False)
     finally:
         for block in blocks:
             del block.forward

@@ -114,6 +114,7 @@ def checkpoint_of(stage: Any, lm: LM, run: Run, calibration_sha256: str) -> Chec
         "knobs": dataclasses.asdict(stage),
         "calibration": calibration_sha256,
         "seed": run.seed,
+        "dtype": run.compute_dtype,
         "config": lm.model.config.to_json_string(),
         "weights": _checksum(lm.model),
     }

@@ -66,7 +66,8 @@ class Depth(Checked):
         seen, layers = counted(calibration), plan.spec.layers
         if self.by == "influence":
             return Work.calibrated(plan, calibration)
-        states = Work(host_bytes=2 * layers * seen.tokens * plan.spec.hidden_size)  # of each candidate
+        width = 4 if plan.compute_dtype == "float32" else 2
+        states = Work(host_bytes=width * layers * seen.tokens * plan.spec.hidden_size)  # of each candidate
         return Work.calibrated(plan, calibration, passes=self._dropped(layers) * layers / 2) + states
 
     def __call__(self, lm: LM, run: Run) -> LM:
@@ -136,7 +137,7 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
     count = len(decoder_blocks(model))
     tokens = sum(batch.numel() for batch in batches)
     influences = []
-    for index, block, replay in walk_blocks(model, batches, run.device):
+    for index, block, replay in walk_blocks(model, batches, run):
         cosines: list[float] = []
 
         def compare(
@@ -179,7 +180,7 @@ def least_missed(
 
     dropped: list[int] = []
     for step in range(count):
-        losses = losses_without(model, batches, starts, dropped, run.device)
+        losses = losses_without(model, batches, starts, dropped, run)
         best = min(losses, key=lambda index: (losses[index], index))
         dropped.append(best)
         layers = len(decoder_blocks(model))
@@ -192,7 +193,7 @@ def losses_without(
     batches: Sequence[torch.Tensor],
     starts: Sequence[int],
     dropped: Sequence[int],
-    device: str,
+    run: Run,
 ) -> dict[int, float]:
     """The mean next-token loss without the blocks `dropped` and without one more, for each of the others by its index.
 
@@ -200,21 +201,23 @@ def losses_without(
     """
     import torch
 
-    from winnow.method.blocks import block_inputs, decoder_blocks
+    from winnow.method.blocks import block_inputs, compute_dtype, computing, decoder_blocks, outside_blocks
 
-    blocks = decoder_blocks(model)
+    blocks, device, dtype = decoder_blocks(model), run.device, compute_dtype(model, run)
     home = next(model.parameters()).device
     with torch.no_grad():
-        whole, caught = block_inputs(model, blocks, [batch.to(home) for batch in batches])
+        whole, caught = block_inputs(model, blocks, [batch.to(home) for batch in batches], dtype)
         without: dict[int, list[torch.Tensor]] = {}  # hidden states of each candidate, by batch
         for index, block in enumerate(blocks):
             if index in dropped:
                 continue
-            block.to(device)
-            without = {candidate: _through(block, state, caught[index], device) for candidate, state in without.items()}
-            without[index], whole = whole, _through(block, whole, caught[index], device)
-            block.to(home)
-        return {index: mean_loss(model, state, batches, starts, device) for index, state in sorted(without.items())}
+            with computing(block, device, dtype):
+                without = {
+                    candidate: _through(block, state, caught[index], device) for candidate, state in without.items()
+                }
+                without[index], whole = whole, _through(block, whole, caught[index], device)
+        with outside_blocks(model, dtype):
+            return {index: mean_loss(model, state, batches, starts, device) for index, state in sorted(without.items())}
 
 
 def _through(

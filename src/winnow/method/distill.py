@@ -100,11 +100,14 @@ class Distilling(Training):
         """Trains all weights of `model` in place, pruned ones stay zero; returns the record of the training."""
         import torch
 
+        from winnow.hardware.compute import FLOAT32
         from winnow.model.packing import cast_weights
         from winnow.recovery import zeros
         from winnow.recovery.student import Student
 
         dtype, home = model.dtype, model.device
+        if run.compute_dtype == FLOAT32:
+            teacher.compute_in(FLOAT32)
         cast_weights(model, torch.float32)
         student = Student(model.requires_grad_(True))
         objective = self._objective(student, teacher, rows, run)

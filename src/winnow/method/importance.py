@@ -73,7 +73,7 @@ def importances(model: PreTrainedModel, heads: int, batches: Sequence[torch.Tens
     found = Importances([], [], torch.zeros(final.weight.shape, dtype=torch.float64), {})
     tokens = sum(batch.numel() for batch in batches)
     block: Any
-    for index, block, replay in walk_blocks(model, batches, run.device):
+    for index, block, replay in walk_blocks(model, batches, run):
         attention, mlp = block.self_attn, block.mlp
         last = index == len(blocks) - 1
         norms = [norm for _, norm in norms_of(block, len(found.hidden))] + [final] * last

@@ -78,7 +78,7 @@ class Lora(Adapting):
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        as_stored = self.precision == "bf16-mixed" and plan.spec.dtype == "bfloat16"
+        as_stored = self.precision_in(plan.compute_dtype) == "bf16-mixed" and plan.dtype == "bfloat16"
         return self.cost(plan, calibration, self.trained(plan), frozen=as_stored, masked=plan.sparse)
 
     def __call__(self, lm: LM, run: Run) -> LM:
@@ -88,7 +88,7 @@ class Lora(Adapting):
 
         dtype = lm.model.dtype
         rows = self.encoded(lm, run)
-        if self.precision == "32-true" or dtype != torch.bfloat16:
+        if self.precision_in(run.compute_dtype) == "32-true" or dtype != torch.bfloat16:
             cast_weights(
                 lm.model, torch.float32
             )  # else frozen weights stay as they are: products are in bfloat16 anyway

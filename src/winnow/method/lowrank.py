@@ -95,7 +95,7 @@ class LowRank(Checked):
         names = {linear: name for name, linear in linears(lm.model).items()}
         batches, digest = calibration_batches(lm, run)
         count = len(decoder_blocks(lm.model))
-        for index, block, replay in walk_blocks(lm.model, batches, run.device):
+        for index, block, replay in walk_blocks(lm.model, batches, run):
             moments = input_sums(
                 block,
                 replay,

@@ -102,9 +102,8 @@ class Mixed(Checked):
 
         uniform = max(width for width in WIDTHS if width <= self.bits)
         widths = {name: recipe[unit_of(name)] for name in layers}
-        ours, theirs = divergences(
-            lm.model, held_out, [widths, dict.fromkeys(layers, uniform)], self.group_size, run.device
-        )
+        recipes = [widths, dict.fromkeys(layers, uniform)]
+        ours, theirs = divergences(lm.model, held_out, recipes, self.group_size, run)
         run.log(
             f"mixed: {average:.3f} bits, {ours:.4f} nats a token from the model's predictions; {uniform} bits, {theirs:.4f}"
         )
@@ -134,7 +133,7 @@ class Mixed(Checked):
         from winnow.method import sensitivity, statistics
 
         def score() -> dict[str, torch.Tensor]:
-            found = sensitivity.sensitivities(lm.model, batches, WIDTHS, self.group_size, run.device, run.seed, run.log)
+            found = sensitivity.sensitivities(lm.model, batches, WIDTHS, self.group_size, run)
             return {unit: torch.tensor(list(found[unit].values()), dtype=torch.float64) for unit in units}
 
         said = (digest, self.group_size, run.seed, WIDTHS)

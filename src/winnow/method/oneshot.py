@@ -97,7 +97,7 @@ class GPTQ(_Grouped):
         from winnow.hardware.work import Work
 
         seen = Work.calibrated(plan, calibration) + Work.hessians(plan, calibration)
-        return (seen + Work.solved(plan)).then(Work.packed(plan))
+        return (seen + Work.solved(plan) + Work.widened(plan)).then(Work.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         _require_library()
@@ -141,7 +141,8 @@ class AWQ(_Grouped):
 
         inputs = max(t.shape[1] for t in plan.linears)
         held = Work(device_bytes=3 * 2 * counted(calibration).tokens * inputs)  # of one part, with two of its outputs
-        return (Work.calibrated(plan, calibration, passes=2 + 1.5 * self.grid) + held).then(Work.packed(plan))
+        seen = Work.calibrated(plan, calibration, passes=2 + 1.5 * self.grid) + Work.widened(plan)
+        return (seen + held).then(Work.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         _require_library()
@@ -183,7 +184,7 @@ class SmoothQuant(_OneShot):
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         from winnow.hardware.work import Work
 
-        return Work.calibrated(plan, calibration).then(Work.packed(plan))
+        return (Work.calibrated(plan, calibration) + Work.widened(plan)).then(Work.packed(plan))
 
     def predict(self, plan: Plan) -> Plan:
         return plan.with_linears(lambda name, t: _in_bytes(t, t.shape[0] * _scale_bytes(plan)))

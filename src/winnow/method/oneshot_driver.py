@@ -20,16 +20,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from winnow.method.blocks import decoder_blocks
+from winnow.method.blocks import compute_dtype, decoder_blocks
 from winnow.model.load import quiet
-from winnow.model.packing import linears, round_to_grid
+from winnow.model.packing import cast_weights, linears, round_to_grid
 from winnow.types import LM, Run, UserError
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
 # its own switch for silence, LLM_COMPRESSOR_LOG_DISABLED, leaves out a log level that GPTQ then fails to find
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
-# it looks for accelerators when it is imported: through the driver that would spoil CUDA in the children of a fork server
-with mock.patch.dict(os.environ, {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}):
+with quiet():
     import llmcompressor.pipelines.data_free.pipeline as data_free
     import llmcompressor.pipelines.sequential.pipeline as sequential
     from compressed_tensors.offload import disable_offloading, remove_dispatch, update_offload_parameter
@@ -52,6 +51,8 @@ def oneshot(lm: LM, run: Run, name: str, recipe: Sequence[Modifier], batches: Se
         UserError: a layer's weights are not finite afterwards, its Hessian cannot be inverted, or its outputs are NaN.
     """
     model, blocks = lm.model, decoder_blocks(lm.model)
+    stored = model.dtype
+    computed = compute_dtype(model, run) if batches else stored
     numbers = {block: index for index, block in enumerate(blocks)}
     run.log(f"{name}: {len(blocks)} blocks; the library cannot go on in the middle: an interrupted run starts over")
 
@@ -59,18 +60,20 @@ def oneshot(lm: LM, run: Run, name: str, recipe: Sequence[Modifier], batches: Se
         _refuse_what_was_skipped(recipe, set(modules), name)
         for block in (m for m in modules if m in numbers):
             with disable_offloading(), torch.no_grad():
-                _round_block(block, name, numbers[block])
+                _round_block(block, name, numbers[block], stored)
             run.log(f"{name}: block {numbers[block] + 1} of {len(blocks)}")
 
     # the batches are as they are wanted: no sampler, no collation, no padding and so no attention mask
     rows: Any = [{"input_ids": batch} for batch in batches]
     loader = DataLoader(rows, batch_size=None) if batches else None
     arguments = DatasetArguments(sequential_targets=[type(blocks[0]).__name__])
+    cast_weights(model, computed)  # all of it, since the library moves blocks to the device as they are
     with silent(), on_device(run.device), plain_norms(model), at_home_again(model), create_session() as session:
         session.initialize(model=model, start=-1, recipe=[*recipe, _AfterBlock(act=settle)], calib_data=loader)
         pipeline = CalibrationPipeline.from_modifiers(session.lifecycle.recipe.modifiers)
         pipeline(model, loader, arguments)
         session.finalize()
+    cast_weights(model, stored)
     linear: Any
     for linear in linears(model).values():
         linear.quantization_status = QuantizationStatus.DECOMPRESSED  # as after loading: the forward rounds no weights
@@ -88,8 +91,11 @@ class _AfterBlock(Modifier):
         self.act(modules)
 
 
-def _round_block(block: nn.Module, name: str, index: int) -> None:
-    """Puts the weights of a block on the grid of their scales, where GPTQ has put them already."""
+def _round_block(block: nn.Module, name: str, index: int, stored: torch.dtype) -> None:
+    """Puts the weights of a block on the grid of their scales, where GPTQ has put them already.
+
+    Weights and scales are rounded to the type that they will be `stored` in.
+    """
     linear: Any
     for path, linear in block.named_modules():
         if getattr(linear, "quantization_scheme", None) is None:
@@ -100,8 +106,10 @@ def _round_block(block: nn.Module, name: str, index: int) -> None:
                 f"{name}: {path} of block {index} is not finite any more; calibrate on text that the model knows "
                 f"(calibration.source), or load it with model.dtype=float32"
             )
-        _, rounded = round_to_grid(weight, scale, linear.quantization_scheme.weights)
-        update_offload_parameter(linear, "weight", rounded)
+        scale = scale.to(stored)
+        _, rounded = round_to_grid(weight.to(stored), scale, linear.quantization_scheme.weights)
+        update_offload_parameter(linear, "weight_scale", scale.to(linear.weight_scale.dtype))
+        update_offload_parameter(linear, "weight", rounded.to(weight.dtype))
 
 
 def _refuse_what_was_skipped(recipe: Sequence[Modifier], done: set[nn.Module], name: str) -> None:

@@ -109,6 +109,7 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
             "slot": stage.slot.name.lower(),
             "knobs": dataclasses.asdict(stage),  # type: ignore[call-overload]
             "seed": run.seed,
+            "computed_in": run.compute_dtype,
             "seconds": round(time.perf_counter() - started, 3),
             **devices.together(energy, run).record(),
             **lm.manifest.pop("_notes", {}),

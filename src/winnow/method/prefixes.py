@@ -121,7 +121,7 @@ class Prefixes:
             "stages": [[name, type(stage).__qualname__, dataclasses.asdict(stage)] for name, stage in applied],  # type: ignore[call-overload]
             "models": [_content(value) for _, stage in applied for value in vars(stage).values()],
             "calibration": [dataclasses.asdict(run.calibration), _content(run.calibration.source)],
-            "run": [run.seed, run.device, run.devices, run.parallel],
+            "run": [run.seed, run.device, run.compute_dtype, run.devices, run.parallel],
             "versions": manifest.versions(),
             "code": code_sha256("method", "model", "recovery", "nano"),
         }

@@ -32,7 +32,7 @@ class Pretrain(Training):
     tokens_per_batch: int = knob(4096, low=32, high=100_000_000, search=False)
     learning_rate: float = knob(3e-3, low=1e-6, high=1.0, search=False)
     optimizer: str = knob("muon", choices=("muon", "adamw"), search=False)
-    precision: str = knob("bf16-mixed", choices=("32-true", "bf16-mixed", "bf16-true"), search=False)
+    precision: str = knob("auto", choices=("auto", "32-true", "bf16-mixed", "bf16-true"), search=False)
     max_length: int = knob(256, low=8, high=1_000_000, search=False)
     save_dtype: str = knob("bfloat16", choices=("float32", "bfloat16", "float16"), search=False)
     checkpoint_minutes: float = knob(3.0, low=0.001, high=1e6, search=False)

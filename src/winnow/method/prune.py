@@ -144,7 +144,7 @@ class Pruning(Checked):
                 found = [m for m in block.modules() if isinstance(m, nn.Linear)]
                 yield {linear: linear.weight.data.to(run.device).abs() for linear in found}
             return
-        for index, block, replay in walk_blocks(lm.model, batches, run.device):
+        for index, block, replay in walk_blocks(lm.model, batches, run):
             groups = input_norms(block, replay)
             yield {m: m.weight.data.abs().float() * norm_i for members, norm_i in groups for m in members}
             run.log(f"{self.name}: allocation, block {index + 1} of {len(blocks)}")
@@ -217,7 +217,7 @@ class CalibratedPruning(Pruning):
             checkpoint.state["sparsities"] = self.sparsities(lm, run, batches, digest)
         sparsities = checkpoint.state["sparsities"]
         blocks = decoder_blocks(lm.model)
-        for index, block, replay in walk_blocks(lm.model, batches, run.device, checkpoint):
+        for index, block, replay in walk_blocks(lm.model, batches, run, checkpoint):
             self.prune_block(block, replay, {linear: (name, sparsities[name]) for linear, name in names.items()})
             run.log(f"{self.name}: block {index + 1} of {len(blocks)}")
         lm.manifest["_notes"] = notes(blocks, digest)

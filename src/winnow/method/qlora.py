@@ -97,8 +97,9 @@ class QLoRA(Adapting):
             lm = bnb.NF4()(lm, run)
         bnb.keep_packing(lm.model)
         model = adapted(lm.model, self, run.seed)
-        adapter.check_gradients(model, "qlora")
-        fitted = self.train(model, self.encoded(lm, run), run, learning_rate=self.learning_rate)
+        with self.computing(model, run):
+            adapter.check_gradients(model, "qlora")
+            fitted = self.train(model, self.encoded(lm, run), run, learning_rate=self.learning_rate)
         lm.manifest["_notes"] = {"training": fitted.record()}
         adapter.round_matrices(model, lm.model.dtype)
         return lm.changed(merged(model)) if self.merge else adapter.beside(lm, model)

@@ -11,19 +11,30 @@ each takes a forward pass for each of them; it goes block by block, so only one 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from winnow.method.blocks import Caught, block_inputs, block_output, block_outputs, decoder_blocks
+from winnow.method.blocks import (
+    Caught,
+    block_inputs,
+    block_output,
+    block_outputs,
+    compute_dtype,
+    computing,
+    decoder_blocks,
+    outside_blocks,
+)
 from winnow.method.rtn import rtn_scale
 from winnow.model.packing import linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from winnow.types import Run
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
@@ -61,42 +72,44 @@ def sensitivities(
     batches: Sequence[torch.Tensor],
     widths: Sequence[int],
     group_size: int,
-    device: str,
-    seed: int,
-    log: Callable[[str], None],
+    run: Run,
 ) -> Scores:
     """The divergence, in nats a token, that rounding each unit alone to each width causes: an estimate to second order."""
-    blocks = decoder_blocks(model)
+    blocks, device, dtype = decoder_blocks(model), run.device, compute_dtype(model, run)
     home = next(model.parameters()).device
     batches = [batch.to(home) for batch in batches]
     tokens = sum(batch.numel() for batch in batches)
     names = {linear: name for name, linear in linears(model).items()}
     scores: Scores = {unit_of(name): dict.fromkeys(widths, 0.0) for name in names.values()}
     with _frozen(model):
-        states, caught = _forward(model, blocks, batches, device)
-        gradients = _gradients_of_head(model, blocks, batches, states.pop(), seed)
+        states, caught = _forward(model, blocks, batches, device, dtype)
+        with outside_blocks(model, dtype):
+            gradients = _gradients_of_head(model, blocks, batches, states.pop(), run.seed)
         for index in reversed(range(len(blocks))):
-            block = blocks[index].to(device)
-            squares, handles = _watch(block, widths, group_size)
-            for number, state in enumerate(states.pop()):
-                leaf = state.to(device).requires_grad_()
-                output = block_output(block, leaf, caught[index][number], device)
-                (gradient,) = torch.autograd.grad(output, leaf, gradients[number].to(device))
-                gradients[number] = gradient.to(home)
-            for handle in handles:
-                handle.remove()
+            block = blocks[index]
+            with computing(block, device, dtype):
+                squares, handles = _watch(block, widths, group_size, model.dtype)
+                for number, state in enumerate(states.pop()):
+                    leaf = state.to(device).requires_grad_()
+                    output = block_output(block, leaf, caught[index][number], device)
+                    (gradient,) = torch.autograd.grad(output, leaf, gradients[number].to(device))
+                    gradients[number] = gradient.to(home)
+                for handle in handles:
+                    handle.remove()
             for linear, by_width in squares.items():
                 for width, square in by_width.items():
                     scores[unit_of(names[linear])][width] += 0.5 * square.item() / tokens
-            block.to(home)
-            log(f"mixed: sensitivity of block {index + 1} of {len(blocks)}")
+            run.log(f"mixed: sensitivity of block {index + 1} of {len(blocks)}")
     return scores
 
 
 def _watch(
-    block: nn.Module, widths: Sequence[int], group_size: int
+    block: nn.Module, widths: Sequence[int], group_size: int, stored: torch.dtype
 ) -> tuple[dict[nn.Linear, dict[int, torch.Tensor]], list[Any]]:
-    """Adds up (g . (W' - W) x)^2 over the tokens that pass through each linear layer, forward and backward."""
+    """Adds up (g . (W' - W) x)^2 over the tokens that pass through each linear layer, forward and backward.
+
+    W' is W rounded in the type that weights are `stored` in.
+    """
     squares: dict[nn.Linear, dict[int, torch.Tensor]] = {}
     handles = []
     for linear in block.modules():
@@ -104,7 +117,7 @@ def _watch(
             continue
         weight = linear.weight.data
         squares[linear] = {width: torch.zeros((), dtype=torch.float64, device=weight.device) for width in widths}
-        errors = {width: rounded(weight, width, group_size) - weight for width in widths}
+        errors = {width: rounded(weight.to(stored), width, group_size).to(weight) - weight for width in widths}
 
         def forward(
             module: nn.Linear,
@@ -127,16 +140,14 @@ def _watch(
 
 @torch.no_grad()
 def _forward(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor], device: str
+    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor], device: str, dtype: torch.dtype
 ) -> tuple[list[list[torch.Tensor]], list[list[Caught]]]:
     """The hidden states that enter each block, and those that leave the last, all in main memory; what else blocks take."""
-    hidden, caught = block_inputs(model, blocks, batches)
-    states = [hidden]
+    hidden, caught = block_inputs(model, blocks, batches, dtype)
+    states, home = [hidden], next(model.parameters()).device
     for block, extras in zip(blocks, caught, strict=True):
-        home = hidden[0].device
-        block.to(device)
-        states.append([output.to(home) for output in block_outputs(block, states[-1], extras, device)])
-        block.to(home)
+        with computing(block, device, dtype):
+            states.append([output.to(home) for output in block_outputs(block, states[-1], extras, device)])
     return states, caught
 
 
@@ -195,36 +206,38 @@ def divergences(
     batches: Sequence[torch.Tensor],
     recipes: Sequence[Mapping[str, int]],
     group_size: int,
-    device: str,
+    run: Run,
 ) -> list[float]:
     """How far the predictions move under each recipe (width by name of layer): the exact divergence, in nats a token.
 
     All recipes walk through the model together, so each block goes to the device once.
     """
-    blocks = decoder_blocks(model)
+    blocks, device, dtype = decoder_blocks(model), run.device, compute_dtype(model, run)
     home = next(model.parameters()).device
     batches = [batch.to(home) for batch in batches]
     names = {linear: name for name, linear in linears(model).items()}
-    hidden, caught = block_inputs(model, blocks, batches)
+    hidden, caught = block_inputs(model, blocks, batches, dtype)
     states = [hidden for _ in range(1 + len(recipes))]  # of the model as it is first
     for block, extras in zip(blocks, caught, strict=True):
-        block.to(device)
         inside = [linear for linear in block.modules() if linear in names]
         kept = [linear.weight.data for linear in inside]
-        for number, recipe in enumerate([None, *recipes]):
-            for linear, weight in zip(inside, kept, strict=True):
-                linear.weight.data = weight if recipe is None else rounded(weight, recipe[names[linear]], group_size)
-            states[number] = [output.to(home) for output in block_outputs(block, states[number], extras, device)]
+        with computing(block, device, dtype):
+            for number, recipe in enumerate([None, *recipes]):
+                for linear, weight in zip(inside, kept, strict=True):
+                    here = weight.to(device)
+                    changed = here if recipe is None else rounded(here, recipe[names[linear]], group_size)
+                    linear.weight.data = changed.to(dtype)
+                states[number] = [output.to(home) for output in block_outputs(block, states[number], extras, device)]
         for linear, weight in zip(inside, kept, strict=True):
             linear.weight.data = weight
-        block.to(home)
     totals = [0.0] * len(recipes)
-    for number, ids in enumerate(batches):
-        for row in range(len(ids)):
-            base, *others = (
-                _logits(model, blocks, ids[row : row + 1], state[number][row : row + 1]).log_softmax(-1)
-                for state in states
-            )
-            for which, other in enumerate(others):
-                totals[which] += F.kl_div(other, base, reduction="sum", log_target=True).item()
+    with outside_blocks(model, dtype):
+        for number, ids in enumerate(batches):
+            for row in range(len(ids)):
+                base, *others = (
+                    _logits(model, blocks, ids[row : row + 1], state[number][row : row + 1]).log_softmax(-1)
+                    for state in states
+                )
+                for which, other in enumerate(others):
+                    totals[which] += F.kl_div(other, base, reduction="sum", log_target=True).item()
     return [total / sum(batch.numel() for batch in batches) for total in totals]

@@ -85,8 +85,9 @@ class SoftPrompt(Training):
         rows = dataclasses.replace(self, max_length=longest).encoded(lm, run)
         keep_packing(lm.model)
         model = prompted(lm, self, run.seed).to(local_device(run))
-        adapter.check_gradients(model, "soft_prompt")
-        fitted = self.train(model, rows, run, learning_rate=self.learning_rate, student=PromptedStudent(model))
+        with self.computing(model, run):
+            adapter.check_gradients(model, "soft_prompt")
+            fitted = self.train(model, rows, run, learning_rate=self.learning_rate, student=PromptedStudent(model))
         lm.manifest["_notes"] = {"training": fitted.record()}
         return adapter.beside(lm, model)
 

@@ -41,7 +41,7 @@ def kept(
     from safetensors.torch import load_file, save_file
 
     folder = (run.cache or run.folder.parent) / FOLDER
-    path = folder / f"{kind}-{key(model, kind, run.device, *said)[:32]}.safetensors"
+    path = folder / f"{kind}-{key(model, kind, run.device, run.compute_dtype, *said)[:32]}.safetensors"
     with contextlib.suppress(OSError, SafetensorError):  # not there, or damaged
         found: Statistics = load_file(path)
         os.utime(path)  # recently used

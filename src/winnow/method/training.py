@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Training(Checked):
         steps: optimizer steps, each of about `tokens_per_batch` tokens over all devices.
         tokens_per_device: that lie on a device at a time; 0: found once by doubling under the memory limit.
         max_length: longer documents are cut; at most the model's context.
+        precision: `32-true`, or `bf16-mixed`: products in bfloat16; `auto`: what the device computes fastest.
         held_out: documents to validate on.
         patience: looks at their loss, of ten, without progress after which training ends; 0: never.
         checkpoint_minutes: between checkpoints, from which the same command goes on.
@@ -38,10 +40,25 @@ class Training(Checked):
     tokens_per_batch: int = knob(2048, low=32, high=100_000_000, search=False)
     tokens_per_device: int = knob(0, low=0, high=100_000_000, search=False)
     max_length: int = knob(512, low=8, high=1_000_000, search=False)
-    precision: str = knob("bf16-mixed", choices=("32-true", "bf16-mixed"), search=False)
+    precision: str = knob("auto", choices=("auto", "32-true", "bf16-mixed"), search=False)
     held_out: int = knob(0, low=0, high=100_000, search=False)
     patience: int = knob(0, low=0, high=10, search=False)
     checkpoint_minutes: float = knob(10.0, low=0.001, high=1e6, search=False)
+
+    def precision_in(self, dtype: str) -> str:
+        """What `precision` comes to where products are fastest in `dtype`."""
+        from winnow.hardware.compute import training_precision
+
+        return training_precision(dtype) if self.precision == "auto" else self.precision
+
+    def computing(self, model: Any, run: Run) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile what is frozen in `model` is in single precision where the training is."""
+        import torch
+
+        from winnow.model.packing import computed_in
+
+        single = self.precision_in(run.compute_dtype) == "32-true"
+        return computed_in(model, torch.float32) if single else contextlib.nullcontext()
 
     @property
     def documents(self) -> int:
@@ -66,7 +83,7 @@ class Training(Checked):
             tokens_per_batch or self.tokens_per_batch,
             trained,
             self.documents,
-            self.precision != "32-true",
+            self.precision_in(plan.compute_dtype) != "32-true",
             device_tokens=self.tokens_per_device,
             **how,
         )
@@ -103,9 +120,14 @@ class Training(Checked):
         student: Student | None = None,
     ) -> Fitted:
         """Trains what needs a gradient in `model`, in place."""
+        from winnow.hardware.compute import BFLOAT16, slow_here
         from winnow.recovery.fit import Batching, fit
         from winnow.recovery.module import Schedule
 
+        precision = self.precision_in(run.compute_dtype)
+        slow = slow_here(BFLOAT16, run.device) if precision.startswith("bf16") else ""
+        if slow:
+            run.log(f"method.{type(self).__name__.lower()}.precision={self.precision}: {slow}")
         schedule = Schedule(learning_rate, self.steps, warmup, weight_decay=weight_decay, optimizer=optimizer)
         fitted = fit(
             model,
@@ -113,7 +135,7 @@ class Training(Checked):
             schedule,
             Batching(self.tokens_per_batch, self.tokens_per_device, self.held_out, self.patience),
             run,
-            precision=self.precision,
+            precision=precision,
             objective=objective,
             student=student,
             checkpoint_minutes=self.checkpoint_minutes,

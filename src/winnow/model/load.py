@@ -176,8 +176,10 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from winnow.model.packing import set_product_dtype
+
     lowrank.register()
-    dtype = loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype)
+    dtype: Any = loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype)
     with quiet(), plain_errors(path):
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -189,7 +191,9 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
         )
         if (Path(path) / "config.json").is_file():
             _decompress(model)
-        if loading.dtype == "auto" and model.device.type == "cpu":
+        if loading.dtype != "auto":
+            set_product_dtype(model, dtype)
+        elif model.device.type == "cpu":
             _avoid_float16(model)
         beside = adapter.folder_of(path)
         if beside is not None:

@@ -6,7 +6,8 @@ will hold, so a model scores the same before it is saved and after it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,33 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts the parameters in place; unlike `model.to(dtype)`, buffers such as RoPE's frequencies keep their precision."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def set_product_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Lets bitsandbytes' 4-bit layers multiply in `dtype`, whatever their configuration says; their weights stay as they are."""
+    module: Any
+    for module in model.modules():
+        if getattr(module, "compute_type_is_set", None) is not None:
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+
+
+@contextlib.contextmanager
+def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Meanwhile frozen weights that are not quantized are in `dtype`, and products with quantized ones; then all is as before."""
+    frozen = [(p, p.data) for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    products: list[tuple[Any, Any]] = [(m, m.compute_dtype) for m in model.modules() if hasattr(m, "compute_dtype")]
+    try:
+        for parameter, data in frozen:
+            parameter.data = data.to(dtype)
+        set_product_dtype(model, dtype)
+        yield
+    finally:
+        for parameter, data in frozen:
+            parameter.data = data.to(parameter.device)
+        for module, before in products:
+            module.compute_dtype = before
 
 
 def check_groups(model: nn.Module, group_size: int) -> None:

@@ -73,6 +73,7 @@ class Plan:
         kind: of the weights' file, `safetensors` or `gguf`.
         sparse: weights have been pruned; a stage that keeps zeros at zero has to hold masks.
         base: the model that the pipeline began with, where a plan knows; a teacher, for one.
+        computed_in: the type that the hardware computes in, by torch's name; None is that of the weights.
     """
 
     config: PretrainedConfig
@@ -83,6 +84,35 @@ class Plan:
     kind: str = "safetensors"
     sparse: bool = False
     base: Plan | None = None
+    computed_in: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The type that weights are stored in where they are not quantized, by torch's name."""
+        return str(getattr(self.config, "dtype", None) or "bfloat16").removeprefix("torch.")
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.computed_in or self.dtype
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether weights are computed with in a wider type than they are stored in."""
+        return self.compute_dtype == "float32" and self.dtype != "float32"
+
+    @property
+    def served_bytes(self) -> int:
+        """Of the weights when transformers has loaded the artifact to serve it: dense ones in the type that is computed in."""
+        stored, served = (4 if dtype == "float32" else 2 for dtype in (self.dtype, self.compute_dtype))
+        return sum(
+            t.memory_bytes * served // stored if t.memory_bytes >= t.numel * stored else t.memory_bytes
+            for t in self.tensors.values()
+        )
+
+    @property
+    def outside_blocks(self) -> list[Stored]:
+        """The tensors that belong to no decoder block: embeddings, head, last norm."""
+        return [t for name, t in self.tensors.items() if ".layers." not in f".{name}."]
 
     @property
     def disk_bytes(self) -> int:
@@ -120,8 +150,8 @@ class Plan:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's numbers: layers, widths, cache."""
-        return _spec_of(_Same(self.config))
+        """The model's numbers: layers, widths, and the cache in the type that is computed in."""
+        return _spec_of(_Same(self.config), self.computed_in)
 
     def with_linears(self, change: Callable[[str, Stored], Stored]) -> Plan:
         """Another storage for each linear weight of the blocks; `change(name, stored)` gives it."""
@@ -143,7 +173,7 @@ class Plan:
 
     def in_16_bits(self) -> Plan:
         """The same where what is saved in single precision becomes bfloat16: formats that compute in half precision."""
-        if self.spec.dtype != "float32":
+        if self.dtype != "float32":
             return self
         config = copy.deepcopy(self.config)
         config.dtype = "bfloat16"
@@ -168,15 +198,15 @@ class _Same:
 
 
 @functools.lru_cache(maxsize=64)
-def _spec_of(same: _Same) -> ModelSpec:
-    return _spec(type(same.config), same.config.to_json_string())  # type: ignore[arg-type]  # classes are hashable
+def _spec_of(same: _Same, dtype: str | None) -> ModelSpec:
+    return _spec(type(same.config), same.config.to_json_string(), dtype)  # type: ignore[arg-type]  # classes are hashable
 
 
 @functools.lru_cache(maxsize=64)
-def _spec(kind: type[PretrainedConfig], settings: str) -> ModelSpec:
+def _spec(kind: type[PretrainedConfig], settings: str, dtype: str | None) -> ModelSpec:
     from winnow.model.spec import spec
 
-    return spec(kind(**json.loads(settings)))
+    return spec(kind(**json.loads(settings)), dtype=dtype)
 
 
 def plan_of(lm: LM) -> Plan:

@@ -67,6 +67,7 @@ class Fitted:
         loss: mean over the last tenth of the steps.
         held_out_loss: at the end; None where nothing was held out.
         held_out_loss_before: before the first step.
+        precision: that it was trained in, by Lightning's name.
         steps: that were made, all resumptions together.
         tokens_per_second: of useful tokens over all devices, since the start or the last resumption, as are the seconds.
         resumed_at_step: where the last resumption began; None for a training that was never cut off. Then the time and the
@@ -77,6 +78,7 @@ class Fitted:
     steps: int
     tokens_per_second: float
     seconds: float
+    precision: str = "32-true"
     held_out_loss: float | None = None
     held_out_loss_before: float | None = None
     resumed_at_step: int | None = None
@@ -181,6 +183,7 @@ def fit(
         steps=trainer.global_step,
         tokens_per_second=progress.total_tokens / max(1e-9, time.monotonic() - progress.started),
         seconds=round(seconds, 3),
+        precision=precision,
         held_out_loss=early.latest if early is not None else None,
         held_out_loss_before=early.before if early is not None else None,
         resumed_at_step=progress.first if resume is not None else None,

@@ -100,6 +100,7 @@ def overrides(name: str, stage: Stage, start: str, lm: LM, run: Run, output: Pat
         **{f"calibration.{f.name}": getattr(run.calibration, f.name) for f in dataclasses.fields(run.calibration)},
         "seed": run.seed,
         "hardware.device": run.device,
+        "hardware.dtype": run.compute_dtype,
         "hardware.devices": run.devices,
         "hardware.parallel": run.parallel,
         "hardware.memory_limit_bytes": run.memory_limit_bytes,

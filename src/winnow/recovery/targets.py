@@ -78,7 +78,9 @@ def counted(ids_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 def key_of(teacher: LM, rows: Sequence[Encoded], sampling: Sampling) -> str:
     """What the targets are known by: the teacher, the documents' tokens and answers, and how it is sampled."""
-    digest = hashlib.sha256(json.dumps([teacher.sha256(), dataclasses.asdict(sampling)]).encode())
+    digest = hashlib.sha256(
+        json.dumps([teacher.sha256(), teacher.loading.dtype, dataclasses.asdict(sampling)]).encode()
+    )
     for row in rows:
         digest.update(np.asarray([len(row.ids), *row.ids, *itertools.chain(*row.answers)], dtype=np.int64).tobytes())
     return digest.hexdigest()[:16]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,15 +49,14 @@ class Base:
 
         return feasibility(self.plan, stages, self.hardware, self.calibration, machine)
 
-    def machine(self, stages: Sequence[Stage]) -> Machine:
-        """This machine, once everything that the stages import is in this process."""
+    def machine(self, stages: Sequence[Stage], without: Collection[str] = ()) -> Machine:
+        """This machine, once everything that the stages import is in this process, `without` some modules."""
         from winnow.hardware.machine import measured
 
         for stage in stages:
             stage.work(self.plan, self.calibration)  # counts calibration texts, which takes libraries of its own
-        return measured(
-            self.hardware, self.plan.spec.dtype, [name for stage in stages for name in getattr(stage, "preload", ())]
-        )
+        wanted = [name for stage in stages for name in getattr(stage, "preload", ()) if name not in without]
+        return measured(self.hardware, self.plan.compute_dtype, wanted)
 
 
 def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
@@ -74,7 +73,8 @@ def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
     hardware = dataclasses.replace(hardware, memory_limit_bytes=hardware.memory_bytes() or None)  # looked up once
     calibration = build.calibration(cfg)
     check_source(calibration)
-    plan = plan_of(lm)
+    computed_in = hardware.compute_dtype if lm.loading.dtype == "auto" else lm.loading.dtype
+    plan = dataclasses.replace(plan_of(lm), computed_in=computed_in)
     check_dense(lm, plan.config, stages)
     return Base(plan, hardware, countable(lm, calibration, cfg.seed), lm.name)
 

@@ -1,7 +1,8 @@
 """Runs a function in a child process of a fork server: quick to start, alone in its process group, with limits.
 
-The fork server keeps torch, transformers and lm-eval imported, so a child costs milliseconds instead of seconds. A child dies with
-the fork server, which dies with the search: whatever way a search ends, nothing of it is left running.
+The fork server keeps torch, transformers and lm-eval imported, so a child costs milliseconds instead of seconds. A child dies
+with the fork server, which dies with the search: whatever way a search ends, nothing of it is left running. Where CUDA cannot be
+used in forks, children are fresh processes.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import errno
 import gc
 import importlib
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +25,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from winnow.cli import say
 from winnow.hardware.process import end_with_parent
+from winnow.search import spoilt
 from winnow.types import MissingExtra, Reason, Unservable, UserError
 
 PRELOAD = ("torch", "transformers", "lm_eval", "winnow.search.preload")  # for every trial
@@ -48,12 +53,96 @@ class Limits:
     memory_bytes: int | None = None  # resident, of the child and its children
 
 
+class _Server:
+    """The fork server of this process, and what was seen of its children.
+
+    Attributes:
+        modules: that it imports.
+        left_out: of those that were wanted, the ones that would spoil CUDA for children (`winnow.search.spoilt`).
+        method: of `multiprocessing`, by which children are started: `spawn` where CUDA is spoilt in every fork.
+    """
+
+    def __init__(self) -> None:
+        self.modules: tuple[str, ...] = PRELOAD
+        self.left_out: tuple[str, ...] = ()
+        self.method = "forkserver"
+        self._looked_at = False
+        self._lock = threading.Lock()
+
+    def want(self, modules: Sequence[str]) -> None:
+        """Starts it, if there is none, with these modules to import."""
+        with self._lock:
+            if not self._looked_at:
+                self.modules = tuple(modules)
+            self._start()
+
+    def _start(self) -> None:
+        from multiprocessing import forkserver
+
+        # torch then counts GPUs through NVML and not through the driver, which would spoil CUDA in every fork
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(self.modules))
+        forkserver.ensure_running()
+
+    def context(self, log: Callable[[str], None]) -> Any:
+        """How to start a child. The first time a child is looked at, and what spoils CUDA in it is left out."""
+        with self._lock:
+            self._start()
+            if not self._looked_at:
+                if self._child_is_spoilt():
+                    self._mend(log)
+                self._looked_at = True
+        return multiprocessing.get_context(self.method)
+
+    def _mend(self, log: Callable[[str], None]) -> None:
+        from multiprocessing import forkserver
+
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        command = [sys.executable, "-m", spoilt.__name__, *self.modules]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+        self.left_out = tuple(json.loads(done.stdout or "[]"))
+        for name in self.left_out:
+            log(f"{name} starts CUDA when it is imported, or cannot be imported: it is left to each trial")
+        self.modules = tuple(name for name in self.modules if name not in self.left_out)
+        self._start()
+        if self._child_is_spoilt():
+            log("CUDA cannot be used in a fork here: each trial starts a fresh process, which takes seconds")
+            self.method = "spawn"
+
+    def _child_is_spoilt(self) -> bool:
+        """Whether a child could not use CUDA, or cannot even be started."""
+        context = multiprocessing.get_context("forkserver")
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_look, args=(theirs,))
+        try:
+            with _BOOKS:
+                process.start()
+            theirs.close()
+            return bool(ours.recv())
+        except (EOFError, OSError):  # the server has died of an import
+            return True
+        finally:
+            ours.close()
+
+
+_server = _Server()
+
+
 def start_server(extra: Sequence[str] = ()) -> None:
     """Starts the fork server; it goes on importing (`PRELOAD` and `extra`) in the background while the caller prepares."""
-    from multiprocessing import forkserver
+    _server.want((*PRELOAD, *extra))
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *extra])
-    forkserver.ensure_running()
+
+def left_out() -> tuple[str, ...]:
+    """The modules that children import by themselves."""
+    _server.context(say)
+    return _server.left_out
+
+
+def _look(connection: Connection) -> None:
+    """In a child."""
+    connection.send(spoilt.is_spoilt())
+    os._exit(0)
 
 
 def call(
@@ -77,7 +166,8 @@ def call(
         Failed: with the typed reason.
         Cancelled, KeyboardInterrupt: after the child was killed.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = _server.context(log)
+    ours: Connection
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=_main, args=(theirs, function, arguments, str(output), dict(environment or {})), daemon=False
@@ -126,7 +216,7 @@ class Service:
     """
 
     def __init__(self, function: str, arguments: dict[str, Any], output: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
+        context = _server.context(say)
         self._ours, theirs = context.Pipe()
         self._output = output
         self._process = context.Process(target=_serve, args=(theirs, function, arguments, str(output)), daemon=True)

@@ -82,7 +82,8 @@ def smallest(strategies: Sequence[Strategy], outlook: Outlook, most: int) -> lis
 def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -> Forecasts:
     """Those of the search that `cfg` describes."""
     settings = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]), resolve=True)
-    service = child.Service("winnow.search.outlook:forecaster", {"settings": settings}, folder / "log.txt")
+    arguments = {"settings": settings, "without": child.left_out()}
+    service = child.Service("winnow.search.outlook:forecaster", arguments, folder / "log.txt")
 
     def ask(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
@@ -93,8 +94,10 @@ def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -
     return Forecasts(ask, constraints)
 
 
-def forecaster(settings: dict[str, Any]) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """In the child: what answers."""
+def forecaster(
+    settings: dict[str, Any], without: Sequence[str] = ()
+) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """In the child: what answers; it imports what stages need `without` the modules that start CUDA."""
     from winnow import build
     from winnow.method.pipeline import check_order
     from winnow.report.dry_run import base_of
@@ -103,7 +106,8 @@ def forecaster(settings: dict[str, Any]) -> Callable[[list[dict[str, Any]]], lis
     cfg = OmegaConf.create(settings)
     base = base_of(cfg)
     plain: dict[str, Any] = {str(name): build.instantiate(cfg.method[name], f"method.{name}") for name in cfg.method}
-    machine = base.machine(list(plain.values()))
+    # this process lives beside the trials: CUDA, once started here, would take memory of each GPU
+    machine = base.machine(list(plain.values()), without)
 
     @functools.lru_cache(maxsize=10_000)
     def stage(name: str, knobs: tuple[tuple[str, Any], ...]) -> Stage:

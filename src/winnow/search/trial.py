@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
 from winnow.files import whole
-from winnow.hardware.device import without_cuda
 from winnow.model import manifest
 from winnow.search import child
 from winnow.types import Reason
@@ -107,12 +106,9 @@ class _Cancelled:
 
 
 def preloads(cfg: DictConfig) -> list[str]:
-    """Modules that the stages of `cfg.method` and the benchmark want imported once, in the fork server.
-
-    On GPUs those that start CUDA are left to each child: once started, it works in no fork.
-    """
+    """Modules that the stages of `cfg.method` and the benchmark want imported once, in the fork server."""
     users = [build.target_of(node["_target_"]) for node in [*(cfg.method or {}).values(), cfg.benchmark]]
-    return without_cuda(sorted({module for user in users for module in user.preload}), cfg.hardware.device)
+    return sorted({module for user in users for module in user.preload})
 
 
 def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Runtime:
     name = "transformers"
 
     def __init__(self, lm: LM, hardware: Hardware | None = None) -> None:
+        if hardware is not None:
+            lm.compute_in(hardware.compute_dtype)
         self._lm = lm
         self.model: Any = lm.model
         self._training = self.model.training

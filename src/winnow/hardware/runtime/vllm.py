@@ -53,7 +53,7 @@ class Runtime:
 
         self._scorer = VLLMAdapter(
             pretrained=lm.path,
-            dtype=hardware.dtype,
+            dtype=hardware.compute_dtype,
             trust_remote_code=lm.loading.trust_remote_code,
             tensor_parallel_size=hardware.devices,
             batch_size="auto",

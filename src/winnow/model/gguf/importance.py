@@ -40,7 +40,7 @@ def _mean_squares(lm: LM, batches: Sequence[torch.Tensor], run: Run) -> dict[str
     tokens = sum(batch.numel() for batch in batches)
     count = len(decoder_blocks(lm.model))
     found: dict[str, torch.Tensor] = {}
-    for index, block, replay in walk_blocks(lm.model, batches, run.device):
+    for index, block, replay in walk_blocks(lm.model, batches, run):
         with _squares(block) as squares:
             replay()
         for linear, sum_i in squares.items():
