@@ -103,9 +103,8 @@ class Harness:
             spec.check_files(self.data_dir)
 
     def scores(self) -> tuple[str, ...]:
-        """The names of the figures in which more is better, one a benchmark and a further one where it has two."""
-        scored = [spec for spec in self.specs if spec.metric is not None]
-        return tuple(name for spec in scored for name in (spec.name, *(f"{spec.name}_{s}" for s in spec.also)))
+        """The names of the figures in which more is better: each benchmark's score, and its further ones."""
+        return tuple(name for spec in self.specs for name in spec.scores())
 
     def __call__(self, lm: LM, run: Run, watch: Watch | None = None) -> Figures:
         """Scores `lm`, in rounds; writes `samples.parquet` and `rounds.json` into the run's folder.
