@@ -65,6 +65,14 @@ def test_the_score_weighs_a_choice_by_its_length_and_acc_does_not(name: str) -> 
     assert f"{name}_acc_stderr" in found and f"{name}_acc" in harness(name).scores()
 
 
+def test_items_that_a_task_rewrites_show_no_progress_bars(capfd: pytest.CaptureFixture[str]) -> None:
+    import datasets
+
+    asked(Scripted(True), "hellaswag")
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
+
+
 def test_a_blank_is_filled_in_the_context() -> None:
     class Seen(Scripted):
         def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:

@@ -44,15 +44,15 @@ def scores_of(spec: Spec, samples: Sequence[Sample]) -> dict[str, float]:
     A further `perplexity` is exp of the mean negative log-likelihood of an item's answer, and has no standard error.
     """
     found = {}
-    if PERPLEXITY in spec.further:
-        nats = -sum(float(sample.extra[PERPLEXITY]) for sample in samples)
-        found[f"{spec.name}_{PERPLEXITY}"] = _exp(nats / len(samples))
     for suffix in ("", *(metric for metric in spec.further if metric != PERPLEXITY), *spec.also):
         groups: dict[str, list[float]] = defaultdict(list)
         for sample in samples:
             groups[sample.subtask].append(float(sample.extra[suffix]) if suffix else sample.score)
         name = f"{spec.name}_{suffix}" if suffix else spec.name
         found[name], found[f"{name}_stderr"] = mean_and_error(groups, spec.mean)
+    if PERPLEXITY in spec.further:
+        nats = -sum(float(sample.extra[PERPLEXITY]) for sample in samples)
+        found[f"{spec.name}_{PERPLEXITY}"] = _exp(nats / len(samples))
     return found
 
 

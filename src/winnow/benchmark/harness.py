@@ -193,19 +193,24 @@ def _line(spec: Spec, found: list[samples.Sample], seconds: float) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the remarks of the libraries below; loggers, warnings and environment are afterwards as they were."""
+    """Without remarks and progress bars of the libraries below; loggers, warnings and environment are afterwards as they were."""
+    import datasets
+
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "huggingface_hub", "httpx")]
     levels = [logger.level for logger in loggers]
-    environment = dict(os.environ)
+    environment, bars_shown = dict(os.environ), not datasets.are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
         try:
             yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            if bars_shown:
+                datasets.enable_progress_bars()
             for key in set(os.environ) - set(environment):
                 del os.environ[key]
             os.environ.update(environment)
