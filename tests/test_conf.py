@@ -68,6 +68,13 @@ def test_no_yaml_is_left_out() -> None:
     assert {p.name for p in CONF.iterdir() if p.is_dir()} <= known
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "benchmark").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_benchmark_says_only_what_its_base_does_not(path: Path) -> None:
+    base, own = (OmegaConf.to_container(OmegaConf.load(p)) for p in (CONF / "benchmark_base.yaml", path))
+    assert isinstance(base, dict) and isinstance(own, dict)
+    assert not [key for key in own if key in base and own[key] == base[key]]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_yaml_agrees_with_its_class(name: str) -> None:
     node = OmegaConf.to_container(composed("compress", f"method=[{name}]").method[name])

@@ -19,10 +19,20 @@ class Scripted(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         self.prompts += [request.args[0] for request in requests]
-        return [(-0.5 if self._is_true(r.doc, r.args[1].strip()) == self.right else -9.0, False) for r in requests]
+        alike = [self._is_true(r.doc, r.args[0], r.args[1].strip()) == self.right for r in requests]
+        return [(-0.5 if one else -9.0, one) for one in alike]
 
     @staticmethod
-    def _is_true(doc: dict[str, Any], choice: str) -> bool:
+    def _is_true(doc: dict[str, Any], context: str, choice: str) -> bool:
+        if "sol1" in doc:  # PIQA
+            return choice == doc[f"sol{doc['label'] + 1}"]
+        if "option1" in doc:  # WinoGrande: the choice stands in the context
+            start, end = doc["sentence"].split("_")
+            return context.endswith(start + doc[f"option{doc['answer']}"]) and choice == end.strip()
+        if "endings" in doc:  # HellaSwag
+            return choice == doc["endings"][int(doc["label"])]
+        if "text" in doc:  # LAMBADA
+            return f"{context} {choice}" == doc["text"]
         if "answerKey" in doc:
             return choice in (doc["answerKey"], doc["choices"]["text"]["ABCDE".index(doc["answerKey"])])
         labels: dict[str, int] = {}

@@ -11,7 +11,7 @@ import pytest
 from winnow.benchmark.held_out import benchmark_of
 from winnow.model.calibration import calibration_batches
 from winnow.model.load import pretrained
-from winnow.recovery.corpus import documents
+from winnow.recovery.corpus import _benchmarks, _pieces, _worded, documents
 from winnow.types import Calibration, Chat, Document, Run, UserError
 
 ITEMS = Path(__file__).parents[1] / "data" / "benchmarks"
@@ -152,6 +152,48 @@ def test_a_benchmarks_training_split_is_worded_as_the_benchmark_words_it() -> No
     assert sorted(documents(calibration, 10_000, seed=0), key=str) == sorted(expected, key=str)
 
 
+def test_articles_come_in_pieces_that_a_document_can_hold() -> None:
+    calibration = Calibration(source="wikitext", data_dir=str(ITEMS), max_length=50)
+    found = documents(calibration, 10_000, seed=0)
+    articles = [json.loads(line)["page"] for line in (ITEMS / "wikitext2" / "validation.jsonl").open()]
+    assert all(isinstance(d, Document) and not d.prompt and len(d.completion) <= 200 for d in found)
+    assert sum(len(d.completion) > 150 for d in found) > 0.9 * len(found)  # type: ignore[union-attr]
+    words = sum(len(d.completion.split()) for d in found)  # type: ignore[union-attr]
+    assert 0.8 * sum(len(a.split()) for a in articles) < words  # fewer, as the benchmark joins punctuation to words
+    assert any("The Boat Race 2008" in d.completion for d in found)  # type: ignore[union-attr]
+    assert "".join(_pieces("a  bb\nccccc d", 3)) == "abbcccccd" and list(_pieces("aaaa", 3)) == ["aaa", "a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("arc_easy", Document("Question: What causes sound?\nAnswer:", " vibrations")),
+        (
+            "hellaswag",
+            Document(
+                "Wrapping presents: We see a box on fabric. A person", " wraps the box in the fabric and ties it up."
+            ),
+        ),
+        ("winogrande", Document("God liked to control the day and the night, but the day", " was too bright.")),
+        ("piqa", Document("Question: laser\nAnswer:", " burns face")),
+    ],
+)
+def test_choices_are_worded_with_the_right_one(name: str, expected: Document) -> None:
+    from winnow.benchmark.harness import quiet
+    from winnow.benchmark.spec import Spec
+    from winnow.benchmark.tasks import load
+
+    spec = Spec.read(name, dict(_benchmarks()[name][name]))
+    with quiet():
+        task = load(spec, str(ITEMS))[0][0].task
+    assert expected in [document for doc in task.eval_docs for document in _worded(task, doc, 512)]
+
+
+def test_a_benchmark_without_a_training_split_is_none() -> None:
+    with pytest.raises(UserError, match=r"arc_easy: that benchmark has no training split here; take gsm8k, wikitext"):
+        documents(Calibration(source="arc_easy", data_dir=str(ITEMS)), 1, seed=0)
+
+
 @pytest.mark.parametrize(
     ("name", "file", "field"),
     [
@@ -160,6 +202,9 @@ def test_a_benchmarks_training_split_is_worded_as_the_benchmark_words_it() -> No
         ("truthfulqa", "truthful_qa/validation.jsonl", "question"),
         ("humaneval", "openai_humaneval/test.jsonl", "prompt"),
         ("bbh", "bbh/date_understanding.jsonl", "input"),
+        ("arc_easy", "arc_easy/test.jsonl", "question"),
+        ("winogrande", "winogrande/validation.jsonl", "sentence"),
+        ("lambada", "lambada_openai/test.jsonl", "text"),
     ],
 )
 def test_test_items_are_refused(tmp_path: Path, name: str, file: str, field: str) -> None:
@@ -188,8 +233,42 @@ def test_test_items_are_found_in_every_form(tmp_path: Path) -> None:
             documents(written(tmp_path / f"{number}.jsonl", row), 1, seed=0)
 
 
-def test_nothing_of_a_training_split_is_refused() -> None:
-    for line in (ITEMS / "gsm8k" / "train.jsonl").open():
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("openbookqa", "There is most likely going to be fog around: a marsh"),
+        ("hellaswag", "A boy is running down a track. The boy lifts his body above the height of a pole."),
+        ("hellaswag", "stands on his hands and springs."),
+        ("winogrande", "The arrow stuck to the bark but not the stone because the stone was hard."),
+        ("piqa", None),
+        ("wikitext", None),
+    ],
+)
+def test_test_items_without_a_question_of_their_own_are_refused(tmp_path: Path, name: str, text: str | None) -> None:
+    """Also as the benchmark words them, with their answers."""
+    if name == "wikitext":
+        articles = [json.loads(line)["page"] for line in (ITEMS / "wikitext2" / "test.jsonl").open()]
+        text = max((line for article in articles for line in article.split("\n")), key=len)
+    if name == "piqa":
+        text = (
+            "Question: How do I ready a guinea pig cage for it's new occupants?\nAnswer: Provide the guinea pig with a cage "
+            "full of a few inches of bedding made of ripped paper strips, you will also need to supply it with a water "
+            "bottle and a food dish."
+        )
+    assert text
+    for part in (text, text.splitlines()[-1]):
+        with pytest.raises(UserError, match=f"line 1 is a test item of {name}"):
+            documents(written(tmp_path / "a.jsonl", {"text": f"Some words.\n\n{part}\n"}), 1, seed=0)
+
+
+def test_texts_that_are_nobodys_are_not_refused(tmp_path: Path) -> None:
+    rows = [{"text": text} for text in ("cans", "Predators eat", " = = Credits and personnel = = ", "A man stands. he")]
+    assert len(documents(written(tmp_path / "a.jsonl", *rows), 9, seed=0)) == 4
+
+
+@pytest.mark.parametrize("file", ["gsm8k/train.jsonl", "wikitext2/validation.jsonl"])
+def test_nothing_of_a_training_split_is_refused(file: str) -> None:
+    for line in (ITEMS / file).open():
         assert all(benchmark_of(value) is None for value in json.loads(line).values())
 
 

@@ -17,6 +17,8 @@ from lm_eval.models.huggingface import HFLM
 
 from winnow.model.adapter import virtual_tokens
 
+LOGITS_BYTES = 2**30  # in float32, of the windows of text that are scored together; lm-eval keeps a second copy
+
 
 class Requests:
     """From lm-eval's requests to token ids and back, for a subclass of lm-eval's `TemplateLM` with a tokenizer."""
@@ -67,22 +69,26 @@ class Requests:
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of each text after the prefix token, every token of it predicted once.
 
+        A request is `(text,)` or `(text, window)`: at most `window` tokens are predicted together, and none sees those before.
         Unlike lm-eval's, a tokenizer that puts `<bos>` before each text does not have that token predicted, too.
         """
         windows: list[Any] = []
         counts = []
-        for (text,) in (request.args for request in requests):
+        for text, *window in (request.args for request in requests):
             rolled = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
+                max_seq_len=min([self.max_length, *window]),
                 context_len=1,
             )
             mine = [(None, *utils.make_disjoint_window(window)) for window in rolled]
             windows += mine
             counts.append(len(mine))
-        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=True))
+        scores = iter(self._window_scores(windows))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def _window_scores(self, windows: list[Any]) -> list[tuple[float, bool]]:
+        return self._loglikelihood_tokens(windows, disable_tqdm=True)
 
     def count_tokens(self, text: str) -> int:
         """How many tokens of a text are predicted."""
@@ -123,6 +129,20 @@ class Adapter(Requests, HFLM):
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = HFLM._loglikelihood_tokens(self, requests, True, override_bs)
+        return found
+
+    def _window_scores(self, windows: list[Any]) -> list[tuple[float, bool]]:
+        """As `_loglikelihood_tokens`, with fewer windows at a time where their logits would not fit: texts are long."""
+        lengths = [len(context) + len(continuation) for _, context, continuation in windows]
+        fitting = max(1, LOGITS_BYTES // (4 * max(lengths) * self.vocab_size))
+        if fitting >= self.batch_size:
+            return self._loglikelihood_tokens(windows)
+        found = [(0.0, False)] * len(windows)
+        order = sorted(range(len(windows)), key=lambda number: -lengths[number])  # so that little is padded
+        for batch in (order[start : start + fitting] for start in range(0, len(order), fitting)):
+            scores = self._loglikelihood_tokens([windows[number] for number in batch])
+            for number, score in zip(batch, scores, strict=True):
+                found[number] = score
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from winnow.benchmark.samples import Sample
-from winnow.benchmark.spec import Spec
+from winnow.benchmark.spec import PERPLEXITY, Spec
 from winnow.types import Figures
 
 
@@ -39,27 +39,42 @@ def _variance(values: Sequence[float]) -> float:
 
 
 def scores_of(spec: Spec, samples: Sequence[Sample]) -> dict[str, float]:
-    """`<name>`, `<name>_stderr`, and for each further task `<name>_<suffix>` and its standard error."""
+    """`<name>`, `<name>_stderr`, and for each further metric or task `<name>_<suffix>` and its standard error.
+
+    A further `perplexity` is exp of the mean negative log-likelihood of an item's answer, and has no standard error.
+    """
     found = {}
-    for suffix in ("", *spec.also):
+    for suffix in ("", *(metric for metric in spec.further if metric != PERPLEXITY), *spec.also):
         groups: dict[str, list[float]] = defaultdict(list)
         for sample in samples:
             groups[sample.subtask].append(float(sample.extra[suffix]) if suffix else sample.score)
         name = f"{spec.name}_{suffix}" if suffix else spec.name
         found[name], found[f"{name}_stderr"] = mean_and_error(groups, spec.mean)
+    if PERPLEXITY in spec.further:
+        nats = -sum(float(sample.extra[PERPLEXITY]) for sample in samples)
+        found[f"{spec.name}_{PERPLEXITY}"] = _exp(nats / len(samples))
     return found
 
 
 def perplexity_of(samples: Sequence[Sample]) -> dict[str, float]:
-    """`perplexity`, exp of the mean negative log-likelihood of a token, and `bits_per_byte`, which tokenizers can share."""
+    """`perplexity`, exp of the mean negative log-likelihood of a token, and `bits_per_byte`, which tokenizers can share.
+
+    Where the task counts words, `word_perplexity`, too, which tokenizers can share as well.
+    """
     nats = -sum(sample.score for sample in samples)
     tokens = sum(int(sample.extra["tokens"]) for sample in samples)
     size = sum(int(sample.extra["bytes"]) for sample in samples)
+    found = {"perplexity": _exp(nats / tokens), "bits_per_byte": nats / size / math.log(2)}
+    if all("words" in sample.extra for sample in samples):
+        found["word_perplexity"] = _exp(nats / sum(int(sample.extra["words"]) for sample in samples))
+    return found
+
+
+def _exp(value: float) -> float:
     try:
-        perplexity = math.exp(nats / tokens)
+        return math.exp(value)
     except OverflowError:  # a broken model: the trial fails for a figure that is not finite
-        perplexity = math.inf
-    return {"perplexity": perplexity, "bits_per_byte": nats / size / math.log(2)}
+        return math.inf
 
 
 def figures(scored: Sequence[tuple[Spec, Sequence[Sample]]]) -> Figures:

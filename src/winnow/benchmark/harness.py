@@ -103,9 +103,8 @@ class Harness:
             spec.check_files(self.data_dir)
 
     def scores(self) -> tuple[str, ...]:
-        """The names of the figures in which more is better, one a benchmark and a further one where it has two."""
-        scored = [spec for spec in self.specs if spec.metric is not None]
-        return tuple(name for spec in scored for name in (spec.name, *(f"{spec.name}_{s}" for s in spec.also)))
+        """The names of the figures in which more is better: each benchmark's score, and its further ones."""
+        return tuple(name for spec in self.specs for name in spec.scores())
 
     def __call__(self, lm: LM, run: Run, watch: Watch | None = None) -> Figures:
         """Scores `lm`, in rounds; writes `samples.parquet` and `rounds.json` into the run's folder.
@@ -194,19 +193,24 @@ def _line(spec: Spec, found: list[samples.Sample], seconds: float) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the remarks of the libraries below; loggers, warnings and environment are afterwards as they were."""
+    """Without remarks and progress bars of the libraries below; loggers, warnings and environment are afterwards as they were."""
+    import datasets
+
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "huggingface_hub", "httpx")]
     levels = [logger.level for logger in loggers]
-    environment = dict(os.environ)
+    environment, bars_shown = dict(os.environ), not datasets.are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
         try:
             yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            if bars_shown:
+                datasets.enable_progress_bars()
             for key in set(os.environ) - set(environment):
                 del os.environ[key]
             os.environ.update(environment)

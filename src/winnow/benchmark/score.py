@@ -8,11 +8,13 @@ whatever their size: which items a limit keeps, and which exemplars an item gets
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from winnow.benchmark.samples import Sample
 from winnow.benchmark.spec import Spec
@@ -89,6 +91,24 @@ def requests(task: Any, number: int, question: Question, seed: int) -> list[Any]
     return made if isinstance(made, list) else [made]
 
 
+def _asked(spec: Spec, task: Any, number: int, question: Question, seed: int) -> Asked:
+    """An item with its requests; of text only as much as the benchmark takes."""
+    if spec.words is not None:
+        doc = {key: first_words(v, spec.words) if isinstance(v, str) else v for key, v in question.doc.items()}
+        question = replace(question, doc=doc)
+    made = requests(task, number, question, seed)
+    if spec.window is not None:
+        for instance in made:
+            instance.arguments = (*instance.args, spec.window)
+    return Asked(question, made)
+
+
+def first_words(text: str, count: int) -> str:
+    """The text up to the word after its first `count` ones; all of it where there are no more."""
+    following = next(itertools.islice(re.finditer(r"\S+", text), count, None), None)
+    return text if following is None else text[: following.start()]
+
+
 def ask(adapter: Any, asked: Sequence[Asked]) -> None:
     """Has the model answer all requests, those of one kind together."""
     by_kind: dict[str, list[Any]] = defaultdict(list)
@@ -138,7 +158,7 @@ def score(
     for mine in grouped.values():
         loaded = mine[0].loaded
         for suffix, task in ({"": loaded.task} | (also or {})).items():
-            made = [Asked(q, requests(task, n, q, seed)) for n, q in enumerate(mine)]
+            made = [_asked(spec, task, n, q, seed) for n, q in enumerate(mine)]
             if made:
                 jobs.append((suffix, task, made))
     ask(adapter, [one for _, _, made in jobs for one in made])
@@ -155,39 +175,76 @@ def score(
 def _samples(
     adapter: Any, spec: Spec, task: Any, asked: Sequence[Asked], extras: dict[str, dict[str, float]]
 ) -> Iterator[Sample]:
+    outcome_of = OUTCOMES.get(task.OUTPUT_TYPE, _generated)
     for one in asked:
-        doc, first = one.question.doc, one.instances[0]
         extra: dict[str, Any] = dict(extras.get(one.question.doc_hash, {}))
-        prediction, target = "", str(task.doc_to_target(doc))
-        log_likelihoods: tuple[float, ...] = ()
-        correct: bool | None = None
-        if task.OUTPUT_TYPE == "loglikelihood_rolling":
-            text = first.args[0]
-            value, log_likelihoods, target = first.resps[0], (first.resps[0],), ""
-            extra |= {"tokens": adapter.count_tokens(text), "bytes": one.metrics["bits_per_byte"][1]}
+        if spec.metric is None:
+            outcome = _text(adapter, one)
+            value, correct = outcome.log_likelihoods[0], None
         else:
-            if spec.metric not in one.metrics:
-                known = ", ".join(one.metrics)
-                raise UserError(f"benchmark.tasks.{spec.name}.metric={spec.metric}: {task.task_name} has {known}")
-            value = one.metrics[spec.metric]
-            correct = bool(value == 1)
-            if task.OUTPUT_TYPE == "multiple_choice":
-                log_likelihoods = tuple(instance.resps[0][0] for instance in one.instances)
-                choices = [instance.args[1].strip() for instance in one.instances]
-                prediction = choices[log_likelihoods.index(max(log_likelihoods))]
-                target = _choice(task.doc_to_target(doc), task.doc_to_choice(doc))
-            else:
-                extracted = next(iter(first.filtered_resps.values()))
-                extracted = first.filtered_resps[spec.filter] if spec.filter else extracted
-                extra["response"] = first.resps[0]
-                prediction = extracted if isinstance(extracted, str) else first.resps[0]
-                if not isinstance(extracted, str):
-                    extra["outcome"] = extracted[0]
+            _check_metrics(spec, task, one.metrics)
+            outcome = outcome_of(spec, task, one)
+            value, correct = one.metrics[spec.metric], bool(one.metrics[spec.metric] == 1)
+            extra |= {metric: float(one.metrics[metric]) for metric in spec.further}
         prompt_hash = digest([list(instance.args) for instance in one.instances])
         yield Sample(
-            spec.name, one.question.subtask, one.question.doc_hash, prompt_hash, prediction, target, correct,
-            float(value), log_likelihoods, extra,
+            spec.name, one.question.subtask, one.question.doc_hash, prompt_hash, outcome.prediction, outcome.target,
+            correct, float(value), outcome.log_likelihoods, extra | outcome.extra,
         )  # fmt: skip
+
+
+def _check_metrics(spec: Spec, task: Any, found: Mapping[str, Any]) -> None:
+    for key, wanted in ((f"metric={spec.metric}", [spec.metric]), (f"further={list(spec.further)}", spec.further)):
+        if not set(wanted) <= set(found):
+            raise UserError(f"benchmark.tasks.{spec.name}.{key}: {task.task_name} has {', '.join(found)}")
+
+
+class Outcome(NamedTuple):
+    """What a sample says of an answer, whatever its score."""
+
+    prediction: str
+    target: str
+    log_likelihoods: tuple[float, ...] = ()
+    extra: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+
+def _text(adapter: Any, one: Asked) -> Outcome:
+    first = one.instances[0]
+    sizes = {"tokens": adapter.count_tokens(first.args[0]), "bytes": one.metrics["bits_per_byte"][1]}
+    if "word_perplexity" in one.metrics:
+        sizes["words"] = one.metrics["word_perplexity"][1]
+    return Outcome("", "", (first.resps[0],), sizes)
+
+
+def _chosen(spec: Spec, task: Any, one: Asked) -> Outcome:
+    """The choice that the metric takes for the answer: the likeliest, for `acc_norm` by the character."""
+    doc = one.question.doc
+    choices = task.doc_to_choice(doc)
+    log_likelihoods = tuple(instance.resps[0][0] for instance in one.instances)
+    length = LENGTHS.get(str(spec.metric), lambda _: 1)
+    weighed = [value / max(length(choice), 1) for value, choice in zip(log_likelihoods, choices, strict=True)]
+    # of a task whose choices come before the same continuation, it is `doc_to_text` that tells the right one
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    return Outcome(choices[weighed.index(max(weighed))].strip(), _choice(gold, choices), log_likelihoods)
+
+
+def _greedy(spec: Spec, task: Any, one: Asked) -> Outcome:
+    """Whether greedy decoding gives the right answer; what it gives otherwise is not known."""
+    log_likelihood, is_greedy = one.instances[0].resps[0]
+    target = str(task.doc_to_target(one.question.doc))
+    return Outcome(target if is_greedy else "", target, (log_likelihood,))
+
+
+def _generated(spec: Spec, task: Any, one: Asked) -> Outcome:
+    first, target = one.instances[0], str(task.doc_to_target(one.question.doc))
+    extracted = first.filtered_resps[spec.filter] if spec.filter else next(iter(first.filtered_resps.values()))
+    if isinstance(extracted, str):
+        return Outcome(extracted, target, (), {"response": first.resps[0]})
+    return Outcome(first.resps[0], target, (), {"response": first.resps[0], "outcome": extracted[0]})
+
+
+OUTCOMES = {"multiple_choice": _chosen, "loglikelihood": _greedy}  # by a task's output type
+LENGTHS: dict[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 
 
 def _choice(gold: Any, choices: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from winnow.types import UserError
 
 MEANS = ("items", "subtasks")
+PERPLEXITY = "perplexity"  # lm-eval's metric of this name gives an item's log-likelihood, and its figure is exp(-mean)
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,14 @@ class Spec:
         task: a task's name in that folder, or a pattern with `*`: the tasks that match are the benchmark's subtasks.
         metric: of the task, which scores an item; None for text, which is scored by perplexity.
         filter: which of the task's answer extractions counts; None if it has one only.
+        further: further metrics of the same task, each of them a figure `<name>_<metric>`.
         also: further tasks over the same items, by the suffix of the figure that each adds: `{mc2: truthfulqa_mc2}`.
         data: `{split: file}` below `data_dir`; `{subtask}` stands for the subtask, `*` for any file.
         local_task: a task of `folder` or of `winnow` to use instead, where the items come from `data_dir`.
         mean: the score is the mean over `items`, or over `subtasks` (each of them weighs the same).
         num_fewshot: exemplars before each question; None leaves the task's own number.
+        window: of text: the most tokens that are predicted together; None takes what the model can hold.
+        words: of text: how many words of each item are scored, from its beginning; None scores all.
     """
 
     name: str
@@ -35,13 +39,24 @@ class Spec:
     task: str
     metric: str | None = "acc"
     filter: str | None = None
+    further: Sequence[str] = ()
     also: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     local_task: str | None = None
     mean: str = "items"
     num_fewshot: int | None = None
+    window: int | None = None
+    words: int | None = None
 
     def __post_init__(self) -> None:
+        for key, least in (("window", 2), ("words", 1)):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise UserError(
+                    f"benchmark.tasks.{self.name}.{key}={value} is not a whole number of at least {least}, or null"
+                )
+            if value is not None and self.metric is not None:
+                raise UserError(f"benchmark.tasks.{self.name}.{key} is for text, which has metric: null; leave it out")
         if self.mean not in MEANS:
             raise UserError(f"benchmark.tasks.{self.name}.mean={self.mean} is not known; it is {' or '.join(MEANS)}")
 
@@ -60,6 +75,13 @@ class Spec:
             if not values.get(key):
                 raise UserError(f"benchmark.tasks.{name}.{key} is missing: the lm-eval task that scores {name}")
         return cls(name, **values)
+
+    def scores(self) -> tuple[str, ...]:
+        """The names of its figures in which more is better."""
+        if self.metric is None:
+            return ()
+        suffixes = [*(metric for metric in self.further if metric != PERPLEXITY), *self.also]
+        return (self.name, *(f"{self.name}_{suffix}" for suffix in suffixes))
 
     def check_files(self, data_dir: str) -> None:
         """That the files of this benchmark are below `data_dir`.

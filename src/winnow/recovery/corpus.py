@@ -5,6 +5,7 @@
 | `nano` | the embedded model's world, an endless stream |
 | a `.jsonl` or `.txt` file | its rows, or its paragraphs |
 | a benchmark, e.g. `gsm8k` | its training split, as the benchmark words it: from `calibration.data_dir`, else from the hub |
+| `wikitext` | the articles of its training split, or of its validation split where `calibration.data_dir` has that only |
 | `hub:owner/name` | a data set of the hub; `calibration.subset` and `calibration.split` choose from it |
 
 A data set of the hub is downloaded once and kept in the hub's cache; with `calibration.streaming=true` only the rows that are
@@ -24,6 +25,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ TEXT_FIELDS = ("text", "content")
 PAIRS = (("prompt", "completion"), ("question", "answer"))
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 HUB = "hub:"
+CHARACTERS = 4  # that a token has, about: articles are cut into documents of `max_length` tokens
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are mixed
 
 
@@ -46,7 +49,7 @@ def check_source(calibration: Calibration) -> None:
     if not path.is_file() or path.suffix not in (".jsonl", ".txt"):
         raise UserError(
             f"calibration.source={source}: no such file; give `nano`, the path of a .jsonl or .txt file, a benchmark with "
-            f"a training split (gsm8k), or hub:owner/name for a data set of the hub"
+            f"a training split (gsm8k, wikitext), or hub:owner/name for a data set of the hub"
         )
 
 
@@ -140,15 +143,42 @@ def _from_benchmark(calibration: Calibration) -> Iterator[Document | Chat]:
             tasks, _ = load(Spec.read(name, dict(values)), calibration.data_dir, 0)
             for loaded in tasks:
                 task = loaded.task
-                for number, doc in enumerate(task.training_docs() if task.has_training_docs() else [], 1):
+                for number, doc in enumerate(_unscored(task), 1):
                     found = True
                     _refuse_test_items(doc, f"{source}, row {number}")
-                    delimiter = task.get_config("target_delimiter") or ""
-                    yield Document(task.doc_to_text(doc), f"{delimiter}{task.doc_to_target(doc)}")
+                    yield from _worded(task, doc, calibration.max_length)
     if not found:
         raise UserError(
-            f"calibration.source={source}: that benchmark has no training split here; take gsm8k, or a file"
+            f"calibration.source={source}: that benchmark has no training split here; take gsm8k, wikitext, or a file"
         )
+
+
+def _unscored(task: Any) -> Any:
+    """The training split of a task; without one its validation split, if it is another that is scored."""
+    if task.has_training_docs():
+        return task.training_docs()
+    return task.validation_docs() if task.has_validation_docs() and task.has_test_docs() else []
+
+
+def _worded(task: Any, doc: Mapping[str, Any], max_length: int) -> Iterator[Document]:
+    """An item with its right answer, as the task words it; of a text pieces of about `max_length` tokens."""
+    answer, delimiter = task.doc_to_target(doc), task.get_config("target_delimiter") or ""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        yield from (Document("", piece) for piece in _pieces(answer, CHARACTERS * max_length))
+        return
+    asked = task.doc_to_text(doc)
+    answer = answer[0] if isinstance(answer, list) else answer
+    if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_input:  # the choices come before the same continuation
+        asked = task.doc_to_choice(doc)[asked]
+    elif task.OUTPUT_TYPE == "multiple_choice" and isinstance(answer, int):
+        answer = task.doc_to_choice(doc)[answer]
+    yield Document(asked, f"{delimiter}{answer}")
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """The text in pieces of at most `size` characters, cut at white space; within a word only if it is longer than that."""
+    for piece in re.finditer(rf"\S(?:.{{0,{size - 1}}}(?=\s|\Z)|.{{{size - 1}}})", text, re.DOTALL):
+        yield piece.group().rstrip()
 
 
 def _benchmarks() -> Mapping[str, Mapping[str, Any]]:
