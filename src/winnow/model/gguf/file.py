@@ -44,7 +44,9 @@ class File:
             raise self.refused(f"it lacks the key {key}")
         return self.keys[key]
 
-    def refused(self, why: str, instead: str = "take another file of this model, or its Hugging Face folder") -> UserError:
+    def refused(
+        self, why: str, instead: str = "take another file of this model, or its Hugging Face folder"
+    ) -> UserError:
         return UserError(f"model.path={self.path}: {why}; {instead}")
 
 
@@ -69,7 +71,9 @@ def opened(path: Path) -> File:
     with path.open("rb") as data:
         magic = data.read(4)
     if magic != MAGIC:
-        raise UserError(f"model.path={path} is not a GGUF file: it begins with {magic!r}; give a folder, a hub id or a .gguf")
+        raise UserError(
+            f"model.path={path} is not a GGUF file: it begins with {magic!r}; give a folder, a hub id or a .gguf"
+        )
     require(llama_cpp=False)
     import gguf
 
@@ -90,5 +94,7 @@ def opened(path: Path) -> File:
             f"llama-gguf-split --merge FIRST_PART WHOLE.gguf"
         )
     if keys.get("general.type", "model") != "model":
-        raise file.refused(f"it holds a part of another kind (general.type={keys['general.type']}), not a language model")
+        raise file.refused(
+            f"it holds a part of another kind (general.type={keys['general.type']}), not a language model"
+        )
     return file

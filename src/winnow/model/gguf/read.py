@@ -190,9 +190,10 @@ def _fit_llama3(file: File, config: PretrainedConfig) -> None:
 def dtype_of(file: File) -> torch.dtype:
     """What the weights of a file are kept as: the type of its matrices where they have one that is not quantized.
 
-    Of several such types float32 holds all. Quantized weights become bfloat16, in which the models of these families were
-    trained: rounding to its 8 bits adds less than a hundredth to the perplexity that quantizing to 4 or more bits has cost
-    (docs/LOG.md), and float32 would make the base model of a study twice the size that it has anywhere else.
+    Of several such types float32 holds all. Quantized weights become bfloat16, in which the models of these families are
+    published: float32 would make the base model of a study twice the size that it has anywhere else, and float16 overflows in
+    the activations of some. What rounding costs is small beside what quantizing has: measured on SmolLM2-135M in Q4_1, on 8,176
+    tokens of WikiText-2, the perplexity is 29.564 as float32 and 29.557 as bfloat16.
     """
     kinds = {tensor.tensor_type.name for tensor in file.tensors.values() if len(tensor.shape) > 1}
     if not kinds <= set(_EXACT):
@@ -216,7 +217,9 @@ def _chunks(file: File, name: str, order: torch.Tensor | None) -> Iterator[torch
         try:
             part = gguf.quants.dequantize(data[start : start + rows], tensor.tensor_type)
         except NotImplementedError:
-            raise file.refused(f"{name} is of the type {tensor.tensor_type.name}, which gguf cannot dequantize") from None
+            raise file.refused(
+                f"{name} is of the type {tensor.tensor_type.name}, which gguf cannot dequantize"
+            ) from None
         yield torch.tensor(part, dtype=torch.float32)
 
 
@@ -250,7 +253,9 @@ class Weights:
         if FAMILIES[config.model_type].rope_factors:
             left.discard(_FREQUENCIES)
         if left:
-            raise file.refused(f"it holds tensors that a {config.model_type} has no place for: {', '.join(sorted(left)[:3])}")
+            raise file.refused(
+                f"it holds tensors that a {config.model_type} has no place for: {', '.join(sorted(left)[:3])}"
+            )
 
     def __getitem__(self, name: str) -> Iterator[torch.Tensor]:
         """The rows of a weight in single precision, some at a time: the inverse of `architectures.converted`."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SPLITS = {name: steps for steps, name in NAMED_SPLITS.items()}
 SPLITS["smaug-bpe"] = SPLITS["llama-bpe"]
 _SAME_AS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "llama4": "gpt-4o"}
-_COMPOSING = ("qwen2",)  # the tokenizers with this split bring text into Unicode's form NFC, which llama.cpp leaves to others
+_COMPOSING = ("qwen2",)  # these tokenizers bring text into Unicode's form NFC, which llama.cpp leaves to others
 _BEGINNING = ("llama-bpe", "tekken")  # put a token before each text unless the file says otherwise
 ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # gguf.TokenType
@@ -44,7 +44,7 @@ def tokenizer_in(file: File) -> PreTrainedTokenizerBase:
         around = dict.fromkeys([*before, *after])
         made.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)],
+            pair=[*before, "$A", *after, *before, "$B:1", *after],
             special_tokens=[(token, made.token_to_id(token)) for token in around],
         )
     tokenizer = PreTrainedTokenizerFast(
@@ -128,7 +128,7 @@ def backend(vocabulary: Vocabulary) -> Tokenizer:
 def _byte_level(vocabulary: Vocabulary, ids: dict[str, int]) -> dict[str, Any]:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-    merges = [tuple(merge.split(" ", 1)) for merge in vocabulary.merges or []]
+    merges = _pairs(vocabulary.merges or [])
     steps: list[Any] = []
     for step in SPLITS[vocabulary.pre]:
         if step == "digits":
@@ -150,7 +150,7 @@ def _sentencepiece(vocabulary: Vocabulary, ids: dict[str, int]) -> dict[str, Any
 
     kinds = vocabulary.types
     if vocabulary.merges is not None:
-        merges = [tuple(merge.split(" ", 1)) for merge in vocabulary.merges]
+        merges = _pairs(vocabulary.merges)
     else:
         pieces = {t: i for t, i in ids.items() if kinds[i] not in (_CONTROL, _UNKNOWN, _BYTE)}
         merges = merges_of(pieces, vocabulary.scores or [])
@@ -164,6 +164,10 @@ def _sentencepiece(vocabulary: Vocabulary, ids: dict[str, int]) -> dict[str, Any
             [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
         ),
     }
+
+
+def _pairs(merges: list[str]) -> list[tuple[str, str]]:
+    return [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
 
 
 def merges_of(pieces: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
@@ -181,7 +185,7 @@ def merges_of(pieces: dict[str, int], scores: list[float]) -> list[tuple[str, st
 
 
 def _special(file: File, vocabulary: Vocabulary, name: str) -> str | None:
-    index = file.keys.get(f"tokenizer.ggml.{name}_token_id")
+    index: int | None = file.keys.get(f"tokenizer.ggml.{name}_token_id")
     if index is None:
         return None
     if index >= len(vocabulary.tokens):
