@@ -100,12 +100,16 @@ def stages(cfg: DictConfig) -> dict[str, Stage]:
     return made
 
 
-def model(cfg: DictConfig, weights: bool = True) -> LM:
+def model(cfg: DictConfig, weights: bool = True, dequantize: bool = True) -> LM:
     """The base model, not in memory yet; that its files exist and may be read is checked.
 
-    Without `weights` it is only asked for its configuration, and need not have more.
+    Without `weights` it is only asked for its configuration, and need not have more; without `dequantize` a GGUF file stays as
+    it is.
     """
-    lm: LM = instantiate(cfg.model, "model", **({} if weights else {"weights": False}))
+    told = {} if weights else {"weights": False}
+    if not dequantize and cfg.model.get("path"):
+        told["dequantize"] = False
+    lm: LM = instantiate(cfg.model, "model", **told)
     return lm
 
 
@@ -176,7 +180,7 @@ def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
         dtype=dtype,
         log=log,
         calibration=known,
-        base=cfg.get("base") or cfg.model.get("path"),
+        base=cfg.get("base"),
         devices=used.devices,
         parallel=used.parallel,
         tflops=used.tflops,

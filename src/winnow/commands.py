@@ -82,6 +82,9 @@ class Gates(Protocol):
 def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = None) -> dict[str, Any]:
     """Measures and scores `cfg.model` as it lies on disk; writes `metrics.json` and the items' outcomes, returns the metrics.
 
+    A GGUF file is the base model that it was dequantized to, as `compress` takes it; `hardware.runtime=llama_cpp` has llama.cpp
+    serve the file itself.
+
     Where a gate has stopped it, `stopped` says why, and the figures are those that were found before.
     """
     from winnow.hardware.meters import Meters
@@ -91,7 +94,7 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
     from winnow.model.save import whole_folder
 
     hardware = build.hardware(cfg)
-    lm = build.model(cfg)
+    lm = build.model(cfg, dequantize=hardware.runtime != "llama_cpp")
     benchmark = build.benchmark(cfg)
     hardware.check()
     figures, seconds = Figures(), dict[str, float]()

@@ -82,7 +82,7 @@ class GGUF(Checked):
         from winnow.model.gguf.native import require
         from winnow.model.gguf.quantize import tensor_types
 
-        require()
+        require(llama_cpp=not self.dense)
         architectures.family_of(lm.model.config)
         weights = dict(lm.model.named_parameters())
         for name, weight in weights.items():

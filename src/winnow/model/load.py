@@ -45,24 +45,33 @@ def pretrained(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     weights: bool = True,
+    dequantize: bool = True,
 ) -> LM:
-    """A model by folder or hub id, not in memory yet; a folder is checked at once.
+    """A model by folder, hub id or GGUF file, not in memory yet; a folder is checked at once.
 
-    Without `weights` only its configuration will be read, and a folder need not hold more.
+    A GGUF file, or a folder that holds one and no configuration, is read into a folder of the cache, and that is loaded
+    (`winnow.model.gguf.cached`); without `dequantize` it stays as it is, for llama.cpp to serve. Without `weights` only the
+    configuration will be read, and a folder need not hold more.
 
     Raises:
-        UserError: no path, or a folder that holds no complete model (see `check_folder`).
+        UserError: no path, or a folder that holds no complete model (see `check_folder`), or a file that cannot be read.
     """
     if not path:
-        raise UserError("model.path is not set; give a folder or a hub id: model=local model.path=...")
+        raise UserError("model.path is not set; give a folder, a hub id or a GGUF file: model=local model.path=...")
     loading = Loading(dtype, attention, device, trust_remote_code, allow_pickle)
     check_scalars(Loading, dataclasses.asdict(loading), "model")
     folder = Path(path)
+    file = folder if folder.is_file() else None if (folder / "config.json").is_file() else gguf_file(folder)
+    if file is not None:
+        from winnow.model.gguf import cached
+
+        name = name or file.stem
+        folder = cached.folder_of(file) if dequantize else cached.as_artifact(file)
     if folder.is_dir():
         check_folder(folder, loading, weights)
         return LM(folder, manifest=manifest.read(folder), loading=loading, name=name or folder.resolve().name)
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/"):
-        raise UserError(f"model.path={path}: no such folder")
+        raise UserError(f"model.path={path}: no such folder or file")
     return LM(path, loading=loading, name=name or path.split("/")[-1])
 
 
@@ -74,7 +83,7 @@ def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> N
     """
     config = folder / "config.json"
     if not config.is_file():
-        raise UserError(f"model.path={folder} is not a model folder: it has no config.json")
+        raise UserError(f"model.path={folder} is not a model folder: it has neither config.json nor a .gguf file")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -15,8 +15,10 @@ from winnow.types import LM, UserError
 
 
 @contextlib.contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
+def whole_folder(output: Path, option: str = "output", elsewhere: str = "output= or outputs=") -> Iterator[Path]:
     """A scratch folder beside `output` that takes its name when the block ends well, and vanishes when it does not.
+
+    `option` and `elsewhere` say in messages what put `output` there, and what puts it in another place.
 
     Raises:
         UserError: the disk is full, or the place cannot be written.
@@ -37,10 +39,12 @@ def whole_folder(output: Path) -> Iterator[Path]:
         remove_empty(output.parent, until=existing)
         if is_disk_full(error):
             raise UserError(
-                f"output={output}: the disk is full; free some space or choose another place with output= or outputs="
+                f"{option}={output}: the disk is full; free some space or choose another place with {elsewhere}"
             ) from error
         if isinstance(error, PermissionError):
-            raise UserError(f"output={output}: not allowed to write there ({error}); choose another place") from error
+            raise UserError(
+                f"{option}={output}: not allowed to write there ({error}); choose another place with {elsewhere}"
+            ) from error
         raise
 
 

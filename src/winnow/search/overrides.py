@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from winnow.benchmark.order import FILE as ORDER
 from winnow.knobs import Knob
-from winnow.types import Strategy, UserError
+from winnow.types import LM, Strategy, UserError
 
 COMPRESS_KEYS = ("experiment", "debug", "model", "calibration", "seed", "hardware")
 EVALUATE_KEYS = ("experiment", "debug", "model", "benchmark", "hardware", "seed")
@@ -31,6 +32,14 @@ class Typed:
     def of_trial(self, strategy: Strategy) -> list[str]:
         """All overrides of one trial's configuration."""
         return [*self.shared, *strategy.overrides]
+
+    def pinned(self, lm: LM) -> Typed:
+        """The same with the base model where it lies now: of a GGUF file what was made of it, whatever becomes of the file."""
+        from hydra.core.override_parser.types import Quote, QuotedString
+
+        values = {"model.path": str(lm.path), "model.name": lm.name}
+        added = [f"{key}={QuotedString(text, Quote.single).with_quotes()}" for key, text in values.items()]
+        return dataclasses.replace(self, shared=(*self.shared, *added))
 
 
 def parse(arguments: Sequence[str]) -> Typed:

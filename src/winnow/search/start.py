@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -88,6 +89,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     budget = _made(Budget, config.budget, "budget")
     convergence = Convergence(config.convergence if config.recipe is None else None)
     lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
+    config, typed = _pinned(config, typed, lm)
     scores = benchmark.scores()
     confirm.check(config.confirm, benchmark)
     wanted = objectives(list(config.objectives), scores)
@@ -149,6 +151,16 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         study.close()
     print(front_table(study.summary()))
     print(f"report: {(folder / 'report.html').resolve()}")
+
+
+def _pinned(config: DictConfig, typed: overrides.Typed, lm: LM) -> tuple[DictConfig, overrides.Typed]:
+    """The settings with the base model where it lies now, if that is elsewhere than they say: all trials begin with it."""
+    given = config.model.get("path")
+    if not lm.path or not given or Path(lm.path) == Path(given):
+        return config, typed
+    config = copy.deepcopy(config)
+    config.model.path, config.model.name = lm.path, lm.name
+    return config, typed.pinned(lm)
 
 
 def _made(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -1,5 +1,6 @@
-"""GGUF files for llama.cpp: written from a transformers model, and quantized by llama.cpp itself.
+"""GGUF files: written from a transformers model, quantized by llama.cpp itself, and read as a base model.
 
 architectures: how a family of models is described in GGUF; tokenizer: its vocabulary; export: the file in full precision;
 importance: what the calibration data says of each input; mix: which type each tensor gets; quantize: llama.cpp's quantizer.
+file, read, read_tokenizer: the way back; cached: once a file; package: files that come with a package.
 """

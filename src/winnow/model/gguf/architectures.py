@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # rotary parameters that are not written, and the value at which that is right
 _ROPE_WITHOUT_KEYS = {"partial_rotary_factor": 1.0, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
 # llama.cpp tells the largest Gemma by its layers, and scales its scores differently
-_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
+LARGEST_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,6 @@ def _query_scale(config: PretrainedConfig) -> float:
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is None:
         return 1.0
-    largest = config.num_hidden_layers == _27B_LAYERS[config.model_type]
+    largest = config.num_hidden_layers == LARGEST_LAYERS[config.model_type]
     assumed = config.hidden_size // config.num_attention_heads if largest else head_dim(config)
     return math.sqrt(assumed / scalar)

@@ -32,9 +32,9 @@ def export(lm: LM, path: Path | str, dtype: str = "F32") -> dict[str, Any]:
 
     Raises:
         UserError: llama.cpp has no architecture for the model, or F16 no room for a weight.
-        MissingExtra: gguf or llama-cpp-python is not installed.
+        MissingExtra: gguf is not installed.
     """
-    require()
+    require(llama_cpp=False)
     import gguf
 
     from winnow.model.gguf import tokenizer

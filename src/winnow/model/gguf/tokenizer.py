@@ -8,6 +8,7 @@ file then takes token ids only, which is how winnow feeds it anyway.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.model.gguf.native import silent
+from winnow.model.gguf.native import has_llama_cpp, silent
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -68,9 +69,13 @@ def add_to(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) ->
         writer.add_tokenizer_model("none")
         return {"tokenizer": "none"}
     split = _named_split(tokenizer) if vocabulary.model == "gpt2" else vocabulary.pre
-    chosen, agreement = _best_split(vocabulary, tokenizer, (split,) if split else CANDIDATES)
+    by_llama_cpp = has_llama_cpp()
+    choose = _best_split if by_llama_cpp else _best_split_as_read
+    chosen, agreement = choose(vocabulary, tokenizer, (split,) if split else CANDIDATES)
     _write(writer, vocabulary, tokenizer, chosen)
     notes = {"tokenizer": vocabulary.model, "tokenizer_agreement": agreement}
+    if not by_llama_cpp:
+        notes["tokenizer_agreement_with"] = "winnow's reader"
     if vocabulary.model == "gpt2":
         notes["pre_tokenizer"] = chosen if split else f"{chosen} (the nearest that llama.cpp has)"
     return notes
@@ -185,6 +190,23 @@ def _best_split(
     return best, shares[best]
 
 
+def _best_split_as_read(
+    vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...]
+) -> tuple[str, float]:
+    """The same without llama.cpp, of the names that winnow can read itself."""
+    from winnow.model.gguf.read_tokenizer import SPLITS, backend
+
+    def ids(text: str) -> list[int]:
+        return list(read.encode(text, add_special_tokens=False).ids)
+
+    shares = {}
+    for name in [name for name in names if vocabulary.model == "llama" or name in SPLITS]:
+        read = backend(dataclasses.replace(vocabulary, pre=name))
+        shares[name] = _share(tokenizer, [ids(text) for text in SAMPLES])
+    best = max(shares, key=lambda name: shares[name])
+    return best, shares[best]
+
+
 def agreement(path: Path, tokenizer: Any, split: str | None = None) -> float:
     """The share of sample texts that llama.cpp and transformers turn into the same ids; `split` overrides the file's."""
     import llama_cpp
@@ -194,6 +216,10 @@ def agreement(path: Path, tokenizer: Any, split: str | None = None) -> float:
         model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False, kv_overrides=overrides)
         theirs = [model.tokenize(text.encode(), add_bos=False, special=False) for text in SAMPLES]
         model.close()
+    return _share(tokenizer, theirs)
+
+
+def _share(tokenizer: Any, theirs: list[list[int]]) -> float:
     ours = [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in SAMPLES]
     equal = sum(bool(a == b) for a, b in zip(ours, theirs, strict=True))
     return float(round(equal / len(SAMPLES), 3))

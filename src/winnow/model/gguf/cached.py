@@ -1,0 +1,253 @@
+"""A GGUF file as a folder of transformers: dequantized once, and kept for whoever asks for the same file again.
+
+The folders lie under `$WINNOW_CACHE/models`, else `$XDG_CACHE_HOME/winnow/models`, else `~/.cache/winnow/models`, each under the
+SHA-256 of the file and of the code that reads it. A folder may be deleted at any time: it is made again. It takes 2 bytes a
+weight, 4 for a file in single precision; one tensor at a time is in memory.
+
+    python compress.py model=local model.path=FILE.gguf method=[rtn]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from winnow.files import write_json
+from winnow.model import manifest
+from winnow.model.gguf.file import check_name
+from winnow.model.save import whole_folder
+from winnow.types import UserError
+
+if TYPE_CHECKING:
+    from winnow.model.gguf.file import File
+    from winnow.model.gguf.read import Weights
+
+READERS = ("architectures.py", "cached.py", "file.py", "read.py", "read_tokenizer.py", "tokenizer.py")
+PATIENCE_S = 2.0  # a conversion that takes longer is worth a line
+_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of safetensors
+
+
+def root() -> Path:
+    """The folder of what winnow keeps for all its commands of a user."""
+    given = os.environ.get("WINNOW_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "winnow"
+
+
+def folder_of(file: Path) -> Path:
+    """The folder that a GGUF file was read to; it is made where it is not there.
+
+    Raises:
+        UserError: the file cannot be read (see `winnow.model.gguf.read`), or the cache cannot be written.
+        MissingExtra: gguf is not installed.
+    """
+    check_name(file)
+    digest = sha256(file)
+    made = root() / "models" / f"{_plain(file.stem)}-{digest[:16]}-{_version()}"
+    if (made / manifest.NAME).is_file():
+        return made
+    with _locked(made):
+        if not (made / manifest.NAME).is_file():  # another process may have made it meanwhile
+            _read(file, digest, made)
+    return made
+
+
+def as_artifact(file: Path) -> Path:
+    """A folder as `method=[gguf]` leaves it, with the file itself in it: what llama.cpp serves."""
+    read = folder_of(file)
+    made = read.with_name(f"{read.name}-file")
+    target = made / file.name
+    with _locked(made):
+        if not (target.is_file() and target.samefile(file)):
+            with _writing(made) as folder:
+                for path in read.iterdir():
+                    if path.suffix != ".safetensors" and path.name != manifest.NAME:
+                        shutil.copy2(path, folder)
+                (folder / file.name).symlink_to(file.resolve())
+                origin = manifest.read(read)["origin"]
+                manifest.write(folder, {"origin": origin, "sha256": manifest.content_hash(folder)})
+    return made
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, read once for each of its versions: large ones take seconds."""
+    found = file.stat()
+    known = f"{file.resolve()}\n{found.st_size}\n{found.st_mtime_ns}\n{found.st_ino}"
+    note = root() / "hashes" / hashlib.sha256(known.encode()).hexdigest()[:32]
+    with contextlib.suppress(OSError, ValueError):
+        kept = note.read_text(encoding="utf-8").strip()
+        if re.fullmatch("[0-9a-f]{64}", kept):
+            return kept
+    with file.open("rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+    with contextlib.suppress(OSError):  # it is read again next time
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{digest}\n", encoding="utf-8")
+    return digest
+
+
+@functools.cache
+def _version() -> str:
+    """Of the code that reads: what another one has made may not be what this one makes."""
+    digest = hashlib.sha256()
+    for name in READERS:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".")[:64] or "model"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Held while a folder is made, so that two processes do not both make it; given up when this one dies."""
+    with _allowed():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _allowed() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache {root()} cannot be written ({error.strerror}); set WINNOW_CACHE to a folder that can"
+        ) from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[Path]:
+    with whole_folder(folder, option="the cache", elsewhere="WINNOW_CACHE") as scratch:
+        yield scratch
+
+
+def _read(file: Path, digest: str, target: Path) -> None:
+    from winnow.model.gguf import read, read_tokenizer
+    from winnow.model.gguf.file import opened
+    from winnow.model.load import quiet
+
+    contents = opened(file)
+    with quiet():
+        config = read.configuration(contents)
+        dtype = read.dtype_of(contents)
+        config.dtype = dtype
+        tokenizer = read_tokenizer.tokenizer_in(contents)
+        weights = read.Weights(contents, config)
+    size = dtype.itemsize * sum(math.prod(shape) for shape in weights.shapes.values())
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise UserError(
+            f"model.path={file} takes {size / 1e9:.1f} GB as {config.dtype}, and {root()} has {free / 1e9:.1f} GB left; free "
+            f"some space, or set WINNOW_CACHE to another place"
+        )
+    with _writing(target) as folder, quiet():
+        rounding = _write_weights(weights, str(dtype).removeprefix("torch."), folder / "model.safetensors", file)
+        config.architectures = [type(weights.model).__name__]
+        config.save_pretrained(folder)
+        ends = read_tokenizer.end_ids(contents)
+        ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "pad")}
+        ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+        write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+        tokenizer.save_pretrained(folder)
+        held = {
+            "origin": {
+                "file": file.name,
+                "sha256": digest,
+                **_description(contents),
+                "dtype": str(dtype).removeprefix("torch."),
+                **rounding,
+            },
+            "versions": manifest.versions(),
+            "sizes": manifest.sizes(folder),
+            "sha256": manifest.content_hash(folder),
+        }
+        manifest.write(folder, held)
+
+
+def _description(file: File) -> dict[str, Any]:
+    kinds = Counter(tensor.tensor_type.name for tensor in file.tensors.values())
+    named = {"architecture": file.architecture, "name": file.keys.get("general.name")}
+    return {**named, "license": file.keys.get("general.license"), "tensor_types": dict(sorted(kinds.items()))}
+
+
+def _write_weights(weights: Weights, dtype: str, target: Path, source: Path) -> dict[str, Any]:
+    """Writes a safetensors file a part of a tensor at a time (8 bytes of length, JSON header, data).
+
+    Returns how many tensors `dtype` could not hold as they were, and the size of what was lost relative to all weights.
+    """
+    import torch
+
+    kind: torch.dtype = getattr(torch, dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in weights.shapes.items():
+        start, end = end, end + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    progress = _Progress(source, end)
+    rounded, lost, whole = 0, 0.0, 0.0
+    with target.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name in weights.shapes:
+            exact = True
+            for part in weights[name]:
+                kept = part.to(kind)
+                if not kept.isfinite().all():
+                    raise weights.file.refused(f"its tensor of {name} holds NaN, infinity or what {dtype} cannot")
+                difference = kept.float() - part
+                lost += float(difference.square().sum(dtype=torch.float64))
+                whole += float(part.square().sum(dtype=torch.float64))
+                exact &= not difference.any()
+                out.write(kept.contiguous().view(torch.uint8).numpy().data)
+                progress.add(kept.nbytes)
+            rounded += not exact
+    progress.end()
+    return {"rounded_tensors": rounded, "rounding_error": float(f"{math.sqrt(lost / whole) if whole else 0.0:.3g}")}
+
+
+@dataclasses.dataclass
+class _Progress:
+    """Lines on standard error for a conversion that takes a while."""
+
+    source: Path
+    total: int
+    done: int = 0
+    said: float = dataclasses.field(default_factory=time.monotonic)
+    spoke: bool = False
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self.said > (10 if self.spoke else PATIENCE_S):
+            self._say(f"{self.done / self.total:.0%}")
+
+    def end(self) -> None:
+        if self.spoke:
+            self._say("done")
+
+    def _say(self, what: str) -> None:
+        self.said, self.spoke = time.monotonic(), True
+        print(f"reading {self.source.name} into {root()}: {what}", file=sys.stderr, flush=True)

