@@ -11,6 +11,7 @@ its attention interface, so that every architecture which uses that interface tr
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,6 +98,13 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    shared: dict[str, Any] = {}
+    if q_thd.shape[1] != k_tkd.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            shared["enable_gqa"] = True
+        else:  # torch 2.11 wants as many heads of keys and values as of queries
+            groups = q_thd.shape[1] // k_tkd.shape[1]
+            k_tkd, v_tkd = (x.repeat_interleave(groups, 1) for x in (k_tkd, v_tkd))
     longest = int(cu_seqlens.diff().max())
     # to the left of a token that many positions, beside itself
     left = sliding_window - 1 if sliding_window is not None and sliding_window < longest else -1
@@ -110,7 +118,7 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=(left, 0),
-        enable_gqa=q_thd.shape[1] != k_tkd.shape[1],
+        **shared,
     )
     return out  # type: ignore[no-any-return]
 

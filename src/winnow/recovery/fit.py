@@ -116,7 +116,45 @@ def fit(
     world = devices.world()
     devices.join(run, world)
     objective = objective or CrossEntropy()
-    student, batching, flight = _prepared(model, student, rows, objective, schedule, batching, run, world, precision)
+    demand, flight, limits = _placed(model, rows, objective, schedule, batching, run, world, precision)
+    with kernels.fused(model, devices.local_device(run), run.log):
+        student = student or Student(model)
+        tokens = batch_size.choose(student, objective, rows, run, world, demand, flight, precision=precision, **limits)
+        batching = dataclasses.replace(batching, tokens_per_device=tokens)
+        return _trained(
+            model,
+            student,
+            rows,
+            objective,
+            schedule,
+            batching,
+            run,
+            world,
+            flight,
+            precision=precision,
+            checkpoint_minutes=checkpoint_minutes,
+            log_seconds=log_seconds,
+            settings=settings,
+        )
+
+
+def _trained(
+    model: Any,
+    student: Student,
+    rows: Sequence[Encoded],
+    objective: Objective,
+    schedule: Schedule,
+    batching: Batching,
+    run: Run,
+    world: devices.World,
+    flight: preflight.Flight,
+    *,
+    precision: str,
+    checkpoint_minutes: float | None,
+    log_seconds: float,
+    settings: Mapping[str, Any] | None,
+) -> Fitted:
+    """`fit` for a model that lies on its device already, with the batches that fit there."""
     lightning.seed_everything(run.seed, verbose=False)
     if not student.packs:
         run.log("documents are padded, not packed: this architecture cannot be told where they begin in a row")
@@ -209,9 +247,8 @@ def _endings(world: devices.World, checkpoints: Checkpoints, progress: Progress)
         progress.close()
 
 
-def _prepared(
+def _placed(
     model: Any,
-    student: Student | None,
     rows: Sequence[Encoded],
     objective: Objective,
     schedule: Schedule,
@@ -219,8 +256,8 @@ def _prepared(
     run: Run,
     world: devices.World,
     precision: str,
-) -> tuple[Student, Batching, preflight.Flight]:
-    """The model on its device, with as many tokens at a time as fit there.
+) -> tuple[preflight.Demand, preflight.Flight, dict[str, int]]:
+    """Brings the model to its device; returns the memory it needs, how it will train, and limits of its batches in tokens.
 
     Raises:
         UserError: it cannot fit.
@@ -243,10 +280,7 @@ def _prepared(
         cast_weights(model, torch.float32)  # what is sharded together must be of one type
     else:  # what is spread is brought to the device a block at a time
         model.to(devices.local_device(run))
-    kernels.fuse(model, devices.local_device(run), run.log)
-    student = student or Student(model)
-    tokens = batch_size.choose(student, objective, rows, run, world, demand, flight, precision=precision, **asked)
-    return student, dataclasses.replace(batching, tokens_per_device=tokens), flight
+    return demand, flight, asked
 
 
 def recompute(model: Any) -> None:
