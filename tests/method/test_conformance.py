@@ -109,14 +109,15 @@ def make(tmp_path_factory: pytest.TempPathFactory, base_of: Callable[[str], Path
     """Makes the artifact of methods on a model, once for all tests that ask for the same."""
     cache: dict[tuple[Any, ...], Made] = {}
 
-    def maker(model: str, *names: str, repeat: int = 0) -> Made:
+    def maker(model: str, *names: str, repeat: int = 0, dtype: str = "auto") -> Made:
         if "gguf" in names:
             pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'winnow[gguf]'")
-        key = (model, names, repeat)
+        key = (model, names, repeat, dtype)
         if key not in cache:
             folder = tmp_path_factory.mktemp("-".join(("made", model, *names)))
             (folder / "run").mkdir()
-            run = Run(folder / "run", log=lambda line: None, calibration=Calibration(samples=64, max_length=128))
+            calibration = Calibration(samples=64, max_length=128)
+            run = Run(folder / "run", dtype=dtype, log=lambda line: None, calibration=calibration)
             seen: list[torch.Tensor] = []
             lm, stages = pretrained(str(base_of(model))), {name: stage_of(name, model) for name in names}
             with look_before_saving(seen):
@@ -245,6 +246,17 @@ def test_the_same_seed_makes_the_same_bytes(name: str, make) -> None:
     # on a small model where that is as telling, since everything is made twice
     first, second = (make("llama", name, repeat=i).manifest["sha256"] for i in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize("name", one_a_file())
+def test_what_is_saved_has_the_types_of_the_base_whatever_is_computed_in(name: str, make) -> None:
+    saved = []
+    for dtype in ("float32", "bfloat16"):
+        made = make("llama", name, dtype=dtype)
+        assert made.manifest["stages"][-1]["computed_in"] == dtype
+        files = sorted(made.folder.rglob("*.safetensors"))
+        saved.append([{k: (t.dtype, t.shape) for k, t in load_file(file).items()} for file in files])
+    assert saved[0] == saved[1]
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
