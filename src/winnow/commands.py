@@ -131,6 +131,7 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
             "benchmark": str(cfg.benchmark.name),
             "hardware": hardware.fingerprint(),
             "runtime": served.name,
+            "runtime_mode": served.runtime_mode,
             "seed": cfg.seed,
             "figures": dict(figures),
             "sources": figures.sources,

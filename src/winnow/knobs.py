@@ -70,6 +70,7 @@ class Checked:
     preload: ClassVar[tuple[str, ...]] = ()  # slow imports, which a search's fork server makes once for all trials
     perplexity_bound: ClassVar[float] = 1.1  # at its defaults it keeps the embedded model within this ratio of its own
     aggressive: ClassVar[Mapping[str, Any]] = {}  # the knobs that compress most, for docs/methods.md
+    eager_because: ClassVar[str | None] = None  # why what it makes cannot be decoded from CUDA graphs, after its name
     shown_after: ClassVar[tuple[str, ...]] = ()  # the methods without which there is nothing to show of it there
     shown_with: ClassVar[
         Mapping[str, Any]

@@ -36,7 +36,15 @@ def test_a_missing_device_is_named_with_a_way_out(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("device", "tpu"), ("dtype", "int4"), ("repeats", 0), ("output_tokens", 1), ("threads", 0)]
+    ("field", "value"),
+    [
+        ("device", "tpu"),
+        ("dtype", "int4"),
+        ("decode", "compiled"),
+        ("repeats", 0),
+        ("output_tokens", 1),
+        ("threads", 0),
+    ],
 )
 def test_values_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"hardware\.{field}={value}"):

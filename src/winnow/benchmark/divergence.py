@@ -80,7 +80,7 @@ def _computed(base: LM, served: Served | None, run: Run, device: str) -> Referen
 
     rows = _rows(base, run)
     if served is None:
-        with serving(base, Hardware(device, device=device), run.log) as opened:
+        with serving(base, Hardware(device, device=device, decode="eager"), run.log) as opened:
             found = [opened.next_tokens(row, TOP) for row in rows]
         base.release()
     else:

@@ -19,6 +19,7 @@ from winnow.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARALLEL = ("auto", "ddp", "fsdp")
+DECODE = ("auto", "graph", "eager")
 RUNTIMES = ("transformers", "vllm", "llama_cpp")  # modules of winnow.hardware.runtime
 WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; what codecarbon, too, takes for an unknown country
 
@@ -44,6 +45,8 @@ class Hardware:
             where the forecast says that one cannot hold the model.
         runtime: what serves the model, and so what it is scored and measured through: one of `RUNTIMES`. A GGUF file is served
             by llama.cpp instead of transformers, and the metrics say so.
+        decode: how transformers answers timed requests: `graph`, from a CUDA graph of the decode step; `eager`, kernel by kernel
+            from Python; `auto`: from a graph where the device and the model have one.
         dtype: that is computed in; `auto` is what the device computes fastest (`winnow.hardware.compute`). What is saved keeps
             the type of the base model.
         threads: of the processor, for measuring; None leaves torch's choice. llama.cpp scores with them, too.
@@ -64,6 +67,7 @@ class Hardware:
     devices: int = 1
     parallel: str = "auto"
     runtime: str = "transformers"
+    decode: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
     memory_limit_bytes: int | None = None
@@ -87,6 +91,13 @@ class Hardware:
             raise UserError(f"hardware.parallel={self.parallel} is not known; it is one of {', '.join(PARALLEL)}")
         if self.dtype not in DTYPES:
             raise UserError(f"hardware.dtype={self.dtype} is not known; it is one of {', '.join(DTYPES)}")
+        if self.decode not in DECODE:
+            raise UserError(f"hardware.decode={self.decode} is not known; it is one of {', '.join(DECODE)}")
+        if self.decode == "graph" and (self.device, self.runtime) != ("cuda", "transformers"):
+            raise UserError(
+                f"hardware.decode=graph is for hardware.device=cuda and hardware.runtime=transformers, not for "
+                f"{self.device} and {self.runtime}; use hardware.decode=eager, or leave it at auto"
+            )
         least = {"devices": 1, "batch_size": 1, "latency_batch_size": 1, "prompt_tokens": 1, "repeats": 1}
         least |= {"output_tokens": 2, "energy_tokens": 1, "warmup": 0, "seconds": 0, "carbon_g_per_kwh": 0}
         least |= {"tflops": 0} if self.tflops is not None else {}
@@ -139,6 +150,7 @@ class Hardware:
             "device": self.device,
             "devices": self.devices,
             "runtime": self.runtime,
+            "decode": self.decode if self.device == "cuda" else "eager",
             "dtype": self.compute_dtype,
             "cpu": cpu_model(),
             "cores": available_cores(),

@@ -95,6 +95,7 @@ class Int8(Checked):
     slot: ClassVar[Slot] = Slot.QUANTIZE
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     perplexity_bound: ClassVar[float] = 1.005
+    eager_because: ClassVar[str | None] = "looks for outliers on the host at every step"
 
     threshold: float = knob(6.0, low=0.0, high=100.0, search=False)  # section 3.2; 0 turns the decomposition off
 

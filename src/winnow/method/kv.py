@@ -55,6 +55,7 @@ class KV(Checked):
     slot: ClassVar[Slot] = Slot.CACHE
     perplexity_bound: ClassVar[float] = 1.001  # not through the cache
     aggressive: ClassVar[dict[str, Any]] = {"bits": 2}
+    eager_because: ClassVar[str | None] = "keeps its own cache"
 
     bits: int = knob(4, choices=(2, 4, 8, 16), searched=(2, 4, 8))
     group_size: int = knob(64, choices=GROUPS)

@@ -178,6 +178,9 @@ class SmoothQuant(_OneShot):
     """
 
     perplexity_bound: ClassVar[float] = 1.01
+    eager_because: ClassVar[str | None] = (
+        "copies a number from the host for the scales of its activations at every step"
+    )
 
     strength: float = knob(0.5, low=0.0, high=1.0)
 
@@ -216,6 +219,9 @@ class FP8(_OneShot):
     """
 
     perplexity_bound: ClassVar[float] = 1.01
+    eager_because: ClassVar[str | None] = (
+        "copies a number from the host for the scales of its activations at every step"
+    )
 
     scales: str = knob("channel", choices=("channel", "block"))
 

@@ -44,6 +44,7 @@ class SoftPrompt(Training):
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
     perplexity_bound: ClassVar[float] = 1.5
     leaves_adapter: ClassVar[bool] = True
+    eager_because: ClassVar[str | None] = "puts its prompt before the text in Python"
 
     tokens: int = knob(16, choices=(4, 8, 16, 32, 64, 128), searched=(8, 16, 32))
     learning_rate: float = knob(3e-2, low=1e-6, high=1.0, log=True, search_range=(3e-3, 3e-1))

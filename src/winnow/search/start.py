@@ -20,7 +20,7 @@ from winnow.agent.recipe import read_recipe
 from winnow.cli import say
 from winnow.files import write_json
 from winnow.scalars import check_scalars
-from winnow.search import child, confirm, outlook, overrides, storage, trial
+from winnow.search import child, confirm, decoding, outlook, overrides, storage, trial
 from winnow.search.budget import Budget, Convergence
 from winnow.search.gates import Racing
 from winnow.search.launching import Launching, shares
@@ -104,11 +104,12 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     if launching.here:
         hardware.check()
     devices = shares(hardware, config.workers) if launching.here else [{}] * config.workers
+    child.start_server(trial.preloads(config))
+    hardware, typed = decoding.settle(config, hardware, typed, lm, say)
     machine = hardware.fingerprint()
     held = fingerprint(
         config, lm, machine if launching.here else {k: v for k, v in machine.items() if k not in OF_NODE}
     )
-    child.start_server(trial.preloads(config))
 
     folder = Path(config.outputs) / config.study
     url = str(config.storage or f"sqlite:///{folder / 'study.db'}")

@@ -34,11 +34,14 @@ class Served(Protocol):
         name: of the runtime, as `hardware.runtime` has it.
         vocab_size: token ids are below it.
         context: tokens that a sequence may have; None where the model does not say.
+        runtime_mode: how it decodes: `graph`, from CUDA graphs, or `eager`, kernel by kernel from Python; None where the
+            runtime's own program decides it.
     """
 
     name: str
     vocab_size: int
     context: int | None
+    runtime_mode: str | None
 
     def scorer(self, batch_size: int, max_gen_toks: int | None = None) -> Any:
         """An `lm_eval.api.model.LM` that also has `count_tokens`; sequences at a time, tokens of an answer at most."""
@@ -119,7 +122,7 @@ def serving(
     if name != hardware.runtime:
         log(f"runtime: {lm.name} is a GGUF file: it is served by {name}, not by {hardware.runtime}")
     with blaming(f"{lm.path or lm.name}: loading it in {name}"):
-        served: Served = _module(name).Runtime(lm, hardware)
+        served: Served = _module(name).Runtime(lm, hardware, log)
     lm.served = served
     try:
         yield served

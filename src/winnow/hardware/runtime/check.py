@@ -90,7 +90,7 @@ def tried(lm: LM, device: str, log: Callable[[str], None]) -> dict[str, str]:
     for name, version in candidates(lm, device).items():
         fresh = LM(lm.path, loading=dataclasses.replace(lm.loading, device=device), name=lm.name)
         try:
-            with serving(fresh, Hardware(device, device=device, runtime=name)) as served:
+            with serving(fresh, Hardware(device, device=device, runtime=name, decode="eager")) as served:
                 check(fresh, served)
             found[name], serves = version, True
         except Exception as error:

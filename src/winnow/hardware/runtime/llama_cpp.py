@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,8 +55,9 @@ class Runtime:
     """
 
     name = "llama_cpp"
+    runtime_mode: str | None = None
 
-    def __init__(self, lm: LM, hardware: Hardware) -> None:
+    def __init__(self, lm: LM, hardware: Hardware, log: Callable[[str], None] = lambda line: None) -> None:
         try:
             import llama_cpp
         except ImportError:

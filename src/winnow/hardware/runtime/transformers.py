@@ -1,14 +1,15 @@
 """transformers, in this process: the reference runtime.
 
-Requests go through `model.generate` and not through a loop of our own: what a strategy changes may live in the generation
-settings (a quantized cache) and would be missed by one. A stopping criterion is the clock: it sees every token, costs
-microseconds, and, unlike streamers, works for batches. End-of-text tokens are masked until the last token.
+On CUDA, requests are decoded from a CUDA graph where the model and its cache allow it (`graphs`, `hardware.decode`). All others go
+through `model.generate` and not through a loop of our own: what a strategy changes may live in the generation settings (a quantized
+cache) and would be missed by one. A stopping criterion is the clock: it sees every token, costs microseconds, and, unlike
+streamers, works for batches. End-of-text tokens are masked until the last token, in both.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ from winnow.hardware.device import Hardware
 from winnow.hardware.footprint import PeakMemory, weights_memory_bytes
 from winnow.hardware.latency import Timing
 from winnow.model.adapter import virtual_tokens
-from winnow.types import LM
+from winnow.types import LM, Unservable
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from winnow.hardware.runtime.graphs import Decoder
 
 
 def version(device: str) -> str | None:
@@ -32,10 +35,12 @@ class Runtime:
 
     name = "transformers"
 
-    def __init__(self, lm: LM, hardware: Hardware | None = None) -> None:
+    def __init__(
+        self, lm: LM, hardware: Hardware | None = None, log: Callable[[str], None] = lambda line: None
+    ) -> None:
         if hardware is not None:
             lm.compute_in(hardware.compute_dtype)
-        self._lm = lm
+        self._lm, self._log = lm, log
         self.model: Any = lm.model
         self._training = self.model.training
         self.model.eval()
@@ -43,6 +48,9 @@ class Runtime:
         self.vocab_size = int(config.vocab_size)
         context = getattr(config, "max_position_embeddings", None)
         self.context: int | None = context - virtual_tokens(self.model) if context else None
+        self.runtime_mode: str | None = "graph"
+        self._decoder: Decoder | None = None
+        self._choose_mode(hardware.decode if hardware is not None else "auto")
 
     def scorer(self, batch_size: int, max_gen_toks: int | None = None) -> Any:
         from winnow.benchmark.adapter import Adapter
@@ -79,31 +87,105 @@ class Runtime:
         logits: Tensor = self.model(input_ids=ids_t[None], use_cache=False).logits[0, -len(ids) : -1]
         return logits.float()
 
+    def _choose_mode(self, decode: str) -> None:
+        """Decides between graph and eager by what is known of the model; a capture that fails may still change it."""
+        from winnow.hardware.runtime import graphs
+
+        self._required = decode == "graph"
+        if decode == "eager" or (decode == "auto" and not graphs.has_graphs(self.model)):
+            self.runtime_mode = "eager"
+        elif not graphs.has_graphs(self.model):
+            self._fall_back("it is not on a CUDA device")
+        elif (because := graphs.unsupported(self.model)) is not None:
+            self._fall_back(because)
+
+    def _fall_back(self, because: str) -> None:
+        """Goes on without graphs.
+
+        Raises:
+            Unservable: they were asked for.
+        """
+        name = self._lm.path or self._lm.name
+        if self._required:
+            raise Unservable(
+                f"hardware.decode=graph: {name} cannot be decoded from a CUDA graph: {because}; latencies that were measured "
+                f"in different ways cannot be compared: set hardware.decode=eager (for a search: with another study=NAME)"
+            )
+        self.runtime_mode = "eager"
+        self._log(f"latency is measured without CUDA graphs: {name}: {because}")
+
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         """See `Served.request`.
 
         Raises:
             RuntimeError: another number of tokens came out: the model's own `generate` does not keep to its arguments.
+            Unservable: graphs were asked for, and the model's decode step cannot be captured.
         """
+        import torch
+
+        prompt_bt = torch.tensor(prompts, device=self.model.device)
+        with torch.inference_mode():
+            decoder = self._prepared(prompt_bt, output_tokens)
+            if decoder is None:
+                return self._generate(prompt_bt, output_tokens)
+            clock = _Clock(prompt_bt.is_cuda)
+            started = clock.now()
+            decoder.first(prompt_bt)
+            first = clock.now()
+            decoder.rest()
+            return Timing(first_s=first - started, total_s=clock.now() - started)
+
+    def _prepared(self, prompt_bt: Tensor, output_tokens: int) -> Decoder | None:
+        """The decoder of requests of this shape, captured at the first of them; None where `generate` is to answer."""
+        import torch
+
+        from winnow.hardware.runtime import graphs
+
+        if self.runtime_mode != "graph":
+            return None
+        if self._decoder is not None and self._decoder.shape == (*prompt_bt.shape, output_tokens):
+            return self._decoder
+        self._release()  # one at a time: a cache is large
+        try:
+            self._decoder = graphs.Decoder(self.model, prompt_bt, output_tokens)
+        except torch.OutOfMemoryError:
+            raise  # says something of the memory, and nothing of graphs
+        except Exception as error:
+            because = (
+                f"capturing its decode step failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            )
+        else:
+            return self._decoder
+        graphs.free(prompt_bt.device)
+        self._fall_back(because)
+        return None
+
+    def _release(self) -> None:
+        from winnow.hardware.runtime import graphs
+
+        if self._decoder is not None:
+            self._decoder = None
+            graphs.free(self.model.device)
+
+    def _generate(self, prompt_bt: Tensor, output_tokens: int) -> Timing:
+        """A request through the model's own `generate`."""
         import torch
         from transformers import StoppingCriteriaList
 
-        prompt_bt = torch.tensor(prompts, device=self.model.device)
         clock = _Clock(prompt_bt.is_cuda)
-        with torch.inference_mode():
-            started = clock.now()
-            output_bt = self.model.generate(
-                input_ids=prompt_bt,
-                attention_mask=torch.ones_like(prompt_bt),
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                min_new_tokens=output_tokens,
-                max_new_tokens=output_tokens,
-                pad_token_id=0,  # never used: all end together
-                stopping_criteria=StoppingCriteriaList([clock]),
-            )
-            ended = clock.now()
+        started = clock.now()
+        output_bt = self.model.generate(
+            input_ids=prompt_bt,
+            attention_mask=torch.ones_like(prompt_bt),
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            min_new_tokens=output_tokens,
+            max_new_tokens=output_tokens,
+            pad_token_id=0,  # never used: all end together
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        ended = clock.now()
         made = output_bt.shape[1] - prompt_bt.shape[1]
         if made != output_tokens or clock.first is None:
             raise RuntimeError(f"asked for {output_tokens} tokens, {type(self.model).__name__}.generate made {made}")
@@ -116,6 +198,7 @@ class Runtime:
         return PeakMemory(self.model.device.type)
 
     def close(self) -> None:
+        self._release()
         self.model.train(self._training)
 
 

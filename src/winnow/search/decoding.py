@@ -1,0 +1,89 @@
+"""One way of decoding for a whole study: from CUDA graphs, or eagerly.
+
+Latencies that were measured in different ways cannot be compared, so `hardware.decode=auto` is settled before the first trial, for
+all of them: for graphs where the hardware, the base model and every method of the space allow them. Each trial is told the outcome,
+and one that cannot keep to it fails as unservable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from winnow import build
+from winnow.hardware.device import Hardware
+from winnow.search import child
+from winnow.search.overrides import Typed
+from winnow.types import LM, UserError
+
+KEY = "hardware.decode"
+
+
+def settle(
+    config: DictConfig, hardware: Hardware, typed: Typed, lm: LM, log: Callable[[str], None]
+) -> tuple[Hardware, Typed]:
+    """The hardware and the command line of every trial of the search that `config` describes; see `settled` and `told`."""
+    hardware = settled(hardware, config.method or {}, lm, log)
+    return hardware, told(typed, hardware, "decode" in config.hardware)
+
+
+def settled(hardware: Hardware, methods: Mapping[str, Any], lm: LM, log: Callable[[str], None]) -> Hardware:
+    """The hardware with `decode` as every trial will have it; it stays `auto` for runtimes that decide themselves.
+
+    Args:
+        methods: the configuration of each method of the space, by name.
+        lm: the base model, of which the configuration is looked at, in a child process.
+
+    Raises:
+        UserError: graphs are asked for, and a method or the base model does not allow them.
+    """
+    if hardware.decode == "eager" or hardware.device != "cuda" or hardware.runtime != "transformers":
+        return hardware
+    because = _methods_because(methods) or _base_because(lm)
+    if because and hardware.decode == "graph":
+        raise UserError(f"{KEY}=graph: {because}; or set {KEY}=eager")
+    if because:
+        log(f"latency is measured without CUDA graphs: {because} for graphs")
+    return dataclasses.replace(hardware, decode="eager" if because else "graph")
+
+
+def told(typed: Typed, hardware: Hardware, known: bool) -> Typed:
+    """The command line with the way of decoding that was settled, which every trial's own repeats.
+
+    Args:
+        known: whether the configuration of the hardware has the key.
+    """
+    if hardware.device != "cuda" or hardware.decode == "auto":
+        return typed
+    others = [line for line in typed.shared if line.lstrip("+").split("=")[0] != KEY]
+    return dataclasses.replace(typed, shared=(*others, f"{'' if known else '++'}{KEY}={hardware.decode}"))
+
+
+def _methods_because(methods: Mapping[str, Any]) -> str:
+    """Which methods do not allow graphs, why, and what to leave out; empty where all do."""
+    found = {name: build.target_of(node["_target_"]).eager_because for name, node in methods.items()}
+    eager = {name: because for name, because in found.items() if because is not None}
+    said = " and ".join(f"method {name} {because}" for name, because in eager.items())
+    return f"{said}; leave {'it' if len(eager) == 1 else ', '.join(eager)} out of method=[...]" if eager else ""
+
+
+def _base_because(lm: LM) -> str:
+    """Why the base model does not allow graphs; empty where it does."""
+    loading = lm.loading
+    arguments = {
+        "path": lm.path,
+        "attention": loading.attention,
+        "trust_remote_code": loading.trust_remote_code,
+    }
+    function = "winnow.hardware.runtime.graphs:unsupported_base"
+    with tempfile.TemporaryDirectory() as scratch:  # nothing is written to the study's folder yet
+        try:
+            result = child.call(function, arguments, child.Limits(), lambda line: None, Path(scratch) / "log.txt")
+        except child.Failed as failed:
+            raise UserError(f"model.path={lm.path} cannot be read: {failed.message}") from None
+    return f"{lm.name}: {result['because']}; take another model" if result["because"] else ""
