@@ -15,7 +15,7 @@ from winnow.benchmark.samples import FILE, Sample, read, write
 from winnow.search.gates import LEAST_CHANCE, Gates, matches, table, weights_of
 from winnow.search.objectives import KNOWN
 from winnow.search.trial import RIVALS
-from winnow.types import Figures, Reason, Stopped, UserError
+from winnow.types import Figures, Reason, Stopped, Strategy, Trial, UserError
 
 BENCHMARKS = ("nano_gsm8k", "nano_commonsenseqa", "nano_truthfulqa", "nano_humaneval")
 SIZE, SPEED = 1e6, 100.0
@@ -43,7 +43,7 @@ def study(tmp_path: Path) -> Path:
         samples = outcomes(accuracy, number)
         write(samples, tmp_path / str(number) / FILE)
         figures = {"accuracy": accuracy, "size_bytes": size, "latency_ms": SPEED, "kl_to_base": kl}
-        rivals.append({"number": number, "figures": figures})
+        rivals.append({"number": number, "figures": figures, "sources": {}})
     (tmp_path / "9").mkdir()
     scored = {rival["number"]: rival["figures"]["kl_to_base"] for rival in rivals}  # type: ignore[index]
     (tmp_path / "9" / RIVALS).write_text(json.dumps({"front": rivals, "scored": scored}))
@@ -152,9 +152,22 @@ def gates_benchmark():  # type: ignore[no-untyped-def]
 
 def test_equal_within_the_resolution_is_equal() -> None:
     others = (KNOWN["size_bytes"], KNOWN["latency_ms"])
-    assert matches({"size_bytes": 1.00001e6, "latency_ms": 100.0}, {"size_bytes": 1e6, "latency_ms": 100.0}, others)
-    assert not matches({"size_bytes": 1.1e6, "latency_ms": 100.0}, {"size_bytes": 1e6, "latency_ms": 100.0}, others)
-    assert matches({}, {}, ())
+    base = of(1e6, 100.0)
+    assert matches(of(1.00001e6, 100.0), base, others)
+    assert not matches(of(1.1e6, 100.0), base, others)
+    assert matches(Trial(1, Strategy()), Trial(2, Strategy()), ())
+
+
+def test_a_disturbed_figure_makes_no_rival() -> None:
+    others = (KNOWN["size_bytes"], KNOWN["latency_ms"])
+    calm, disturbed = of(1e6, 100.0), of(1e6, 10.0, "measured, disturbed")
+    assert not matches(disturbed, calm, others)
+    assert matches(calm, disturbed, others)  # it would not come onto the front beside the other
+    assert matches(disturbed, calm, others[:1])
+
+
+def of(size: float, latency: float, source: str = "measured") -> Trial:
+    return Trial(1, Strategy(), figures={"size_bytes": size, "latency_ms": latency}, sources={"latency_ms": source})
 
 
 @pytest.mark.parametrize("setting", ["racing.error_rate=1.5", "racing.hopeless_ratio=-1", "racing.hopeless_floor=-0.1"])

@@ -130,6 +130,24 @@ def test_a_base_model_that_fails_ends_it(tmp_path: Path) -> None:
         Found(tmp_path, lambda p, w: outcome(p, **failed)).search.run()
 
 
+def test_a_disturbed_base_model_is_measured_again_before_anything_else(tmp_path: Path) -> None:
+    sources = {"size_bytes": "measured, disturbed"}
+
+    def launch(proposal: Proposal, worker: int) -> Outcome:
+        return outcome(proposal, sources=sources if proposal.number == 0 else {})
+
+    found = Found(tmp_path, launch, budget=Budget(trials=4), workers=3)
+    found.search.run()
+    assert found.launched[:2] == ["base", "base"] and found.launched.count("base") == 2
+    assert found.study.run_trials == 4 and found.study.base is not None and found.study.base.number == 1
+    assert 0 not in found.study.front
+    said = "trial 0 is the base model, with which all others are compared, and its size_bytes was measured beside other work"
+    assert f"{said}; it is tried once more" in found.lines
+    again = Found(tmp_path, launch, budget=Budget(trials=4))
+    again.search.run()
+    assert again.launched == []
+
+
 def test_a_figure_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
     def launch(proposal: Proposal, worker: int) -> Outcome:
         bad = {"figures": {"accuracy": float("nan"), "size_bytes": 1.0}}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from winnow.hardware import latency
 from winnow.hardware.device import Hardware
+from winnow.hardware.disturbance import Repeater, Watch
 from winnow.hardware.energy import EnergyMeter
 from winnow.hardware.footprint import disk_bytes
 from winnow.hardware.lock import alone
@@ -49,8 +50,14 @@ class Meters:
                 for _ in range(hardware.warmup):
                     served.request(asked, hardware.output_tokens)
                 figures.merge(self.memory(served, asked))
-                figures.merge(self.latency(served, asked, run.seed))
-                figures.merge(self.energy(served, asked))
+                watch = Watch(hardware.device) if hardware.watch else None
+                repeater = Repeater(watch, hardware.retry_seconds, run.log)
+                for name, measure in (
+                    ("latency", lambda: self.latency(served, asked, run.seed)),
+                    ("energy", lambda: self.energy(served, asked)),
+                ):
+                    found, disturbance = repeater(name, measure)
+                    figures.merge(found.disturbed() if disturbance else found)
         return figures
 
     def memory(self, served: Served, asked: Prompts) -> Figures:

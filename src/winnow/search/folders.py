@@ -29,7 +29,9 @@ class Folders:
         """Tells a trial whom it has to beat, and who can tell it which items matter."""
         self.of(number).mkdir(parents=True, exist_ok=True)
         told = {
-            "front": [{"number": t.number, "figures": dict(t.figures)} for t in history.on_front],
+            "front": [
+                {"number": t.number, "figures": dict(t.figures), "sources": dict(t.sources)} for t in history.on_front
+            ],
             "scored": scored(history),
         }
         write_json(self.of(number) / RIVALS, told)

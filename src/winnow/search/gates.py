@@ -34,7 +34,7 @@ from winnow.model import manifest
 from winnow.search import pareto, racing
 from winnow.search.objectives import KL, objectives
 from winnow.search.trial import RIVALS
-from winnow.types import LM, Benchmark, Figures, Objective, Reason, Run, Stopped, Trial, UserError
+from winnow.types import LM, Benchmark, Figures, Objective, Reason, Run, Stopped, Strategy, Trial, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.runtime import Served
@@ -123,7 +123,8 @@ class Gates:
             return  # text is scored last: whether it is matched there is not known before the end
         path = self._folder / RIVALS
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"front": [], "scored": {}}
-        self._rivals = [rival for rival in told["front"] if matches(rival["figures"], figures, self._others)]
+        mine = Trial(-1, Strategy(), figures=figures, sources=figures.sources)
+        self._rivals = [rival for rival in told["front"] if matches(_trial(rival), mine, self._others)]
         settings = self._settings
         for rival in self._rivals if settings.hopeless_ratio and KL in figures else ():
             bound = max(settings.hopeless_ratio * rival["figures"].get(KL, np.inf), settings.hopeless_floor)
@@ -215,13 +216,20 @@ def informants(scored: Mapping[int, float | None], kl: float | None) -> list[int
     return sorted(scored, key=distance)[:ALIKE]
 
 
-def matches(rival: Mapping[str, float], figures: Mapping[str, float], others: Sequence[Objective]) -> bool:
-    """Whether a rival is at least as good in these objectives, differences below their resolution aside."""
+def matches(rival: Trial, trial: Trial, others: Sequence[Objective]) -> bool:
+    """Whether a rival is at least as good in these objectives, differences below their resolution aside.
+
+    As on the front (`winnow.search.pareto`), a figure whose measurement was disturbed is worse than any other.
+    """
     if not others:
         return True
-    trials = [Trial(n, strategy=None, figures=dict(f)) for n, f in enumerate((rival, figures))]  # type: ignore[arg-type]
-    first, second = pareto.snapped(pareto.points(trials, others), others)
+    first, second = pareto.snapped(pareto.points([rival, trial], others), others)
     return bool((first <= second).all())
+
+
+def _trial(told: Mapping[str, Any]) -> Trial:
+    """A trial of the front as `rivals.json` has it."""
+    return Trial(told["number"], Strategy(), figures=told["figures"], sources=told["sources"])
 
 
 def weights_of(samples: Sequence[Sample], specs: Sequence[Spec], scores: Sequence[Objective]) -> np.ndarray:
