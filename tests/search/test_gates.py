@@ -12,10 +12,12 @@ import pytest
 from tests.test_conf import composed
 from winnow.benchmark.order import Order
 from winnow.benchmark.samples import FILE, Sample, read, write
+from winnow.hardware.runtime import serving
+from winnow.model.load import pretrained
 from winnow.search.gates import LEAST_CHANCE, Gates, matches, table, weights_of
 from winnow.search.objectives import KNOWN
 from winnow.search.trial import RIVALS
-from winnow.types import Figures, Reason, Stopped, Strategy, Trial, UserError
+from winnow.types import Calibration, Figures, Reason, Run, Stopped, Strategy, Trial, UserError
 
 BENCHMARKS = ("nano_gsm8k", "nano_commonsenseqa", "nano_truthfulqa", "nano_humaneval")
 SIZE, SPEED = 1e6, 100.0
@@ -125,6 +127,22 @@ def test_perplexity_is_known_only_at_the_end_so_nothing_is_stopped(study: Path) 
     gate = gates(study, "objectives=[accuracy,size_bytes,perplexity]")
     gate.measured(figures(kl=5.0))
     assert raced(gate, outcomes(0.1, seed=9)) is None
+
+
+def test_a_trial_is_measured_in_turn_with_the_base_model_and_the_base_model_alone(study: Path, tiny: Path) -> None:
+    gate = gates(study, "model=local", f"model.path={tiny}", "limits.memory_bytes=5000")
+    assert gate.base() is None
+    told = json.loads((study / "9" / RIVALS).read_text())
+    base = {"number": 0, "figures": {"latency_ms": 150.0, "peak_memory_bytes": 3000.0}}
+    (study / "9" / RIVALS).write_text(json.dumps({**told, "base": base}))
+    for stages, expected in (([{"method": "rtn"}], (150.0, 3000.0, 5000)), ([], None)):
+        gate = gates(study, "model=local", f"model.path={tiny}", "limits.memory_bytes=5000")
+        lm = pretrained(str(tiny))
+        lm.manifest = {"base": {"sha256": "0"}, "stages": stages}
+        with serving(lm) as served:
+            gate.served(lm, served, Run(study, log=lambda line: None, calibration=Calibration(max_length=64)))
+        found = gate.base()
+        assert (found and (found.latency_ms, found.peak_memory_bytes, found.memory_limit_bytes)) == expected
 
 
 def test_the_hardware_comes_last_where_no_objective_needs_it(study: Path) -> None:

@@ -64,6 +64,7 @@ def test_the_space_is_searched_and_its_front_kept(tmp_path: Path) -> None:
     assert {point["trial"] for point in front} == set(found.study.front)
     told = json.loads((tmp_path / "trials" / "29" / RIVALS).read_text())
     assert {rival["number"] for rival in told["front"]} <= set(range(29)) and told["front"]
+    assert told["base"]["number"] == 0 and set(told["base"]["figures"]) == {"accuracy", "size_bytes"}
     assert set(map(int, told["scored"])) >= {rival["number"] for rival in told["front"]}
 
 
