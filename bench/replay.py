@@ -108,7 +108,7 @@ class Replay:
         self.seconds += row.seconds["load"] + overhead(row)
         figures = dict(row.figures)
         trial = Trial(number, strategy, figures=figures, stages=stages, seconds=row.seconds)
-        rivals = [t for t in self.history.on_front if matches(t.figures, figures, OTHERS)]
+        rivals = [t for t in self.history.on_front if matches(t, trial, OTHERS)]
         if self.racing is not None:
             self.seconds += row.seconds["divergence"]
         self.seconds += row.seconds["meters"]

@@ -13,6 +13,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 LINES = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 PYTHON = [line for line in LINES if re.match(r"(\w+=\S+ )*(python|torchrun \S+) \w+\.py", line)]
 QUICK = ["benchmark.limit=4", "hardware.seconds=0.1", "hardware.energy_tokens=32", "hardware.repeats=1"]
+QUICK += ["hardware.watch=false"]  # the machine is busy with other tests
 
 
 def parts(line: str) -> tuple[str, list[str]]:

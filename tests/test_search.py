@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-QUICK = ["hardware.seconds=0.1", "hardware.repeats=1", "hardware.energy_tokens=32"]
+# the machine is busy with other tests: what disturbs a measurement would decide how many trials there are
+QUICK = ["hardware.seconds=0.1", "hardware.repeats=1", "hardware.energy_tokens=32", "hardware.watch=false"]
 SEARCH = [
     "method=[wanda,lora,rtn]",
     "method.lora.steps=2",

@@ -24,6 +24,7 @@ from winnow.types import LM, Benchmark, Figures, Run, Stopped
 
 if TYPE_CHECKING:
     from winnow.benchmark.samples import Sample
+    from winnow.hardware.in_turn import Base
     from winnow.hardware.runtime import Served
 
 
@@ -69,6 +70,9 @@ class Gates(Protocol):
     def served(self, lm: LM, served: Served, run: Run) -> Figures:
         """Figures that cost little, once the model is open."""
 
+    def base(self) -> Base | None:
+        """The base model, if the model is to be measured in turn with it; asked for once the model is open."""
+
     def measured(self, figures: Figures) -> None:
         """Is shown them, and those of the hardware if they were measured."""
 
@@ -105,7 +109,7 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
 
         def measure() -> None:
             with _timed(seconds, "meters"):
-                figures.merge(Meters(hardware)(lm, run))
+                figures.merge(Meters(hardware, gates.base() if gates is not None else None)(lm, run))
 
         def score() -> None:
             if gates is not None:
@@ -117,6 +121,7 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
             with sharing(hardware.device, log):  # with other work; the meters wait until they have the device alone
                 with _timed(seconds, "load"):
                     served = opened.enter_context(serving(lm, hardware, log))
+                with _timed(seconds, "check"):
                     check(lm, served)  # before anything is paid for
                 if gates is not None:
                     with _timed(seconds, "divergence"):

@@ -224,12 +224,19 @@ class Benchmark(Probe, Protocol):
         """`watch` is shown all outcomes so far and how many are to come, from time to time; what it raises ends the scoring."""
 
 
+DISTURBED = "disturbed"  # ends the source of a figure that was measured beside other work: `measured, disturbed`
+
+
 class Figures(dict[str, float]):
     """What a probe found, by name; `sources` says of each where it came from, `measured` unless named otherwise."""
 
     def __init__(self, values: Mapping[str, float] | None = None, sources: Mapping[str, str] | None = None) -> None:
         super().__init__(values or {})
         self.sources: dict[str, str] = dict.fromkeys(self, "measured") | dict(sources or {})
+
+    def disturbed(self) -> Figures:
+        """The same figures, with sources that say that something disturbed their measurement."""
+        return Figures(self, {name: f"{source}, {DISTURBED}" for name, source in self.sources.items()})
 
     def merge(self, other: Mapping[str, float]) -> None:
         self.update(other)
@@ -341,6 +348,10 @@ class Trial:
     @property
     def complete(self) -> bool:
         return self.reason is None
+
+    def disturbed(self, name: str) -> bool:
+        """Whether something disturbed the measurement of this figure: no decision may rest on it."""
+        return self.sources.get(name, "").endswith(DISTURBED)
 
     @property
     def stopped(self) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from winnow.benchmark import divergence
 from winnow.hardware.runtime import serving
+from winnow.hardware.runtime.transformers import Runtime, batches
 from winnow.method.rtn import RTN
 from winnow.model.load import pretrained
 from winnow.nano.model import WEIGHTS
@@ -53,6 +54,34 @@ def test_more_damage_is_further_away_and_it_is_the_divergence_of_the_distributio
             top = divergence.kl_of_top(p[:, : divergence.TOP], q[:, : divergence.TOP]).mean()
             assert top == pytest.approx(full_kl(p, q), rel=0.1) and top <= full_kl(p, q) + 1e-5
     assert 0 < distances[0] < distances[1]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_rows_at_once_are_what_they_are_one_at_a_time(soft: bool, tiny: Path) -> None:
+    lm = pretrained(str(tiny))
+    rows = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3, 4], [9, 8, 7, 6, 5]]
+    if soft:
+        peft = pytest.importorskip("peft")
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        lm = lm.changed(peft.get_peft_model(lm.model, settings))
+    with serving(lm) as served:
+        assert isinstance(served, Runtime)
+        served.model.float()
+        served.batch_logits = 14 * served.vocab_size  # two of the longest
+        likeliest = served.next_tokens_of(rows, 20)
+        wanted = [np.arange(4 * (len(row) - 1)).reshape(-1, 4) for row in rows]
+        told = served.next_tokens_of(rows, wanted)
+        for row, columns, (tokens, values), (same, others) in zip(rows, wanted, likeliest, told, strict=True):
+            plain_tokens, plain_values = served.next_tokens(row, 20)
+            assert np.array_equal(tokens, plain_tokens) and np.allclose(values, plain_values, atol=1e-5)
+            assert np.array_equal(same, columns)
+            assert np.allclose(others, served.next_tokens(row, columns)[1], atol=1e-5)
+
+
+def test_rows_of_like_lengths_go_together_up_to_what_fits() -> None:
+    lengths = [3, 9, 4, 9, 1, 30]
+    assert batches(lengths, 18) == [[5], [1, 3], [2, 0, 4]]
+    assert batches(lengths, 0) == [[5], [1], [3], [2], [0], [4]]  # a processor: one by one
 
 
 def test_the_reference_is_computed_once_and_by_what_it_depends_on(

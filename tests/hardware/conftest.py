@@ -61,4 +61,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hardware() -> Hardware:
-    return Hardware("cpu", prompt_tokens=8, output_tokens=4, warmup=1, repeats=3, seconds=0, energy_tokens=16)
+    return Hardware(
+        "cpu", prompt_tokens=8, output_tokens=4, warmup=1, repeats=3, seconds=0, energy_tokens=16, watch=False
+    )

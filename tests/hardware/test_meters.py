@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -107,9 +108,55 @@ def test_figures_follow_their_definitions() -> None:
 def test_more_time_gives_more_requests(hardware: Hardware, make_llama: Any) -> None:
     served = Runtime(LM(model=make_llama()))
     asked = latency.prompts(served.vocab_size, 1, 4, seed=0)
-    assert len(latency.time_requests(served, asked, hardware)) == hardware.repeats
-    longer = Hardware("cpu", output_tokens=4, repeats=1, seconds=1.0)
-    assert len(latency.time_requests(served, asked, longer)) > 1
+
+    def request() -> Timing:
+        return served.request(asked, 4)
+
+    (timings,) = latency.time_requests([request], hardware)
+    assert len(timings) == hardware.repeats
+    (timings,) = latency.time_requests([request], Hardware("cpu", repeats=1, seconds=1.0))
+    assert len(timings) > 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "updates", "requests"),
+    [
+        (16, 60.0, 1, 4),  # of four tokens each
+        (1000, 0.0, 1, 1),
+        (1, 60.0, 3, 3),  # the counter moves with every third
+    ],
+)
+def test_energy_is_metered_over_tokens_or_time_and_one_update_of_the_counter(
+    tokens: int, seconds: float, updates: int, requests: int, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def request() -> Timing:
+        asked.append(1)
+        return Timing(0.1, 0.2)
+
+    def counter() -> list[int]:
+        return [len(asked) // updates * 3_600_000]  # mJ: a Wh an update
+
+    monkeypatch.setattr(energy, "gpu_counters_mj", counter)
+    meters = Meters(dataclasses.replace(hardware, device="cuda", energy_tokens=tokens, energy_seconds=seconds))
+    figures = meters.energy(request)
+    assert len(asked) == requests
+    assert figures["energy_wh_per_1k_tokens"] == pytest.approx(1000 / 4 / updates)
+    assert figures.sources["energy_wh_per_1k_tokens"] == "counter"
+
+
+def test_warming_up_ends_with_its_time(hardware: Hardware) -> None:
+    asked: list[int] = []
+
+    def request() -> Timing:
+        asked.append(1)
+        return Timing(0.1, 0.2)
+
+    meters = Meters(dataclasses.replace(hardware, warmup=5))
+    meters.warm_up(request, until=math.inf)
+    meters.warm_up(request, until=0.0)
+    assert len(asked) == 5 + 1
 
 
 def test_a_workload_beyond_the_context_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -119,6 +119,16 @@ def test_front_base_and_sources_are_marked(page: Page) -> None:
     assert "counter" in page.text
 
 
+def test_disturbed_figures_are_marked_and_explained(summary: Summary) -> None:
+    sources = {"latency_ms": "measured, disturbed", "size_bytes": "estimated, disturbed"}
+    trials = (replace(summary.trials[0], sources=sources), *summary.trials[1:])
+    page = render(replace(summary, trials=trials))
+    marked = re.findall(r'<abbr class="source" title="([^"]*)">([^<]*)</abbr>', page)
+    assert [short for _, short in marked][:3] == ["est.", "disturbed", "disturbed"]
+    assert all("the front does not rest on it" in title for title, short in marked if short == "disturbed")
+    assert "one marked <q>disturbed</q> was measured beside other work" in page
+
+
 def test_headline_units_and_directions(page: Page) -> None:
     assert "3 strategies on the front" in page.text
     assert "2.88 MB, 0.32 of its size, accuracy 0.936 against 0.950" in page.text

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from winnow.report.facts import base_of, best_kept
 from winnow.report.figures import axes_of, digits, duration, human, label_of, unit_of
 from winnow.report.table import front_json, front_table, results_json, trial_line
 from winnow.types import Summary
@@ -33,6 +34,25 @@ def test_trial_line(summary: Summary) -> None:
     assert trial_line(summary.trials[5], summary.objectives, summary.front).endswith(
         "failed (timeout): longer than 60 s"
     )
+
+
+def test_disturbed_figures_are_marked_and_lead_no_list(summary: Summary) -> None:
+    assert "~" not in front_table(summary)
+    disturbed = replace(summary.trials[1], sources={"latency_ms": "measured, disturbed"})
+    study = replace(summary, trials=(summary.trials[0], disturbed, *summary.trials[2:]))
+    table = front_table(study)
+    assert "3.10 ms ~" in table and "3.30 ms ~" not in table
+    assert table.splitlines()[-1].startswith("~ measured beside other work")
+    assert "latency 3.10 ms ~" in trial_line(disturbed, study.objectives, study.front)
+    kept = replace(study.trials[2], figures={**study.trials[2].figures, "accuracy": 0.94})
+    best = best_kept(replace(study, trials=(*study.trials[:2], kept)), "latency_ms")
+    assert best is not None and best.number == 2  # the other is faster, and was disturbed
+
+
+def test_the_base_model_is_the_one_that_was_measured_again(summary: Summary) -> None:
+    first = replace(summary.trials[0], sources={"latency_ms": "measured, disturbed"})
+    second = replace(summary.trials[0], number=6)
+    assert base_of(replace(summary, trials=(first, *summary.trials[1:], second))) is second
 
 
 def test_a_message_cannot_drive_the_terminal(summary: Summary) -> None:

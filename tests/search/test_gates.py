@@ -12,10 +12,12 @@ import pytest
 from tests.test_conf import composed
 from winnow.benchmark.order import Order
 from winnow.benchmark.samples import FILE, Sample, read, write
+from winnow.hardware.runtime import serving
+from winnow.model.load import pretrained
 from winnow.search.gates import LEAST_CHANCE, Gates, matches, table, weights_of
 from winnow.search.objectives import KNOWN
 from winnow.search.trial import RIVALS
-from winnow.types import Figures, Reason, Stopped, UserError
+from winnow.types import Calibration, Figures, Reason, Run, Stopped, Strategy, Trial, UserError
 
 BENCHMARKS = ("nano_gsm8k", "nano_commonsenseqa", "nano_truthfulqa", "nano_humaneval")
 SIZE, SPEED = 1e6, 100.0
@@ -43,7 +45,7 @@ def study(tmp_path: Path) -> Path:
         samples = outcomes(accuracy, number)
         write(samples, tmp_path / str(number) / FILE)
         figures = {"accuracy": accuracy, "size_bytes": size, "latency_ms": SPEED, "kl_to_base": kl}
-        rivals.append({"number": number, "figures": figures})
+        rivals.append({"number": number, "figures": figures, "sources": {}})
     (tmp_path / "9").mkdir()
     scored = {rival["number"]: rival["figures"]["kl_to_base"] for rival in rivals}  # type: ignore[index]
     (tmp_path / "9" / RIVALS).write_text(json.dumps({"front": rivals, "scored": scored}))
@@ -127,6 +129,22 @@ def test_perplexity_is_known_only_at_the_end_so_nothing_is_stopped(study: Path) 
     assert raced(gate, outcomes(0.1, seed=9)) is None
 
 
+def test_a_trial_is_measured_in_turn_with_the_base_model_and_the_base_model_alone(study: Path, tiny: Path) -> None:
+    gate = gates(study, "model=local", f"model.path={tiny}", "limits.memory_bytes=5000")
+    assert gate.base() is None
+    told = json.loads((study / "9" / RIVALS).read_text())
+    base = {"number": 0, "figures": {"latency_ms": 150.0, "peak_memory_bytes": 3000.0}}
+    (study / "9" / RIVALS).write_text(json.dumps({**told, "base": base}))
+    for stages, expected in (([{"method": "rtn"}], (150.0, 3000.0, 5000)), ([], None)):
+        gate = gates(study, "model=local", f"model.path={tiny}", "limits.memory_bytes=5000")
+        lm = pretrained(str(tiny))
+        lm.manifest = {"base": {"sha256": "0"}, "stages": stages}
+        with serving(lm) as served:
+            gate.served(lm, served, Run(study, log=lambda line: None, calibration=Calibration(max_length=64)))
+        found = gate.base()
+        assert (found and (found.latency_ms, found.peak_memory_bytes, found.memory_limit_bytes)) == expected
+
+
 def test_the_hardware_comes_last_where_no_objective_needs_it(study: Path) -> None:
     assert gates(study, "objectives=[accuracy,size_bytes]").scores_first
     assert not gates(study).scores_first
@@ -152,9 +170,22 @@ def gates_benchmark():  # type: ignore[no-untyped-def]
 
 def test_equal_within_the_resolution_is_equal() -> None:
     others = (KNOWN["size_bytes"], KNOWN["latency_ms"])
-    assert matches({"size_bytes": 1.00001e6, "latency_ms": 100.0}, {"size_bytes": 1e6, "latency_ms": 100.0}, others)
-    assert not matches({"size_bytes": 1.1e6, "latency_ms": 100.0}, {"size_bytes": 1e6, "latency_ms": 100.0}, others)
-    assert matches({}, {}, ())
+    base = of(1e6, 100.0)
+    assert matches(of(1.00001e6, 100.0), base, others)
+    assert not matches(of(1.1e6, 100.0), base, others)
+    assert matches(Trial(1, Strategy()), Trial(2, Strategy()), ())
+
+
+def test_a_disturbed_figure_makes_no_rival() -> None:
+    others = (KNOWN["size_bytes"], KNOWN["latency_ms"])
+    calm, disturbed = of(1e6, 100.0), of(1e6, 10.0, "measured, disturbed")
+    assert not matches(disturbed, calm, others)
+    assert matches(calm, disturbed, others)  # it would not come onto the front beside the other
+    assert matches(disturbed, calm, others[:1])
+
+
+def of(size: float, latency: float, source: str = "measured") -> Trial:
+    return Trial(1, Strategy(), figures={"size_bytes": size, "latency_ms": latency}, sources={"latency_ms": source})
 
 
 @pytest.mark.parametrize("setting", ["racing.error_rate=1.5", "racing.hopeless_ratio=-1", "racing.hopeless_floor=-0.1"])

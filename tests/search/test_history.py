@@ -31,6 +31,23 @@ def test_the_front_grows_as_if_made_from_all_trials_at_once() -> None:
     assert set(gained) <= {n for n, gain in history.gains.items() if gain > 0}
 
 
+def test_a_disturbed_base_model_is_run_again_and_the_second_time_stands() -> None:
+    sources = {"size_bytes": "measured, disturbed"}
+    history = History(OBJECTIVES)
+    history.end(trial(0, 0.95, 4e6, sources={"latency_ms": "measured, disturbed"}))
+    assert history.base is history.trials[0]  # what was disturbed is no objective
+    history = History(OBJECTIVES)
+    history.end(trial(0, 0.95, 4e6, sources=sources))
+    assert history.base is None and history.runs_again(history.trials[0])
+    assert history.front == () and history.run_trials == 0
+    history.end(trial(0, 0.95, 5e6, sources=sources, decision={"retried": 0}))
+    assert history.base is history.trials[1] and not history.runs_again(history.trials[1])
+    assert history.front == (0,) and history.run_trials == 1
+    history.end(trial(3, 0.96, 6e6, sources=sources))
+    assert not history.runs_again(history.trials[2])  # others only count less
+    assert history.gains[3] == 0
+
+
 def test_what_breaks_a_constraint_is_complete_and_never_on_the_front() -> None:
     limits = constraints({"accuracy_drop": 0.02, "size_bytes": 5e6}, ())
     history = History(OBJECTIVES, limits)

@@ -115,7 +115,13 @@ def test_a_whole_search_with_two_workers(launcher: str, command: Callable[..., A
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'winnow[joblib]'")
     settings = ["method=[rtn]", "agent=random", "budget.trials=4", "first_slots=[]", "benchmark.limit=2"]
     settings += ["objectives=[accuracy,size_bytes]", "hardware.seconds=0.1", "hardware.repeats=1", "hardware.warmup=0"]
-    settings += ["hardware.output_tokens=2", "hardware.energy_tokens=2", "wandb.mode=disabled", "study=s"]
+    settings += [
+        "hardware.output_tokens=2",
+        "hardware.energy_tokens=2",
+        "hardware.watch=false",
+        "wandb.mode=disabled",
+        "study=s",
+    ]
     done = command("search", f"hydra/launcher={launcher}", "workers=2", *settings)
     assert done.returncode == 0, done.stderr
     outcomes = [json.loads(path.read_text()) for path in (tmp_path / "outputs/s/trials").glob("*/outcome.json")]

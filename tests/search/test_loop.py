@@ -64,6 +64,7 @@ def test_the_space_is_searched_and_its_front_kept(tmp_path: Path) -> None:
     assert {point["trial"] for point in front} == set(found.study.front)
     told = json.loads((tmp_path / "trials" / "29" / RIVALS).read_text())
     assert {rival["number"] for rival in told["front"]} <= set(range(29)) and told["front"]
+    assert told["base"]["number"] == 0 and set(told["base"]["figures"]) == {"accuracy", "size_bytes"}
     assert set(map(int, told["scored"])) >= {rival["number"] for rival in told["front"]}
 
 
@@ -128,6 +129,24 @@ def test_a_base_model_that_fails_ends_it(tmp_path: Path) -> None:
     failed = {"figures": {}, "reason": Reason.OUT_OF_MEMORY.value, "message": "too large"}
     with pytest.raises(UserError, match="the base model cannot be evaluated .*too large"):
         Found(tmp_path, lambda p, w: outcome(p, **failed)).search.run()
+
+
+def test_a_disturbed_base_model_is_measured_again_before_anything_else(tmp_path: Path) -> None:
+    sources = {"size_bytes": "measured, disturbed"}
+
+    def launch(proposal: Proposal, worker: int) -> Outcome:
+        return outcome(proposal, sources=sources if proposal.number == 0 else {})
+
+    found = Found(tmp_path, launch, budget=Budget(trials=4), workers=3)
+    found.search.run()
+    assert found.launched[:2] == ["base", "base"] and found.launched.count("base") == 2
+    assert found.study.run_trials == 4 and found.study.base is not None and found.study.base.number == 1
+    assert 0 not in found.study.front
+    said = "trial 0 is the base model, with which all others are compared, and its size_bytes was measured beside other work"
+    assert f"{said}; it is tried once more" in found.lines
+    again = Found(tmp_path, launch, budget=Budget(trials=4))
+    again.search.run()
+    assert again.launched == []
 
 
 def test_a_figure_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:

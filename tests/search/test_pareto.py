@@ -45,6 +45,28 @@ def test_differences_below_the_resolution_are_none() -> None:
     assert pareto.front(fast, (OBJECTIVES[0], speed)) == (0, 2)
 
 
+def test_the_front_does_not_rest_on_a_disturbed_figure() -> None:
+    objectives = (*OBJECTIVES, Objective("latency_ms", False, "ms"), Objective("decode_tokens_per_s", True))
+
+    def measured(number: int, accuracy: float, size: float, latency: float, source: str = "measured") -> Trial:
+        figures = {"accuracy": accuracy, "size_bytes": size, "latency_ms": latency, "decode_tokens_per_s": 1 / latency}
+        sources = {"latency_ms": source, "decode_tokens_per_s": source}
+        return Trial(number, Strategy(), figures=figures, sources=sources)
+
+    calm = [measured(0, 0.9, 10, 100), measured(1, 0.8, 5, 90)]
+    fast = measured(2, 0.9, 5, 1, "measured, disturbed")  # would put both others off the front
+    assert pareto.front([*calm, fast], objectives) == (0, 1, 2)  # there for its size and accuracy
+    for_its_speed = measured(3, 0.7, 20, 1, "measured, disturbed")
+    assert pareto.front([*calm, for_its_speed], objectives) == (0, 1)
+    # where everything was disturbed, the other objectives are what is left
+    noisy = [
+        measured(n, a, s, 100 - n, "measured, disturbed") for n, (a, s) in enumerate([(0.9, 10), (0.8, 5), (0.7, 7)])
+    ]
+    assert pareto.front(noisy, objectives) == (0, 1)
+    series = pareto.hypervolume_series([*calm, fast], objectives)
+    assert series[0] < series[1] == series[2]
+
+
 def test_failed_trials_are_never_on_the_front_and_add_no_volume() -> None:
     trials = [trial(0, 0.9, 10), trial(1, 0, 0, Reason.CRASHED), trial(2, 0.8, 5)]
     assert pareto.front(trials, OBJECTIVES) == (0, 2)

@@ -214,7 +214,7 @@ def observed(
     rows: list[tuple[Trial, float, float]] = []
     for trial in trials:
         if name in trial.figures and not trial.failed:
-            rows.append((trial, trial.figures[name], 1.0))
+            rows.append((trial, trial.figures[name], ESTIMATED if trial.disturbed(name) else 1.0))
         elif name in trial.estimates:
             rows.append((trial, trial.estimates[name], ESTIMATED))
         elif objective.maximize and KL in trial.figures and len(curve) > 3:

@@ -53,7 +53,8 @@ def reference(base: LM, served: Served | None, run: Run, device: str) -> Referen
         UserError: the calibration source is missing or empty.
         NotImplementedError: the runtime cannot tell.
     """
-    key = [base.sha256(), run.seed, asdict(run.calibration), base.tokenizer.name_or_path, TOKENS, TOP]
+    how = [base.loading.dtype, base.loading.attention, device]
+    key = [base.sha256(), run.seed, asdict(run.calibration), base.tokenizer.name_or_path, TOKENS, TOP, how]
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
     path = (run.cache or run.folder) / FOLDER / f"{name}.npz"
     if path.is_file():
@@ -81,10 +82,10 @@ def _computed(base: LM, served: Served | None, run: Run, device: str) -> Referen
     rows = _rows(base, run)
     if served is None:
         with serving(base, Hardware(device, device=device, decode="eager"), run.log) as opened:
-            found = [opened.next_tokens(row, TOP) for row in rows]
+            found = opened.next_tokens_of(rows, TOP)
         base.release()
     else:
-        found = [served.next_tokens(row, TOP) for row in rows]
+        found = served.next_tokens_of(rows, TOP)
     return Reference(
         tuple(map(tuple, rows)), np.concatenate([t for t, _ in found]), np.concatenate([p for _, p in found])
     )
@@ -114,14 +115,11 @@ def divergence(served: Served, wanted: Reference) -> Figures:
     Raises:
         NotImplementedError: the runtime cannot tell.
     """
-    log_p, log_q = [], []
-    done = 0
-    for row in wanted.rows:
-        here = slice(done, done + len(row) - 1)
-        done += len(row) - 1
-        if served.context is None or len(row) <= served.context:
-            log_p.append(wanted.log_probabilities[here])
-            log_q.append(served.next_tokens(row, wanted.tokens[here])[1])
+    ends = np.cumsum([len(row) - 1 for row in wanted.rows])[:-1]
+    parts = zip(wanted.rows, np.split(wanted.tokens, ends), np.split(wanted.log_probabilities, ends), strict=True)
+    fitting = [part for part in parts if served.context is None or len(part[0]) <= served.context]
+    found = served.next_tokens_of([row for row, _, _ in fitting], [tokens for _, tokens, _ in fitting])
+    log_p, log_q = [expected for _, _, expected in fitting], [values for _, values in found]
     p, q = (np.concatenate(part).astype(np.float64) for part in (log_p, log_q))
     same = q.argmax(-1) == p.argmax(-1)
     return Figures({"kl_to_base": float(kl_of_top(p, q).mean()), "top1_agreement": float(same.mean())})

@@ -57,7 +57,11 @@ class Hardware:
         prompt_tokens, output_tokens: of each such request.
         warmup: requests before the first that counts.
         repeats, seconds: latency is measured over at least so many requests, and over more until the time is spent.
-        energy_tokens: output tokens over which energy is metered, rounded up to whole requests.
+        most_seconds: that warm-up and latency take at most, whatever `warmup` and `repeats` say; each is one request at least.
+        energy_tokens, energy_seconds: energy is metered over so many output tokens, rounded up to whole requests, or until the
+            time is spent, whichever comes first; over one request and one update of the counter at least.
+        watch: whether measurements are watched for what disturbs them (`winnow.hardware.disturbance`).
+        retry_seconds: that repetitions of disturbed measurements may take together.
         tflops: of dense products in bfloat16 on one device, by its vendor; for forecasts of time alone, where a processor
             is measured instead.
     """
@@ -79,7 +83,11 @@ class Hardware:
     warmup: int = 2
     repeats: int = 5
     seconds: float = 3.0
+    most_seconds: float = 30.0
     energy_tokens: int = 256
+    energy_seconds: float = 3.0
+    watch: bool = True
+    retry_seconds: float = 8.0
     tflops: float | None = None
 
     def __post_init__(self) -> None:
@@ -100,6 +108,7 @@ class Hardware:
             )
         least = {"devices": 1, "batch_size": 1, "latency_batch_size": 1, "prompt_tokens": 1, "repeats": 1}
         least |= {"output_tokens": 2, "energy_tokens": 1, "warmup": 0, "seconds": 0, "carbon_g_per_kwh": 0}
+        least |= {"most_seconds": 0, "energy_seconds": 0, "retry_seconds": 0}
         least |= {"tflops": 0} if self.tflops is not None else {}
         least |= {key: 1 for key in ("threads", "memory_limit_bytes") if getattr(self, key) is not None}
         for key, low in least.items():

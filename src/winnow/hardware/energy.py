@@ -95,6 +95,10 @@ class EnergyMeter:
         if self.required and error is None and self.energy.source == "none":
             raise RuntimeError("the energy meter was started and read nothing")
 
+    def counted(self) -> bool:
+        """Whether what meters has had news since the work began: NVML's counters stand still between two updates."""
+        return self._gpus is None or gpu_counters_mj() != self._gpus
+
     def _fill(self, wh: float, source: str) -> None:
         self.energy.wh = wh
         self.energy.co2_g = wh / 1000 * self.carbon_g_per_kwh

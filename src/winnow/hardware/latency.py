@@ -7,8 +7,9 @@ TTFT = request to first token; TPOT = (total - TTFT) / (output_tokens - 1); the 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,6 @@ from winnow.types import Figures, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.device import Hardware
-    from winnow.hardware.runtime import Served
 
 MOST_REPEATS = 1000
 
@@ -53,14 +53,23 @@ def check_context(context: int | None, hardware: Hardware) -> None:
         )
 
 
-def time_requests(served: Served, asked: Sequence[Sequence[int]], hardware: Hardware) -> list[Timing]:
-    """Timings of `hardware.repeats` requests at least, and of more until `hardware.seconds` are spent."""
-    timings: list[Timing] = []
+def time_requests(
+    requests: Sequence[Callable[[], Timing]], hardware: Hardware, most_seconds: float = math.inf
+) -> list[list[Timing]]:
+    """Timings of each of the requests: of one model, or of two in turn, A B B A A B B A ...
+
+    Each is put `hardware.repeats` times at least, and more often until `hardware.seconds` are spent by all together; but once
+    `most_seconds` are spent, no more often.
+    """
+    timings: list[list[Timing]] = [[] for _ in requests]
     started = time.perf_counter()
-    while len(timings) < hardware.repeats or (
-        time.perf_counter() - started < hardware.seconds and len(timings) < MOST_REPEATS
-    ):
-        timings.append(served.request(asked, hardware.output_tokens))
+    for done in range(MOST_REPEATS):
+        spent_s = time.perf_counter() - started
+        if done and (spent_s >= most_seconds or (done >= hardware.repeats and spent_s >= hardware.seconds)):
+            break
+        places = range(len(requests))
+        for place in reversed(places) if done % 2 else places:
+            timings[place].append(requests[place]())
     return timings
 
 

@@ -8,27 +8,36 @@ model takes about 4 s with `hardware=cpu`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from winnow.hardware import latency
+from winnow.hardware import in_turn, latency
 from winnow.hardware.device import Hardware
+from winnow.hardware.disturbance import Disturbance, Repeater, Watch
 from winnow.hardware.energy import EnergyMeter
 from winnow.hardware.footprint import disk_bytes
+from winnow.hardware.in_turn import Base
+from winnow.hardware.latency import Timing
 from winnow.hardware.lock import alone
 from winnow.hardware.runtime import Served, serving
 from winnow.types import LM, Figures, Run
 
-Prompts = Sequence[Sequence[int]]
+Request = Callable[[], Timing]
+SLOWEST_UPDATE_S = 1.0  # of a GPU's energy counter: one that has not moved by then does not count
 
 
 @dataclass(frozen=True)
 class Meters:
-    """Measures a model on disk, loaded from there, on `hardware`."""
+    """Measures a model on disk, loaded from there, on `hardware`.
+
+    Attributes:
+        base: the base model, with which a search compares: requests of both are then timed in turn.
+    """
 
     hardware: Hardware
+    base: Base | None = None
 
     def __call__(self, lm: LM, run: Run) -> Figures:
         """Figures by name, each with its source.
@@ -43,39 +52,71 @@ class Meters:
         with serving(lm, hardware, run.log) as served:
             latency.check_context(served.context, hardware)
             with alone(hardware.device, run.log), _threads(hardware.threads):
-                asked = latency.prompts(
-                    served.vocab_size, hardware.latency_batch_size, hardware.prompt_tokens, run.seed
-                )
-                for _ in range(hardware.warmup):
-                    served.request(asked, hardware.output_tokens)
-                figures.merge(self.memory(served, asked))
-                figures.merge(self.latency(served, asked, run.seed))
-                figures.merge(self.energy(served, asked))
+                until = time.perf_counter() + hardware.most_seconds
+                request = self.request(served, run.seed)
+                self.warm_up(request, until)
+                figures.merge(self.memory(served, request))
+                repeater = Repeater(Watch(hardware.device) if hardware.watch else None, hardware.retry_seconds, run.log)
+                peak_bytes = figures["peak_memory_bytes"]
+                with in_turn.opened(self.base, served, peak_bytes, hardware, run.log) as other:
+                    theirs = self.request(other, run.seed) if other is not None else None
+                    if theirs is not None:
+                        self.warm_up(theirs, until)
+                    left_s = until - time.perf_counter()
+                    _merge(figures, *repeater("latency", lambda: self.latency(request, theirs, left_s, run.seed)))
+                _merge(figures, *repeater("energy", lambda: self.energy(request)))
         return figures
 
-    def memory(self, served: Served, asked: Prompts) -> Figures:
+    def request(self, served: Served, seed: int) -> Request:
+        """Puts one request of the workload."""
+        hardware = self.hardware
+        asked = latency.prompts(served.vocab_size, hardware.latency_batch_size, hardware.prompt_tokens, seed)
+        return lambda: served.request(asked, hardware.output_tokens)
+
+    def warm_up(self, request: Request, until: float) -> None:
+        for _ in range(self.hardware.warmup):
+            request()
+            if time.perf_counter() > until:
+                break
+
+    def memory(self, served: Served, request: Request) -> Figures:
         """`weights_memory_bytes`, and `peak_memory_bytes` while one request is answered."""
         with served.peak_memory() as peak:
-            served.request(asked, self.hardware.output_tokens)
+            request()
         held = served.weights_memory_bytes()
         return Figures({"weights_memory_bytes": float(held), "peak_memory_bytes": float(peak.peak_bytes)})
 
-    def latency(self, served: Served, asked: Prompts, seed: int) -> Figures:
-        """Times of requests, with a bootstrap interval of their median."""
-        timings = latency.time_requests(served, asked, self.hardware)
-        return latency.summarize(timings, self.hardware, seed)
+    def latency(self, request: Request, base: Request | None, most_seconds: float, seed: int) -> Figures:
+        """Times of requests, with a bootstrap interval of their median; in turn with those of the base model, if it is there."""
+        if base is None:
+            (timings,) = latency.time_requests([request], self.hardware, most_seconds)
+            return latency.summarize(timings, self.hardware, seed)
+        assert self.base is not None
+        timings, theirs = latency.time_requests([request, base], self.hardware, most_seconds)
+        return in_turn.summarize(timings, theirs, self.base.latency_ms, self.hardware, seed)
 
-    def energy(self, served: Served, asked: Prompts) -> Figures:
+    def energy(self, request: Request) -> Figures:
         """Energy and CO2 of 1,000 output tokens, their share of reading the prompts included."""
         hardware = self.hardware
         tokens_a_request = hardware.latency_batch_size * hardware.output_tokens
-        requests = math.ceil(hardware.energy_tokens / tokens_a_request)
-        with EnergyMeter(hardware.carbon_g_per_kwh, required=True, device=hardware.device) as energy:
-            for _ in range(requests):
-                served.request(asked, hardware.output_tokens)
-        per_1k = 1000 / (requests * tokens_a_request)
+        meter = EnergyMeter(hardware.carbon_g_per_kwh, required=True, device=hardware.device)
+        tokens = 0
+        with meter as energy:
+            started = time.perf_counter()
+            while True:
+                request()
+                tokens += tokens_a_request
+                spent_s = time.perf_counter() - started
+                enough = tokens >= hardware.energy_tokens or spent_s >= hardware.energy_seconds
+                if enough and (meter.counted() or spent_s >= hardware.energy_seconds + SLOWEST_UPDATE_S):
+                    break
+        per_1k = 1000 / tokens
         figures = {"energy_wh_per_1k_tokens": energy.wh * per_1k, "co2_g_per_1k_tokens": energy.co2_g * per_1k}
         return Figures(figures, dict.fromkeys(figures, energy.source))
+
+
+def _merge(figures: Figures, found: Figures, disturbance: Disturbance) -> None:
+    figures.merge(found.disturbed() if disturbance else found)
 
 
 @contextmanager

@@ -39,8 +39,33 @@ def median_interval(
     if not values:
         raise ValueError("the interval of nothing")
     sample = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(sample), size=(resamples, len(sample)))
-    medians = np.median(sample[drawn], axis=1)  # [resamples]
+    medians = np.median(sample[_drawn(len(sample), resamples, seed)], axis=1)  # [resamples]
+    return _middle(medians, confidence)
+
+
+def ratio_interval(
+    values: Sequence[float], others: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Lower and upper bound of the ratio of two medians; see `median_interval`.
+
+    Pairs are drawn, so that what slowed both of a pair does not widen the interval.
+
+    Raises:
+        ValueError: no values, or not as many of each.
+    """
+    if not values or len(values) != len(others):
+        raise ValueError(f"{len(values)} and {len(others)} values make no pairs")
+    drawn = _drawn(len(values), resamples, seed)
+    above, below = (np.median(np.asarray(of, dtype=np.float64)[drawn], axis=1) for of in (values, others))
+    return _middle(above / below, confidence)
+
+
+def _drawn(count: int, resamples: int, seed: int) -> np.ndarray:
+    """Places [resamples, count], drawn with replacement."""
+    return np.random.default_rng(seed).integers(count, size=(resamples, count))
+
+
+def _middle(found: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(medians, [tail, 100 - tail])
+    low, high = np.percentile(found, [tail, 100 - tail])
     return float(low), float(high)

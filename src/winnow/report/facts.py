@@ -14,8 +14,8 @@ WITHIN_POINTS = 2.0  # an accuracy this near to the base model's counts as kept,
 
 
 def base_of(summary: Summary) -> Trial | None:
-    """The base model's trial; None while it is unfinished or if it failed."""
-    return next((t for t in summary.trials if not t.strategy.methods and t.complete), None)
+    """The base model's trial, the last where it was measured again; None while it is unfinished or if it failed."""
+    return next((t for t in reversed(summary.trials) if not t.strategy.methods and t.complete), None)
 
 
 def front_of(summary: Summary) -> list[Trial]:
@@ -69,8 +69,8 @@ def kept(summary: Summary) -> list[Trial]:
 
 
 def best_kept(summary: Summary, name: str) -> Trial | None:
-    """Of the strategies that keep the score, the one with the lowest figure `name`."""
-    known = [t for t in kept(summary) if name in t.figures]
+    """Of the strategies that keep the score, the one with the lowest figure `name` that nothing disturbed."""
+    known = [t for t in kept(summary) if name in t.figures and not t.disturbed(name)]
     return min(known, key=lambda t: t.figures[name], default=None)
 
 
@@ -124,7 +124,7 @@ def payback(summary: Summary) -> str:
     co2_g = sum(trial.energy.get("co2_g", 0.0) for trial in summary.trials)
     text = f"The search took {wh:,.3g} Wh ({co2_g:,.3g} g CO2)"
     base, best = base_of(summary), best_kept(summary, ENERGY)
-    if base is None or best is None or ENERGY not in base.figures:
+    if base is None or best is None or ENERGY not in base.figures or base.disturbed(ENERGY):
         return f"{text}."
     saved = base.figures[ENERGY] - best.figures[ENERGY]
     if saved <= 0:

@@ -42,6 +42,8 @@ SCALES: dict[str, tuple[tuple[float, str], ...]] = {
 ALIASES = {"bytes": "B", "byte": "B", "wh": "Wh", "sec": "s", "seconds": "s"}
 ACRONYMS = {"co2": "CO2", "ram": "RAM", "vram": "VRAM", "gpu": "GPU", "cpu": "CPU", "kl": "KL", "ttft": "TTFT"}
 MISSING = "–"
+DISTURBED_MARK = " ~"
+DISTURBED_LEGEND = "~ measured beside other work, although it was tried again: the front does not rest on it"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,11 @@ def human(name: str, value: float, unit: str = "") -> str:
     """One figure by itself, in the unit that suits it: `2.88 MB`."""
     factor, shown = scale(unit_of(name, unit), [value])
     return Axis(name, "", shown, factor).show(value)
+
+
+def mark(trial: Trial, name: str) -> str:
+    """What stands after a figure of which the measurement was disturbed; empty for others."""
+    return DISTURBED_MARK if name in trial.figures and trial.disturbed(name) else ""
 
 
 def duration(seconds: float | None) -> str:

@@ -9,13 +9,16 @@ from html import escape
 from winnow.report.facts import base_of
 from winnow.report.figures import Axis, duration, plain, plain_lines, total_seconds
 from winnow.report.table import luck_of, relative, state_of
-from winnow.types import Summary, Trial
+from winnow.types import DISTURBED, Summary, Trial
 
 SOURCES = {
     "measured": "measured here",
     "counter": "read from a hardware counter",
     "estimated": "estimated by a model, not metered",
+    DISTURBED: "measured beside other work, although it was tried again: the front does not rest on it",
 }
+UNMARKED = ("measured",)
+SHORT = {"estimated": "est."}
 
 
 def head(axes: Sequence[Axis]) -> str:
@@ -111,11 +114,13 @@ def _broken(name: str) -> str:
 
 def _tag(trial: Trial, name: str) -> str:
     """Says so where a figure was not simply measured."""
-    source = trial.sources.get(name, "measured")
-    if name not in trial.figures or source == "measured":
+    if name not in trial.figures:
         return ""
-    short = {"estimated": "est."}.get(source, source)
-    return f' <abbr class="source" title="{escape(SOURCES.get(source, source))}">{escape(short)}</abbr>'
+    tags = [word for word in trial.sources.get(name, "measured").split(", ") if word not in UNMARKED]
+    return "".join(
+        f' <abbr class="source" title="{escape(SOURCES.get(word, word))}">{escape(SHORT.get(word, word))}</abbr>'
+        for word in tags
+    )
 
 
 def _details(trial: Trial, summary: Summary, axes: Sequence[Axis], luck: str) -> str:

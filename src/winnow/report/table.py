@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from winnow.report.facts import base_of, counts, finite, front_of, headline, payback, points, ratio
-from winnow.report.figures import Axis, axes_of, directions, duration, human, label_of, plain, total_seconds
+from winnow.report.figures import (
+    DISTURBED_LEGEND,
+    Axis,
+    axes_of,
+    directions,
+    duration,
+    human,
+    label_of,
+    mark,
+    plain,
+    total_seconds,
+)
 from winnow.types import Objective, Summary, Trial
 
 
@@ -26,7 +37,10 @@ def front_table(summary: Summary) -> str:
         directions(axes),
     ]
     if base is not None:
-        lines.append("base model: " + ", ".join(f"{a.label} {a.show(base.figures.get(a.name))}" for a in axes))
+        lines.append(
+            "base model: "
+            + ", ".join(f"{a.label} {a.show(base.figures.get(a.name))}{mark(base, a.name)}" for a in axes)
+        )
     heads = [("trial", ""), ("strategy", "<")]
     for axis in axes:
         heads += [(axis.label, ""), ("", "")]
@@ -39,13 +53,15 @@ def front_table(summary: Summary) -> str:
         for axis in axes:
             value = trial.figures.get(axis.name)
             other = base.figures.get(axis.name) if base is not None and trial.number != base.number else None
-            row += [axis.show(value), relative(axis, value, other)]
+            row += [axis.show(value) + mark(trial, axis.name), relative(axis, value, other)]
         found = summary.confirmed.get(trial.number, {})
         row += [axis.show(found.get(axis.name)) + (" *" if lucky.get(trial.number) else "") for axis in fresh]
         rows.append(row)
     if repaid := payback(summary):
         lines.append(repaid)
     notes = [f"* trial {number}: luck: {why}" for number, why in lucky.items()]
+    if any(mark(t, axis.name) for t in (*front_of(summary), *([base] if base else [])) for axis in axes):
+        notes.append(DISTURBED_LEGEND)
     return "\n".join([*lines, "", *aligned(rows, [side or ">" for _, side in heads]), *notes])
 
 
@@ -84,7 +100,9 @@ def trial_line(trial: Trial, objectives: Sequence[Objective], front: Sequence[in
         for objective in objectives:
             value = trial.figures.get(objective.name)
             if value is not None:
-                parts.append(f"{label_of(objective.name)} {human(objective.name, value, objective.unit)}")
+                parts.append(
+                    f"{label_of(objective.name)} {human(objective.name, value, objective.unit)}{mark(trial, objective.name)}"
+                )
             elif objective.name in trial.estimates:
                 guess = human(objective.name, trial.estimates[objective.name], objective.unit)
                 parts.append(f"{label_of(objective.name)} about {guess}")

@@ -72,7 +72,7 @@ def luck(
     mine = confirmed[trial.number]
     for rival in front:
         theirs = confirmed.get(rival.number)
-        if rival.number == trial.number or theirs is None or not matches(rival.figures, trial.figures, others):
+        if rival.number == trial.number or theirs is None or not matches(rival, trial, others):
             continue
         if all(theirs[o.name] >= mine[o.name] if o.maximize else theirs[o.name] <= mine[o.name] for o in scores):
             return f"trial {rival.number} is no worse in anything else, and as good on fresh items"

@@ -26,10 +26,14 @@ class Folders:
         return self._root / str(number)
 
     def prepare(self, number: int, history: History) -> None:
-        """Tells a trial whom it has to beat, and who can tell it which items matter."""
+        """Tells a trial what the base model's has found, whom it has to beat, and who can tell it which items matter."""
         self.of(number).mkdir(parents=True, exist_ok=True)
+        base = history.base
         told = {
-            "front": [{"number": t.number, "figures": dict(t.figures)} for t in history.on_front],
+            "base": {"number": base.number, "figures": dict(base.figures)} if base is not None else None,
+            "front": [
+                {"number": t.number, "figures": dict(t.figures), "sources": dict(t.sources)} for t in history.on_front
+            ],
             "scored": scored(history),
         }
         write_json(self.of(number) / RIVALS, told)

@@ -29,12 +29,13 @@ from winnow.benchmark.recalled import Recalled
 from winnow.benchmark.samples import FILE, Sample, read
 from winnow.benchmark.spec import Spec
 from winnow.hardware.footprint import disk_bytes
+from winnow.hardware.in_turn import Base
 from winnow.method.prefixes import code_sha256
 from winnow.model import manifest
 from winnow.search import pareto, racing
 from winnow.search.objectives import KL, objectives
 from winnow.search.trial import RIVALS
-from winnow.types import LM, Benchmark, Figures, Objective, Reason, Run, Stopped, Trial, UserError
+from winnow.types import LM, Benchmark, Figures, Objective, Reason, Run, Stopped, Strategy, Trial, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.runtime import Served
@@ -77,6 +78,7 @@ class Gates:
 
     def __init__(self, config: DictConfig, folder: Path, log: Callable[[str], None]) -> None:
         self._config, self._folder, self._log = config, folder, log
+        self._base: LM | None = None  # where it is not the model of this trial
         self._benchmark: Harness = build.benchmark(config)  # type: ignore[assignment]
         scores = self._benchmark.scores()
         found = objectives(list(config.objectives), scores)
@@ -97,6 +99,7 @@ class Gates:
         base = build.model(self._config)
         base.manifest = {"sha256": lm.manifest["base"]["sha256"]}  # known: its weights need not be read for it
         is_base = not lm.manifest.get("stages")
+        self._base = None if is_base else base
         if is_base and run.cache is not None and run.stage_cache_bytes:
             self._cache = run.cache
             self._about = {
@@ -113,6 +116,20 @@ class Gates:
             self._log(f"no divergence from the base model: {error}")
         return figures
 
+    def base(self) -> Base | None:
+        """The base model, to measure this trial's in turn with; None where it is the same one, or its trial has no figures."""
+        found = (self._told["base"] or {}).get("figures", {})
+        if self._base is None or not {"latency_ms", "peak_memory_bytes"} <= set(found):
+            return None
+        limit = self._config.limits.memory_bytes
+        return Base(self._base, found["latency_ms"], found["peak_memory_bytes"], limit)
+
+    @functools.cached_property
+    def _told(self) -> dict[str, Any]:
+        path = self._folder / RIVALS
+        nothing: dict[str, Any] = {"base": None, "front": [], "scored": {}}
+        return nothing | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+
     def measured(self, figures: Figures) -> None:
         """Finds the rivals.
 
@@ -121,9 +138,9 @@ class Gates:
         """
         if any(o.name not in figures for o in self._others):
             return  # text is scored last: whether it is matched there is not known before the end
-        path = self._folder / RIVALS
-        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"front": [], "scored": {}}
-        self._rivals = [rival for rival in told["front"] if matches(rival["figures"], figures, self._others)]
+        told = self._told
+        mine = Trial(-1, Strategy(), figures=figures, sources=figures.sources)
+        self._rivals = [rival for rival in told["front"] if matches(_trial(rival), mine, self._others)]
         settings = self._settings
         for rival in self._rivals if settings.hopeless_ratio and KL in figures else ():
             bound = max(settings.hopeless_ratio * rival["figures"].get(KL, np.inf), settings.hopeless_floor)
@@ -215,13 +232,20 @@ def informants(scored: Mapping[int, float | None], kl: float | None) -> list[int
     return sorted(scored, key=distance)[:ALIKE]
 
 
-def matches(rival: Mapping[str, float], figures: Mapping[str, float], others: Sequence[Objective]) -> bool:
-    """Whether a rival is at least as good in these objectives, differences below their resolution aside."""
+def matches(rival: Trial, trial: Trial, others: Sequence[Objective]) -> bool:
+    """Whether a rival is at least as good in these objectives, differences below their resolution aside.
+
+    As on the front (`winnow.search.pareto`), a figure whose measurement was disturbed is worse than any other.
+    """
     if not others:
         return True
-    trials = [Trial(n, strategy=None, figures=dict(f)) for n, f in enumerate((rival, figures))]  # type: ignore[arg-type]
-    first, second = pareto.snapped(pareto.points(trials, others), others)
+    first, second = pareto.snapped(pareto.points([rival, trial], others), others)
     return bool((first <= second).all())
+
+
+def _trial(told: Mapping[str, Any]) -> Trial:
+    """A trial of the front as `rivals.json` has it."""
+    return Trial(told["number"], Strategy(), figures=told["figures"], sources=told["sources"])
 
 
 def weights_of(samples: Sequence[Sample], specs: Sequence[Spec], scores: Sequence[Objective]) -> np.ndarray:

@@ -64,8 +64,18 @@ class History:
 
     @property
     def base(self) -> Trial | None:
-        """The base model's trial."""
-        return next((trial for trial in self.trials if not trial.strategy.methods and trial.complete), None)
+        """The base model's trial, once it is finished and not about to be run again."""
+        return next((t for t in self.trials if not t.strategy.methods and t.complete and not self.runs_again(t)), None)
+
+    def disturbed(self, trial: Trial) -> list[str]:
+        """The objectives of a trial whose measurement was disturbed."""
+        return [o.name for o in self.objectives if trial.disturbed(o.name)]
+
+    def runs_again(self, trial: Trial) -> bool:
+        """Whether a trial is run once more: it failed as the next attempt may not, or it is the base model's, with which all are
+        compared, and an objective's measurement was disturbed. What comes of the second attempt stands."""
+        is_base = not trial.strategy.methods
+        return tried_again(trial) or (is_base and "retried" not in trial.decision and bool(self.disturbed(trial)))
 
     def breaks(self, trial: Trial) -> list[str]:
         """The constraints that a trial breaks, in words."""
@@ -93,13 +103,14 @@ class History:
         self.running.pop(trial.number, None)
         self.seen.add(trial.strategy.overrides)
         self.trials.append(trial)
-        if trial.reason is not Reason.INFEASIBLE and not tried_again(trial):
+        again = self.runs_again(trial)
+        if trial.reason is not Reason.INFEASIBLE and not again:
             self.run_trials += 1
             self.since_gain += 1
         self.energy_wh += trial.energy.get("wh", 0.0)
         self.co2_g += trial.energy.get("co2_g", 0.0)
         self.gains[trial.number] = 0.0
-        if trial.complete and not self.breaks(trial):
+        if trial.complete and not again and not self.breaks(trial):
             self.gains[trial.number] = self._gain(trial)
             candidates = [*self._on_front, trial]
             kept = set(pareto.front(candidates, self.objectives))
@@ -110,6 +121,8 @@ class History:
 
     def _gain(self, trial: Trial) -> float:
         """See `gains`; also widens the bounds."""
+        if self.disturbed(trial):
+            return 0.0
         point = pareto.points([trial], self.objectives)[0]
         low, high = self._bounds or (point, point)
         self._bounds = low, high = np.minimum(low, point), np.maximum(high, point)

@@ -129,7 +129,7 @@ class Search:
         again = {trial.decision.get("retried") for trial in self.study.trials}
         for trial in self.study.trials:
             self.outlook.observe(trial)
-            if tried_again(trial) and trial.number not in again:
+            if self.study.runs_again(trial) and trial.number not in again:
                 self._retry(trial)
         if self.study.base is None and not self.study.running:
             self.study.seen.discard(
@@ -207,15 +207,21 @@ class Search:
         """Records a trial; returns whether it is to be tried once more."""
         trial = self._made(proposal, outcome, seconds)
         self._record(trial)
-        if tried_again(trial):
-            self.log(f"trial {trial.number} failed ({trial.reason}): {trial.message}; it is tried once more")
+        again = self.study.runs_again(trial)
+        if again:
+            why = f"failed ({trial.reason}): {trial.message}" if trial.reason else self._disturbed(trial)
+            self.log(f"trial {trial.number} {why}; it is tried once more")
             self._retry(trial)
         if trial.reason is Reason.DISK_FULL:
             raise UserError(
                 f"outputs={self.folder.parent}: the disk is full ({trial.message}); free some space and go on"
             )
         _check_base(trial)
-        return tried_again(trial)
+        return again
+
+    def _disturbed(self, trial: Trial) -> str:
+        names = ", ".join(self.study.disturbed(trial))
+        return f"is the base model, with which all others are compared, and its {names} was measured beside other work"
 
     def _retry(self, trial: Trial) -> None:
         self.study.seen.discard(trial.strategy.overrides)

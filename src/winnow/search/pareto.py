@@ -1,4 +1,8 @@
-"""Non-dominated points and hypervolume, by moocore."""
+"""Non-dominated points and hypervolume, by moocore.
+
+The front does not rest on a figure whose measurement was disturbed: such a figure counts as worse than any other. So it puts no
+other trial off the front, and its own trial is on the front only for what its other figures are worth.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,16 @@ import numpy as np
 
 from winnow.types import Objective, Trial
 
+WORST = 1e300  # moocore 0.3.2 takes points for non-dominated that are infinite in two of four objectives
+
 
 def points(trials: Sequence[Trial], objectives: Sequence[Objective]) -> np.ndarray:
-    """Objective values [trials, objectives] of complete trials, signed so that less is better."""
+    """Objective values [trials, objectives] of complete trials, signed so that less is better; `WORST` where disturbed."""
     signs = [-1.0 if o.maximize else 1.0 for o in objectives]
-    rows = [[sign * t.figures[o.name] for o, sign in zip(objectives, signs, strict=True)] for t in trials]
+    rows = [
+        [WORST if t.disturbed(o.name) else sign * t.figures[o.name] for o, sign in zip(objectives, signs, strict=True)]
+        for t in trials
+    ]
     return np.array(rows, dtype=float).reshape(len(rows), len(objectives))
 
 
@@ -42,8 +51,13 @@ MARGIN = 0.1  # past the worst value, as a share of the range: so that extreme p
 
 
 def added(front: np.ndarray, point: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
-    """The hypervolume that a point adds to a front, as a share of the box between `low` and a margin past `high`."""
+    """The hypervolume that a point adds to a front, as a share of the box between `low` and a margin past `high`.
+
+    Points of the front that are `WORST` in an objective dominate nothing in the box.
+    """
     import moocore
+
+    front = front[(front < WORST).all(1)]
 
     span = np.where(high > low, high - low, 1.0)
     reference = np.full(len(point), 1 + MARGIN)
@@ -56,11 +70,12 @@ def added(front: np.ndarray, point: np.ndarray, low: np.ndarray, high: np.ndarra
 def hypervolume_series(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[float, ...]:
     """The share of the box between the best and the worst values of the study that is dominated after each trial.
 
-    Normalised over all complete trials, so the series of one study can be compared within itself only.
+    Normalised over all complete trials, so the series of one study can be compared within itself only. Trials with an objective
+    whose measurement was disturbed add nothing.
     """
     import moocore
 
-    complete = [t for t in trials if t.complete]
+    complete = [t for t in trials if t.complete and not any(t.disturbed(o.name) for o in objectives)]
     if not complete:
         return tuple(0.0 for _ in trials)
     values = points(complete, objectives)

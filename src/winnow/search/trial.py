@@ -22,7 +22,7 @@ from winnow.search import child
 from winnow.types import Reason
 
 OUTCOME = "outcome.json"
-RIVALS = "rivals.json"  # in a trial's folder: number and figures of each trial on the front when it began
+RIVALS = "rivals.json"  # in a trial's folder: number and figures of each trial on the front when it began, and the base model's
 STOP = "stop"  # a file there, put by the search: nobody waits for this trial any more
 LOOK_S = 1.0  # between looks for it
 

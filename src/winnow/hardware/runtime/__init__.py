@@ -55,6 +55,11 @@ class Served(Protocol):
         `wanted`: of which tokens, or how many of the likeliest. A runtime that cannot tell raises NotImplementedError.
         """
 
+    def next_tokens_of(
+        self, rows: Sequence[Sequence[int]], wanted: Sequence[np.ndarray] | int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`next_tokens` of many rows, each with its own wanted tokens, in the way that suits the device."""
+
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         """Answers prompts of one length at once, greedily, each with exactly `output_tokens`, and times it."""
 

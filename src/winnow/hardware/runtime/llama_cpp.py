@@ -144,6 +144,12 @@ class Runtime:
             done += len(found)
         return np.concatenate(columns), np.concatenate(values)
 
+    def next_tokens_of(
+        self, rows: Sequence[Sequence[int]], wanted: Sequence[np.ndarray] | int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        each: Sequence[np.ndarray | int] = [wanted] * len(rows) if isinstance(wanted, int) else wanted
+        return [self.next_tokens(ids, of_row) for ids, of_row in zip(rows, each, strict=True)]
+
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         sequences, length = len(prompts), len(prompts[0])
         cache = self.cache(sequences, length + output_tokens)

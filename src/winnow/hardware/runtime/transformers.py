@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from winnow.hardware.runtime.graphs import Decoder
 
 
+MOST_LOGITS = 1 << 27  # of rows that are computed at once: 0.5 GB in single precision
+
+
 def version(device: str) -> str | None:
     return metadata.version("transformers")
 
@@ -46,6 +49,9 @@ class Runtime:
         self.model.eval()
         config = self.model.config.get_text_config()
         self.vocab_size = int(config.vocab_size)
+        self.batch_logits = (
+            0 if self.model.device.type == "cpu" else MOST_LOGITS
+        )  # a processor gains nothing by filling up
         context = getattr(config, "max_position_embeddings", None)
         self.context: int | None = context - virtual_tokens(self.model) if context else None
         self.runtime_mode: str | None = "graph"
@@ -77,6 +83,35 @@ class Runtime:
                 tokens_tk = torch.as_tensor(wanted, dtype=torch.int64, device=logits_tv.device)
             found = logits_tv.gather(-1, tokens_tk) - logits_tv.logsumexp(-1, keepdim=True)
         return tokens_tk.cpu().numpy(), found.cpu().numpy()
+
+    def next_tokens_of(
+        self, rows: Sequence[Sequence[int]], wanted: Sequence[np.ndarray] | int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """On a GPU rows of like lengths at once: starting the kernels of a short row takes longer than computing them."""
+        import torch
+
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for places in batches([len(ids) for ids in rows], self.batch_logits // self.vocab_size):
+            longest = max(len(rows[place]) for place in places)
+            # no token sees a later one, so that what fills a row up changes nothing before it; its last token is as good as any
+            filled = [[*rows[place], *[rows[place][-1]] * (longest - len(rows[place]))] for place in places]
+            with torch.inference_mode():
+                ids_bt = torch.tensor(filled, device=self.model.device)
+                logits_btv = self.model(input_ids=ids_bt, use_cache=False).logits[:, -longest:-1].float()
+                if isinstance(wanted, int):
+                    tokens_btk = logits_btv.topk(min(wanted, logits_btv.shape[-1]), -1).indices
+                else:
+                    columns = [torch.as_tensor(wanted[place], dtype=torch.int64) for place in places]
+                    tokens_btk = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True).to(logits_btv.device)
+                values_btk = logits_btv.gather(-1, tokens_btk) - logits_btv.logsumexp(-1, keepdim=True)
+            tokens, values = (
+                tokens_btk.cpu().numpy(),
+                values_btk.cpu().numpy(),
+            )  # once a batch: each waits for the device
+            for at, place in enumerate(places):
+                length = len(rows[place]) - 1
+                found[place] = tokens[at, :length], values[at, :length]
+        return [found[place] for place in range(len(rows))]
 
     def _logits(self, ids: Sequence[int]) -> Tensor:
         """Those after each token but the last [T-1, vocabulary], in single precision."""
@@ -200,6 +235,17 @@ class Runtime:
     def close(self) -> None:
         self._release()
         self.model.train(self._training)
+
+
+def batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Places of rows that are computed at once: the longest first, filled up to `most_tokens` or one row by itself."""
+    found: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if found and lengths[found[-1][0]] * (len(found[-1]) + 1) <= most_tokens:
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return found
 
 
 class _Clock:

@@ -81,6 +81,12 @@ class Runtime:
     def next_tokens(self, ids: Sequence[int], wanted: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         raise NotImplementedError("vLLM tells the likeliest tokens of a prompt, not those that one asks for")
 
+    def next_tokens_of(
+        self, rows: Sequence[Sequence[int]], wanted: Sequence[np.ndarray] | int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        each: Sequence[np.ndarray | int] = [wanted] * len(rows) if isinstance(wanted, int) else wanted
+        return [self.next_tokens(ids, of_row) for ids, of_row in zip(rows, each, strict=True)]
+
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         from vllm import SamplingParams
 

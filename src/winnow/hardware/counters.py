@@ -1,0 +1,196 @@
+"""What the kernel and the GPU driver count about who uses the processor and the GPUs.
+
+Each source is optional: an old kernel, a container, macOS or a machine without NVML has fewer, and what cannot be read is None
+or empty. Reading all of them takes about 0.3 ms for the processor and some milliseconds for each GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from winnow.hardware.device import visible_gpus
+
+NS, US = 1e-9, 1e-6
+SLOWDOWNS = {  # NVML API reference, nvmlClocksEventReasons; a power cap and an idle GPU are not among them: both are normal
+    0x08: "the hardware has slowed it down",
+    0x20: "it is too hot (software)",
+    0x40: "it is too hot (hardware)",
+    0x80: "its power supply has slowed it down",
+}
+
+
+@dataclass(frozen=True)
+class GpuCounters:
+    """Of one GPU.
+
+    Attributes:
+        used: share of its multiprocessors that each process has used since the time that was asked about, by process id.
+        slowdowns: why its clock is held down now, in words.
+        clock_mhz: of its multiprocessors now; None where it is not known.
+    """
+
+    name: str
+    used: Mapping[int, float] = field(default_factory=dict)
+    slowdowns: tuple[str, ...] = ()
+    clock_mhz: int | None = None
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What was counted until a moment. Seconds from any fixed start, so that differences count.
+
+    Attributes:
+        thread_cpu_s: processor time of the calling thread.
+        process_cpu_s: of all threads of this process.
+        waited_s: of each thread of this process, by id: how long it was ready to run and had no core.
+        pressure_s: how long some process of the machine was ready to run and had no core.
+        throttled_s: how long the control group of this process was stopped at its quota, summed over cores.
+        stolen_s: of each core that this process may use, by name: how long the hypervisor gave it to another machine.
+        busy_s: how long those cores worked, for whomever.
+    """
+
+    wall_s: float
+    thread_cpu_s: float = 0.0
+    process_cpu_s: float = 0.0
+    waited_s: Mapping[int, float] | None = None
+    pressure_s: float | None = None
+    throttled_s: float | None = None
+    stolen_s: Mapping[str, float] | None = None
+    busy_s: float | None = None
+    gpus: tuple[GpuCounters, ...] = ()
+
+
+def read(device: str, since_epoch_s: float | None = None, root: Path = Path("/")) -> Counters:
+    """The counters now.
+
+    Args:
+        device: `cuda` also reads those of the visible GPUs.
+        since_epoch_s: when the processes' use of the GPUs begins to count; None leaves it out.
+        root: of the file system in which `proc` and `sys` lie.
+    """
+    stolen, busy = _cores(root)
+    return Counters(
+        wall_s=time.perf_counter(),
+        thread_cpu_s=time.thread_time(),
+        process_cpu_s=time.process_time(),
+        waited_s=_waited(root),
+        pressure_s=_pressure(root),
+        throttled_s=_throttled(root),
+        stolen_s=stolen,
+        busy_s=busy,
+        gpus=_gpus(since_epoch_s) if device == "cuda" else (),
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
+def _waited(root: Path) -> dict[int, float] | None:
+    """Second field of each thread's schedstat, in ns. Source: Linux, Documentation/scheduler/sched-stats.rst.
+
+    The process' own file would hold the main thread's alone.
+    """
+    try:
+        threads = list((root / "proc/self/task").iterdir())
+    except OSError:
+        return None
+    found = {}
+    for thread in threads:  # one may have ended meanwhile
+        fields = _text(thread / "schedstat").split()
+        if len(fields) >= 2:
+            found[int(thread.name)] = int(fields[1]) * NS
+    return found or None
+
+
+def _pressure(root: Path) -> float | None:
+    """Source: Linux, Documentation/accounting/psi.rst."""
+    for line in _text(root / "proc/pressure/cpu").splitlines():
+        if line.startswith("some") and "total=" in line:
+            return int(line.rpartition("total=")[2]) * US
+    return None
+
+
+def _throttled(root: Path) -> float | None:
+    """Control groups v2, then v1, where the time is in ns. Source: Linux, Documentation/admin-guide/cgroup-v2.rst."""
+    groups = [line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines() if line.count(":") >= 2]
+    v2 = [f"sys/fs/cgroup{path}/cpu.stat" for _, controllers, path in groups if not controllers]
+    v1 = [f"sys/fs/cgroup/cpu{path}/cpu.stat" for _, controllers, path in groups if "cpu" in controllers.split(",")]
+    # in a container the path may be that of the host: then the files of this group lie at the top
+    for name in [*v2, *v1, "sys/fs/cgroup/cpu.stat", "sys/fs/cgroup/cpu/cpu.stat"]:
+        for line in _text(root / name).splitlines():
+            key, _, value = line.partition(" ")
+            if key in ("throttled_usec", "throttled_time"):
+                return int(value) * (US if key == "throttled_usec" else NS)
+    return None
+
+
+def _cores(root: Path) -> tuple[dict[str, float] | None, float | None]:
+    """Stolen time of each core that this process may use, and their busy time together. Source: proc(5), /proc/stat."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    tick_s = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
+    stolen, busy = {}, 0.0
+    for line in _text(root / "proc/stat").splitlines():
+        name, *fields = line.split()
+        number = name.removeprefix("cpu")
+        if name.startswith("cpu") and number.isdigit() and (allowed is None or int(number) in allowed):
+            ticks = [int(f) for f in fields] + [0] * 10
+            user, nice, system, _idle, _iowait, irq, softirq, steal = ticks[:8]
+            stolen[name] = steal * tick_s
+            busy += (user + nice + system + irq + softirq) * tick_s
+    return (stolen, busy) if stolen else (None, None)
+
+
+def _gpus(since_epoch_s: float | None) -> tuple[GpuCounters, ...]:
+    try:
+        import pynvml
+    except ImportError:
+        return ()
+    gpus = visible_gpus()
+    if not gpus:
+        return ()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        return tuple(_gpu(pynvml, gpu.uuid, gpu.name, since_epoch_s) for gpu in gpus)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(nvml: Any, uuid: str, name: str, since_epoch_s: float | None) -> GpuCounters:
+    """Any of the questions may be one that this GPU, or a slice of it, does not answer."""
+
+    def asked(question: str, *arguments: Any) -> Any:
+        try:
+            return getattr(nvml, question)(*arguments)
+        except (nvml.NVMLError, AttributeError):
+            return None
+
+    handle = asked("nvmlDeviceGetHandleByUUID", uuid)
+    if handle is None:
+        return GpuCounters(name)
+    samples = (
+        asked("nvmlDeviceGetProcessUtilization", handle, int(since_epoch_s / US)) if since_epoch_s is not None else None
+    )
+    by_process: dict[int, list[int]] = {}
+    for sample in samples or ():
+        by_process.setdefault(int(sample.pid), []).append(int(sample.smUtil))
+    reasons = asked("nvmlDeviceGetCurrentClocksEventReasons", handle)
+    if reasons is None:  # drivers before 535 have it by its old name
+        reasons = asked("nvmlDeviceGetCurrentClocksThrottleReasons", handle) or 0
+    return GpuCounters(
+        name,
+        used={pid: sum(shares) / len(shares) / 100 for pid, shares in by_process.items()},
+        slowdowns=tuple(words for bit, words in SLOWDOWNS.items() if reasons & bit),
+        clock_mhz=asked("nvmlDeviceGetClockInfo", handle, getattr(nvml, "NVML_CLOCK_SM", 1)),
+    )
