@@ -7,7 +7,8 @@ will hold, so a model scores the same before it is saved and after it is loaded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from winnow.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+GROUP_SIZES = (32, 64, 128)  # that methods offer
 ROWS = 128  # of a matrix at a time: rounding and packing take several times the memory of what they work on
 
 
@@ -60,9 +62,19 @@ def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def check_groups(model: nn.Module, group_size: int) -> None:
     """Raises UserError if `group_size` does not divide the width of a linear layer of the blocks."""
-    for name, linear in linears(model).items():
-        if linear.in_features % group_size:
-            raise UserError(f"group_size={group_size} does not divide the width {linear.in_features} of {name}")
+    widths = {name: linear.in_features for name, linear in linears(model).items()}
+    for name, width in widths.items():
+        if width % group_size:
+            raise ill_fitting(group_size, name, width, widths.values())
+
+
+def ill_fitting(group_size: int, name: str, width: int, widths: Iterable[int]) -> UserError:
+    """The refusal of a group size that does not divide the width of layer `name`; names the nearest that divides all widths."""
+    common = math.gcd(*widths)
+    fitting = [size for size in GROUP_SIZES if common % size == 0]
+    nearest = min(fitting, key=lambda size: abs(size - group_size), default=None)
+    way_out = f"take group_size={nearest}" if nearest else "take a method without groups, such as nf4 or int8"
+    return UserError(f"group_size={group_size} does not divide the width {width} of {name}; {way_out}")
 
 
 def attach_scheme(model: PreTrainedModel, bits: int | Mapping[str, int], group_size: int) -> None:

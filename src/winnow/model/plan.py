@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.model import adapter
-from winnow.types import LM, UserError
+from winnow.types import LM
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -161,10 +161,12 @@ class Plan:
     def grouped(self, bits: float, group_size: int, scale_bytes: int = 2) -> Plan:
         """Linear weights as packed integers with a scale a group, as compressed-tensors stores them."""
 
+        from winnow.model.packing import ill_fitting
+
         def change(name: str, t: Stored) -> Stored:
             rows, width = t.shape
             if width % group_size:
-                raise UserError(f"group_size={group_size} does not divide the width {width} of {name}")
+                raise ill_fitting(group_size, name, width, [t.shape[1] for t in self.linears])
             words = rows * math.ceil(width * bits / 32)
             scales = rows * (width // group_size) * scale_bytes
             return dataclasses.replace(t, disk_bytes=4 * words + scales + 16, entries=3)  # and the shape: two int64
