@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,7 @@ def test_merges_do_what_sentencepiece_does() -> None:
         parts = list(text)
         while True:
             pairs = [
-                (scores[pieces[a + b]], -i)
-                for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
-                if a + b in pieces
+                (scores[pieces[a + b]], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in pieces
             ]
             if not pairs:
                 break

@@ -155,6 +155,7 @@ def _read(file: Path, digest: str, target: Path) -> None:
     with quiet():
         config = read.configuration(contents)
         dtype = read.dtype_of(contents)
+        name = str(dtype).removeprefix("torch.")
         config.dtype = dtype
         tokenizer = read_tokenizer.tokenizer_in(contents)
         weights = read.Weights(contents, config)
@@ -162,11 +163,11 @@ def _read(file: Path, digest: str, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < size:
         raise UserError(
-            f"model.path={file} takes {size / 1e9:.1f} GB as {config.dtype}, and {root()} has {free / 1e9:.1f} GB left; free "
-            f"some space, or set WINNOW_CACHE to another place"
+            f"model.path={file} takes {size / 1e9:.1f} GB as {_NAMES[name]}, and {root()} has {free / 1e9:.1f} GB left; "
+            f"free some space, or set WINNOW_CACHE to another place"
         )
     with _writing(target) as folder, quiet():
-        rounding = _write_weights(weights, str(dtype).removeprefix("torch."), folder / "model.safetensors", file)
+        rounding = _write_weights(weights, name, folder / "model.safetensors", file)
         config.architectures = [type(weights.model).__name__]
         config.save_pretrained(folder)
         ends = read_tokenizer.end_ids(contents)
@@ -180,7 +181,7 @@ def _read(file: Path, digest: str, target: Path) -> None:
                 "file": file.name,
                 "sha256": digest,
                 **_description(contents),
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": name,
                 **rounding,
             },
             "versions": manifest.versions(),
