@@ -28,7 +28,9 @@ from winnow.recovery.devices import RankLost
 from winnow.types import MissingExtra, UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-OmegaConf.register_new_resolver("basename", lambda path: Path(str(path or "none")).name, replace=True)
+OmegaConf.register_new_resolver(
+    "basename", lambda path: Path(str(path or "none")).name.removesuffix(".gguf"), replace=True
+)
 
 
 def wandb_mode() -> str:

@@ -31,9 +31,11 @@ from winnow.files import write_json
 from winnow.model import manifest
 from winnow.model.gguf.file import check_name
 from winnow.model.save import whole_folder
-from winnow.types import UserError
+from winnow.types import Loading, UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from winnow.model.gguf.file import File
     from winnow.model.gguf.read import Weights
 
@@ -153,6 +155,7 @@ def _read(file: Path, digest: str, target: Path) -> None:
     with quiet():
         config = read.configuration(contents)
         dtype = read.dtype_of(contents)
+        name = str(dtype).removeprefix("torch.")
         config.dtype = dtype
         tokenizer = read_tokenizer.tokenizer_in(contents)
         weights = read.Weights(contents, config)
@@ -160,11 +163,11 @@ def _read(file: Path, digest: str, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < size:
         raise UserError(
-            f"model.path={file} takes {size / 1e9:.1f} GB as {config.dtype}, and {root()} has {free / 1e9:.1f} GB left; free "
-            f"some space, or set WINNOW_CACHE to another place"
+            f"model.path={file} takes {size / 1e9:.1f} GB as {_NAMES[name]}, and {root()} has {free / 1e9:.1f} GB left; "
+            f"free some space, or set WINNOW_CACHE to another place"
         )
     with _writing(target) as folder, quiet():
-        rounding = _write_weights(weights, str(dtype).removeprefix("torch."), folder / "model.safetensors", file)
+        rounding = _write_weights(weights, name, folder / "model.safetensors", file)
         config.architectures = [type(weights.model).__name__]
         config.save_pretrained(folder)
         ends = read_tokenizer.end_ids(contents)
@@ -172,12 +175,13 @@ def _read(file: Path, digest: str, target: Path) -> None:
         ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
         write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
         tokenizer.save_pretrained(folder)
+        _check_tokenizer(tokenizer, folder, contents)
         held = {
             "origin": {
                 "file": file.name,
                 "sha256": digest,
                 **_description(contents),
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": name,
                 **rounding,
             },
             "versions": manifest.versions(),
@@ -185,6 +189,19 @@ def _read(file: Path, digest: str, target: Path) -> None:
             "sha256": manifest.content_hash(folder),
         }
         manifest.write(folder, held)
+
+
+def _check_tokenizer(made: PreTrainedTokenizerBase, folder: Path, file: File) -> None:
+    """Raises UserError where transformers loads another tokenizer than was saved: it has one of its own for some models."""
+    from winnow.model.gguf.tokenizer import SAMPLES
+    from winnow.model.load import load_tokenizer
+
+    loaded = load_tokenizer(str(folder), Loading())
+    if any(loaded(text).input_ids != made(text).input_ids for text in SAMPLES):
+        raise file.refused(
+            f"transformers loads the tokenizer of a {file.architecture} as {type(loaded).__name__}, which gives other ids than "
+            f"the one in the file (tokenizer.ggml.pre={file.keys.get('tokenizer.ggml.pre')})"
+        )
 
 
 def _description(file: File) -> dict[str, Any]:
