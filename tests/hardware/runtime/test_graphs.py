@@ -21,7 +21,8 @@ from winnow.hardware.runtime import graphs, serving
 from winnow.hardware.runtime.graphs import Decoder, unsupported, unsupported_base
 from winnow.hardware.runtime.transformers import Runtime
 from winnow.model.load import pretrained
-from winnow.types import LM, Unservable
+from winnow.search.child import classify
+from winnow.types import LM, Reason, Unservable
 
 VOCABULARY = 128
 GPU = Hardware("gpu", device="cuda")
@@ -192,8 +193,9 @@ def test_what_cannot_be_captured_is_said(decode: str, on_processor: None) -> Non
     assert served.runtime_mode == "graph"
     why = r"m.*: capturing its decode step failed \(RuntimeError: operation not permitted when stream is capturing"
     if decode == "graph":
-        with pytest.raises(Unservable, match=rf"hardware\.decode=graph: {why}.*set hardware\.decode=eager"):
+        with pytest.raises(Unservable, match=rf"hardware\.decode=graph: {why}.*set hardware\.decode=eager") as refused:
             served.request([[1, 2, 3]], 4)
+        assert classify(refused.value) is Reason.UNSERVABLE  # what a trial of a study of the other way fails with
         return
     for _ in range(2):
         assert served.request([[1, 2, 3]], 4).total_s > 0

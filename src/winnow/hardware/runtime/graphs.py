@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -314,7 +315,9 @@ def capture(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[]
 def _waiting_is_an_error() -> Iterator[None]:
     """Has torch raise where it would wait for the device."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once, that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
