@@ -61,6 +61,7 @@ def test_a_study_leaves_its_files(outputs: Path, results: dict) -> None:
         assert (folder / ".hydra" / "config.yaml").exists()
         for name in ("manifest.json", "metrics.json", "samples.parquet"):
             assert (folder / name).stat().st_size > 0, name
+        assert json.loads((folder / "metrics.json").read_text())["runtime_mode"] == "eager"
         assert not list(folder.rglob("*.partial*"))
 
 

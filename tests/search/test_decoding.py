@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from winnow.hardware.device import Hardware
 from winnow.search import child, decoding, overrides
-from winnow.types import LM, Strategy, UserError
+from winnow.types import LM, Reason, Strategy, UserError
 
 GPU = Hardware("h200", device="cuda")
 METHODS = {
@@ -28,8 +28,8 @@ def base(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     answer: dict[str, Any] = {"because": None}
 
     def call(function: str, arguments: dict[str, Any], *rest: Any) -> dict[str, Any]:
-        assert function == "winnow.hardware.runtime.graphs:unsupported_base"
-        assert arguments == {"path": "there", "attention": "sdpa", "trust_remote_code": False}
+        assert function == "winnow.hardware.runtime.graph_support:unsupported_base"
+        assert arguments == {"path": "there", "attention": "sdpa", "trust_remote_code": False, "device": "cuda"}
         return answer
 
     monkeypatch.setattr(child, "call", call)
@@ -39,7 +39,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def settled(hardware: Hardware, *names: str) -> tuple[str, list[str]]:
     said: list[str] = []
     methods = {name: METHODS[name] for name in names}
-    return decoding.settled(hardware, methods, LM("there", name="m"), said.append).decode, said
+    return decoding.settled(hardware, True, methods, LM("there", name="m"), said.append).decode, said
 
 
 def test_graphs_are_taken_where_all_allow_them(base: dict[str, Any]) -> None:
@@ -65,6 +65,19 @@ def test_a_base_model_that_does_not_is_named(base: dict[str, Any]) -> None:
     assert mode == "eager" and "m: it has layers of kind mamba" in line
     with pytest.raises(UserError, match=r"hardware\.decode=graph: m: it has layers of kind mamba"):
         settled(dataclasses.replace(GPU, decode="graph"), "rtn")
+
+
+def test_a_crash_while_the_base_model_is_tried_means_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = [child.Failed(Reason.CRASHED, "killed by SIGSEGV"), child.Failed(Reason.INVALID, "no config.json")]
+
+    def call(*arguments: Any) -> None:
+        raise failed.pop(0)
+
+    monkeypatch.setattr(child, "call", call)
+    mode, (line,) = settled(GPU, "rtn")
+    assert mode == "eager" and "failed (killed by SIGSEGV)" in line
+    with pytest.raises(UserError, match=r"model\.path=there cannot be read: no config\.json"):
+        settled(GPU, "rtn")
 
 
 def test_where_there_is_nothing_to_settle_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,32 +19,33 @@ from winnow import build
 from winnow.hardware.device import Hardware
 from winnow.search import child
 from winnow.search.overrides import Typed
-from winnow.types import LM, UserError
+from winnow.types import LM, Reason, UserError
 
 KEY = "hardware.decode"
 
 
 def settle(
-    config: DictConfig, hardware: Hardware, typed: Typed, lm: LM, log: Callable[[str], None]
+    config: DictConfig, hardware: Hardware, here: bool, typed: Typed, lm: LM, log: Callable[[str], None]
 ) -> tuple[Hardware, Typed]:
     """The hardware and the command line of every trial of the search that `config` describes; see `settled` and `told`."""
-    hardware = settled(hardware, config.method or {}, lm, log)
+    hardware = settled(hardware, here, config.method or {}, lm, log)
     return hardware, told(typed, hardware, "decode" in config.hardware)
 
 
-def settled(hardware: Hardware, methods: Mapping[str, Any], lm: LM, log: Callable[[str], None]) -> Hardware:
+def settled(hardware: Hardware, here: bool, methods: Mapping[str, Any], lm: LM, log: Callable[[str], None]) -> Hardware:
     """The hardware with `decode` as every trial will have it; it stays `auto` for runtimes that decide themselves.
 
     Args:
+        here: whether this machine has the device.
         methods: the configuration of each method of the space, by name.
-        lm: the base model, of which the configuration is looked at, in a child process.
+        lm: the base model; a child process looks at its configuration, and captures a few such layers where the device is.
 
     Raises:
         UserError: graphs are asked for, and a method or the base model does not allow them.
     """
     if hardware.decode == "eager" or hardware.device != "cuda" or hardware.runtime != "transformers":
         return hardware
-    because = _methods_because(methods) or _base_because(lm)
+    because = _methods_because(methods) or _base_because(lm, hardware.device if here else None, log)
     if because and hardware.decode == "graph":
         raise UserError(f"{KEY}=graph: {because}; or set {KEY}=eager")
     if because:
@@ -72,18 +73,21 @@ def _methods_because(methods: Mapping[str, Any]) -> str:
     return f"{said}; leave {'it' if len(eager) == 1 else ', '.join(eager)} out of method=[...]" if eager else ""
 
 
-def _base_because(lm: LM) -> str:
-    """Why the base model does not allow graphs; empty where it does."""
+def _base_because(lm: LM, device: str | None, log: Callable[[str], None]) -> str:
+    """Why the base model does not allow graphs, as far as can be told without its weights; empty where it does."""
     loading = lm.loading
     arguments = {
         "path": lm.path,
         "attention": loading.attention,
         "trust_remote_code": loading.trust_remote_code,
+        "device": device,
     }
-    function = "winnow.hardware.runtime.graphs:unsupported_base"
+    function = "winnow.hardware.runtime.graph_support:unsupported_base"
     with tempfile.TemporaryDirectory() as scratch:  # nothing is written to the study's folder yet
         try:
-            result = child.call(function, arguments, child.Limits(), lambda line: None, Path(scratch) / "log.txt")
+            result = child.call(function, arguments, child.Limits(), log, Path(scratch) / "log.txt")
         except child.Failed as failed:
-            raise UserError(f"model.path={lm.path} cannot be read: {failed.message}") from None
+            if failed.reason is Reason.INVALID:
+                raise UserError(f"model.path={lm.path} cannot be read: {failed.message}") from None
+            result = {"because": f"capturing layers like its own failed ({failed.message})"}
     return f"{lm.name}: {result['because']}; take another model" if result["because"] else ""

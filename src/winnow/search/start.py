@@ -105,7 +105,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         hardware.check()
     devices = shares(hardware, config.workers) if launching.here else [{}] * config.workers
     child.start_server(trial.preloads(config))
-    hardware, typed = decoding.settle(config, hardware, typed, lm, say)
+    hardware, typed = decoding.settle(config, hardware, launching.here, typed, lm, say)
     machine = hardware.fingerprint()
     held = fingerprint(
         config, lm, machine if launching.here else {k: v for k, v in machine.items() if k not in OF_NODE}

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +21,12 @@ from tests.hardware.runtime import recorded
 from tests.method.shapes import FAMILIES, config_of
 from winnow.hardware.device import Hardware
 from winnow.hardware.runtime import graphs, serving
-from winnow.hardware.runtime.graphs import Decoder, unsupported, unsupported_base
+from winnow.hardware.runtime.graph_support import few_layers, rehearsal, unsupported, unsupported_base
+from winnow.hardware.runtime.graphs import Decoder
 from winnow.hardware.runtime.transformers import Runtime
 from winnow.model.load import pretrained
-from winnow.types import LM, Unservable
+from winnow.search.child import classify
+from winnow.types import LM, Reason, Unservable
 
 VOCABULARY = 128
 GPU = Hardware("gpu", device="cuda")
@@ -192,8 +197,9 @@ def test_what_cannot_be_captured_is_said(decode: str, on_processor: None) -> Non
     assert served.runtime_mode == "graph"
     why = r"m.*: capturing its decode step failed \(RuntimeError: operation not permitted when stream is capturing"
     if decode == "graph":
-        with pytest.raises(Unservable, match=rf"hardware\.decode=graph: {why}.*set hardware\.decode=eager"):
+        with pytest.raises(Unservable, match=rf"hardware\.decode=graph: {why}.*set hardware\.decode=eager") as refused:
             served.request([[1, 2, 3]], 4)
+        assert classify(refused.value) is Reason.UNSERVABLE  # what a trial of a study of the other way fails with
         return
     for _ in range(2):
         assert served.request([[1, 2, 3]], 4).total_s > 0
@@ -241,7 +247,7 @@ def test_a_processor_has_none(tiny: Path) -> None:
 
 def test_a_base_model_is_judged_by_its_files(tiny: Path, tmp_path: Path) -> None:
     def because(folder: Path, attention: str = "sdpa") -> str | None:
-        return unsupported_base(str(folder), attention, False, print)["because"]
+        return unsupported_base(str(folder), attention, False, None, print)["because"]
 
     assert because(tiny) is None
     assert because(tiny, "eager") is None
@@ -252,3 +258,100 @@ def test_a_base_model_is_judged_by_its_files(tiny: Path, tmp_path: Path) -> None
     assert "cache_implementation=quantized" in str(because(folder))
     settings.unlink()
     assert because(folder) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_few_layers_of_a_base_model_are_tried(
+    family: str, tmp_path: Path, on_processor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2} if family == "gemma3_text" else {}
+    model = model_of(family, num_hidden_layers=4, **kinds)
+    few = few_layers(model.config)
+    assert few.num_hidden_layers == (3 if kinds else 1) and model.config.num_hidden_layers == 4
+    model.config.save_pretrained(tmp_path)  # and no weights
+    lines: list[str] = []
+    assert unsupported_base(str(tmp_path), "sdpa", False, "cpu", lines.append) == {"because": None}
+    assert lines == []
+    forward = type(model).forward
+
+    def waiting(self: Any, position_ids: torch.Tensor, **settings: Any) -> Any:
+        assert position_ids.max().item() >= 0
+        return forward(self, position_ids=position_ids, **settings)
+
+    monkeypatch.setattr(type(model), "forward", waiting)
+    assert "capturing its decode step failed" in str(rehearsal(model))
+
+
+class _Device:
+    """A stand-in for torch's CUDA that notes what a capture asks of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ending: Exception | None = None) -> None:
+        self.mode: Any = 0
+        self.said: list[str] = []
+        self.ending = ending
+        self.before = self.now = SimpleNamespace(wait_stream=lambda other: None, device_index=0)
+        cuda = {
+            "current_stream": lambda: self.now,
+            "set_stream": lambda given: setattr(self, "now", given),
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": self._within,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.said.append("replay")),
+            "graph_pool_handle": lambda: (0, 7),
+            "graph": self._graph,
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }
+        for name, stand_in in cuda.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self._leave, raising=False)
+
+    def _leave(self, device: int, pool: Any) -> None:
+        self.said.append(f"pool {pool} of device {device} is left")
+
+    @contextmanager
+    def _within(self, stream: Any) -> Iterator[None]:
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+
+    @contextmanager
+    def _graph(self, graph: Any, pool: Any, capture_error_mode: str) -> Iterator[None]:
+        self.said.append("begin")
+        self.now = SimpleNamespace()  # torch leaves its own stream current if the capture cannot be ended
+        yield
+        if self.ending is not None:
+            raise self.ending
+        self.now = self.before
+
+
+def test_a_capture_warms_up_rehearses_and_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _Device(monkeypatch)
+    replay = graphs.capture(
+        lambda: device.said.append("rehearse" if device.mode == "error" else "step"), lambda: device.said.append("back")
+    )
+    assert device.said == ["back", "step", "back", "step", "back", "rehearse", "back", "begin", "step"]
+    assert device.mode == 0 and device.now is device.before
+    replay()
+    assert device.said[-1] == "replay"
+
+
+def test_what_waits_is_found_before_the_capture_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _Device(monkeypatch)
+
+    def step() -> None:
+        if device.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="called a synchronizing"):
+        graphs.capture(step, lambda: None)
+    assert device.said == [] and device.mode == 0 and device.now is device.before
+
+
+def test_a_capture_that_fails_leaves_its_stream_and_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _Device(monkeypatch, ending=RuntimeError("operation failed due to a previous error during capture"))
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        graphs.capture(lambda: None, lambda: None)
+    assert device.said == ["begin", "pool (0, 7) of device 0 is left"]
+    assert device.now is device.before

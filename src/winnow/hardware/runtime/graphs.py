@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,13 +26,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-ATTENTIONS = ("sdpa", "eager")  # the implementations whose masks are made here
-PLAIN_CACHES = (
-    None,
-    "dynamic",
-    "hybrid",
-    "static",
-)  # `cache_implementation`: `generate` would compute the same with each
 WARM_UPS = 2  # steps before the capture: libraries make their handles, Triton chooses its kernels
 ALIGNED = 8  # scaled_dot_product_attention copies masks whose rows are no multiple of this
 
@@ -39,89 +33,6 @@ ALIGNED = 8  # scaled_dot_product_attention copies masks whose rows are no multi
 def has_graphs(model: Any) -> bool:
     """Whether the model is on a device that has graphs."""
     return bool(model.device.type == "cuda")
-
-
-def unsupported(model: Any, generation: Any = None) -> str | None:
-    """Why the decode step of a model cannot be captured, as a clause about it; None if nothing is known to prevent it.
-
-    Args:
-        model: in memory, or on the meta device; a PEFT model, too.
-        generation: the generation settings, if they are not the model's own.
-    """
-    return next(_obstacles(model, generation), None)
-
-
-def _obstacles(model: Any, generation: Any) -> Iterator[str]:
-    from winnow.model import adapter
-
-    if adapter.virtual_tokens(model):
-        yield "it has a soft prompt, which PEFT puts before the text in Python"
-    model = adapter.bare(model)
-    cache = getattr(generation or model.generation_config, "cache_implementation", None)
-    if cache not in PLAIN_CACHES:
-        yield f"its generation settings ask for a cache of their own (cache_implementation={cache})"
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        yield "it is spread over several devices"
-    name, text = type(model).__name__, model.config.get_text_config(decoder=True)
-    if not getattr(model, "_can_compile_fullgraph", False):
-        yield f"transformers does not say of {name} that it works with a static cache"
-    if "position_ids" not in inspect.signature(type(model).forward).parameters or getattr(text, "alibi", False):
-        yield f"{name} takes its positions from the attention mask"
-    yield from _obstacles_of_attention(model.config, text)
-    yield from _obstacles_of_format(getattr(model.config, "quantization_config", None))
-
-
-def _obstacles_of_attention(config: Any, text: Any) -> Iterator[str]:
-    if config._attn_implementation not in ATTENTIONS:
-        yield f"its attention is {config._attn_implementation}, not one of {', '.join(ATTENTIONS)}"
-    kinds = sorted(set(get_layer_types_and_kwargs(text)[0]) - {FULL, SLIDING})
-    if kinds:
-        yield f"it has layers of kind {', '.join(kinds)}"
-    if getattr(text, "num_kv_shared_layers", None):
-        yield "its layers share keys and values"
-    if {"dynamic", "longrope"} & set(_rope_types(getattr(text, "rope_parameters", None) or {})):
-        yield "its rotary embedding depends on how long the text is, which is looked up on the host"
-
-
-def _rope_types(parameters: Any) -> Iterator[str]:
-    """The rope types of a configuration, which may have them by kind of layer."""
-    for key, value in parameters.items():
-        if isinstance(value, dict):
-            yield from _rope_types(value)
-        elif key == "rope_type":
-            yield str(value)
-
-
-def _obstacles_of_format(quantization: Any) -> Iterator[str]:
-    if quantization is None:
-        return
-    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    if settings.get("load_in_8bit"):
-        yield "bitsandbytes' 8-bit layers look for outliers on the host"
-    groups = settings.get("config_groups") or {}
-    if any(isinstance(group, dict) and group.get("input_activations") for group in groups.values()):
-        yield "compressed-tensors copies a number from the host for the scales of its activations"
-
-
-def unsupported_base(
-    path: str, attention: str, trust_remote_code: bool, log: Callable[[str], None]
-) -> dict[str, str | None]:
-    """In a child: `unsupported` of the model at `path`, from its configuration alone, as `because`."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    from winnow.model.load import load_config, quiet
-    from winnow.types import LM, Loading
-
-    config = load_config(LM(path, loading=Loading(attention=attention, trust_remote_code=trust_remote_code)))
-    with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
-        try:
-            generation = GenerationConfig.from_pretrained(path)
-        except OSError:  # it has none
-            generation = model.generation_config
-    return {"because": unsupported(model, generation)}
 
 
 class SlotLayer(CacheLayerMixin):
@@ -314,11 +225,18 @@ def capture(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[]
 def _waiting_is_an_error() -> Iterator[None]:
     """Has torch raise where it would wait for the device."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once, that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+
+
+def failure(error: Exception) -> str:
+    """A capture that failed, as a clause about the model."""
+    return f"capturing its decode step failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
 def free(device: torch.device) -> None:

@@ -124,14 +124,14 @@ class Runtime:
 
     def _choose_mode(self, decode: str) -> None:
         """Decides between graph and eager by what is known of the model; a capture that fails may still change it."""
-        from winnow.hardware.runtime import graphs
+        from winnow.hardware.runtime import graph_support, graphs
 
         self._required = decode == "graph"
         if decode == "eager" or (decode == "auto" and not graphs.has_graphs(self.model)):
             self.runtime_mode = "eager"
         elif not graphs.has_graphs(self.model):
             self._fall_back("it is not on a CUDA device")
-        elif (because := graphs.unsupported(self.model)) is not None:
+        elif (because := graph_support.unsupported(self.model)) is not None:
             self._fall_back(because)
 
     def _fall_back(self, because: str) -> None:
@@ -186,9 +186,7 @@ class Runtime:
         except torch.OutOfMemoryError:
             raise  # says something of the memory, and nothing of graphs
         except Exception as error:
-            because = (
-                f"capturing its decode step failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-            )
+            because = graphs.failure(error)
         else:
             return self._decoder
         graphs.free(prompt_bt.device)
