@@ -1,17 +1,18 @@
 """Imported once by the fork server: what every trial needs and would otherwise import itself."""
-# ruff: noqa: F401
+# ruff: noqa: E402, I001  (the order matters)
 
+import gc
 import logging
 import threading
 
-import tqdm
-import transformers.models.auto.modeling_auto
-import transformers.models.llama.modeling_llama
+gc.disable()  # imports leave little garbage, and the search for it takes a tenth of their time
 
+import winnow.hardware.preload  # goes on in a thread until the end of this module
+import winnow.model.preload  # before all that imports transformers
+import tqdm
 import winnow.benchmark.harness
 import winnow.cli  # the command, which is the main module of children, too
 import winnow.commands
-import winnow.hardware.preload
 import winnow.model.calibration
 import winnow.model.load
 import winnow.model.modeling_lowrank  # architectures that every loading makes known
@@ -23,3 +24,5 @@ import winnow.search.trial
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # tqdm would make a semaphore in every child; children end without the cleanup that gives it back
 tqdm.tqdm.set_lock(threading.RLock())
+winnow.hardware.preload.wait()
+gc.enable()

@@ -1,0 +1,57 @@
+"""Importing this module imports transformers' models and generation, without optional packages that winnow has no use for.
+
+transformers imports what happens to be installed. Three such packages are half of its time, and none is ever used here:
+
+- scikit-learn (lm-eval needs it), for a curve that assisted generation draws;
+- boto3 (the Ray launcher needs it), for accelerate's questions about Amazon SageMaker;
+- torch's compiler, which hqq (the extra `kv`) asks for when it defines layers that the quantized cache does not have.
+
+It is made for the preload list of a fork server, before anything else that imports `transformers.generation`. The packages can be
+imported as usual afterwards. hqq's layers run uncompiled in such a process, which is what they do by default.
+"""
+# ruff: noqa: F401
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from transformers.utils import import_utils
+
+_COMPILER_OFF = "TORCHDYNAMO_DISABLE"  # torch reads it at each call of torch.compile
+
+
+@contextlib.contextmanager
+def _hidden(*packages: str) -> Iterator[None]:
+    """Meanwhile these packages are not found by an import, except those that are imported already."""
+    hidden = [name for name in packages if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's own mark of a module that is not to be found
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Meanwhile `torch.compile` gives functions back as they are."""
+    before = os.environ.get(_COMPILER_OFF)
+    os.environ[_COMPILER_OFF] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_COMPILER_OFF]
+        else:
+            os.environ[_COMPILER_OFF] = before
+
+
+# transformers keeps the first answer to whether scikit-learn is installed: hidden after a yes, its import would fail
+_asked_before = import_utils.is_sklearn_available.cache_info().currsize
+with _hidden("boto3", *([] if _asked_before else ["sklearn"])), _uncompiled():
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama
