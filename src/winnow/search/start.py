@@ -106,10 +106,8 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     devices = shares(hardware, config.workers) if launching.here else [{}] * config.workers
     child.start_server(trial.preloads(config))
     hardware, typed = decoding.settle(config, hardware, launching.here, typed, lm, say)
-    machine = hardware.fingerprint()
-    held = fingerprint(
-        config, lm, machine if launching.here else {k: v for k, v in machine.items() if k not in OF_NODE}
-    )
+    machine = {k: v for k, v in hardware.fingerprint().items() if launching.here or k not in OF_NODE}
+    held = fingerprint(config, lm, machine)
 
     folder = Path(config.outputs) / config.study
     url = str(config.storage or f"sqlite:///{folder / 'study.db'}")
