@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
+from tests.test_conf import composed
 from winnow import build
+from winnow.cli import options
 from winnow.hardware import device
 from winnow.hardware.device import Gpu, Hardware, narrowed
 from winnow.types import UserError
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "hardware"
 GPUS = [Gpu("A", "GPU-aa11", 10), Gpu("B", "GPU-bb22", 20)]
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_option_makes_hardware_of_its_own_name(path: Path) -> None:
-    made = build.instantiate(OmegaConf.load(path), "hardware")
+@pytest.mark.parametrize("name", options("hardware"))
+def test_every_option_makes_hardware_of_its_own_name(name: str) -> None:
+    made = build.hardware(composed("evaluate", f"hardware={name}"))
     assert isinstance(made, Hardware)
-    assert made.name == path.stem
+    assert made.name == name
     assert made.device == "cpu" or made.memory_limit_bytes is not None
 
 

@@ -176,6 +176,18 @@ def test_energy_grows_with_the_work_and_names_its_source() -> None:
     assert 0 < found[0] < found[1]
 
 
+def test_the_machine_is_known_before_the_work_that_is_metered(
+    folder: Path, hardware: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("codecarbon")
+    order: list[str] = []
+    detect, enter = energy.detect, EnergyMeter.__enter__
+    monkeypatch.setattr(energy, "detect", lambda: (order.append("detect"), detect())[1])
+    monkeypatch.setattr(EnergyMeter, "__enter__", lambda meter: (order.append("meter"), enter(meter))[1])
+    Meters(hardware)(LM(folder), Run(tmp_path))
+    assert order[0] == "detect" and "meter" in order
+
+
 def test_the_processors_share_follows_the_time_it_worked() -> None:
     pytest.importorskip("codecarbon")
     energy.detect()

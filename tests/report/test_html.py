@@ -120,7 +120,7 @@ def test_front_base_and_sources_are_marked(page: Page) -> None:
 
 
 def test_disturbed_figures_are_marked_and_explained(summary: Summary) -> None:
-    sources = {"latency_ms": "measured, disturbed", "size_bytes": "estimated, disturbed"}
+    sources = {"latency_ms": "measured, in turn with the base model, disturbed", "size_bytes": "estimated, disturbed"}
     trials = (replace(summary.trials[0], sources=sources), *summary.trials[1:])
     page = render(replace(summary, trials=trials))
     marked = re.findall(r'<abbr class="source" title="([^"]*)">([^<]*)</abbr>', page)

@@ -14,6 +14,7 @@ process and inherited by forks, so a fork server that imports `winnow.hardware.p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from dataclasses import dataclass
@@ -103,6 +104,13 @@ class EnergyMeter:
         self.energy.wh = wh
         self.energy.co2_g = wh / 1000 * self.carbon_g_per_kwh
         self.energy.source = source
+
+
+def prepare(device: str) -> None:
+    """Does what the first meter of a process would take seconds for, before the work begins."""
+    if device != "cuda" or gpu_counters_mj() is None:
+        with contextlib.suppress(ImportError):
+            detect()
 
 
 @functools.cache

@@ -9,7 +9,8 @@ the base model's own trial was measured:
     latency_ms = latency_ratio * latency_ms of the base model's trial
 
 All other times of the candidate are multiplied by the same factor, and rates are divided by it, so that they still fit together.
-The candidate's own median is kept as `latency_raw_ms`, the base model's of now as `base_latency_ms`.
+Where the base model's trial was disturbed, its latency is no more than a scale; the ratios hold all the same. The candidate's own
+median is kept as `latency_raw_ms`, the base model's of now as `base_latency_ms`.
 
 The base model is opened beside the candidate after the candidate's memory has been measured. Where both do not fit, the
 candidate is measured alone, and the log says so.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from winnow.hardware import in_turn, latency
 from winnow.hardware.device import Hardware
 from winnow.hardware.disturbance import Disturbance, Repeater, Watch
-from winnow.hardware.energy import EnergyMeter
+from winnow.hardware.energy import EnergyMeter, prepare
 from winnow.hardware.footprint import disk_bytes
 from winnow.hardware.in_turn import Base
 from winnow.hardware.latency import Timing
@@ -57,6 +57,7 @@ class Meters:
                 self.warm_up(request, until)
                 figures.merge(self.memory(served, request))
                 repeater = Repeater(Watch(hardware.device) if hardware.watch else None, hardware.retry_seconds, run.log)
+                prepare(hardware.device)  # finding out what the machine is would look like a disturbance
                 peak_bytes = figures["peak_memory_bytes"]
                 with in_turn.opened(self.base, served, peak_bytes, hardware, run.log) as other:
                     theirs = self.request(other, run.seed) if other is not None else None

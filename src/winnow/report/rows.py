@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from winnow.hardware import in_turn
 from winnow.report.facts import base_of
 from winnow.report.figures import Axis, duration, plain, plain_lines, total_seconds
 from winnow.report.table import luck_of, relative, state_of
@@ -17,7 +18,7 @@ SOURCES = {
     "estimated": "estimated by a model, not metered",
     DISTURBED: "measured beside other work, although it was tried again: the front does not rest on it",
 }
-UNMARKED = ("measured",)
+UNMARKED = tuple(in_turn.SOURCE.split(", "))  # what needs no word
 SHORT = {"estimated": "est."}
 
 
