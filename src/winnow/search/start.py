@@ -93,8 +93,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     scores = benchmark.scores()
     confirm.check(config.confirm, benchmark)
     wanted = objectives(list(config.objectives), scores)
-    given = config.constraints
-    limits = constraints(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given, scores)
+    limits = constraints(_plain(config.constraints), scores)
     if config.dry_run:
         from winnow.report.dry_run import search_table
 
@@ -160,6 +159,10 @@ def _pinned(config: DictConfig, typed: overrides.Typed, lm: LM) -> tuple[DictCon
     config = copy.deepcopy(config)
     config.model.path, config.model.name = lm.path, lm.name
     return config, typed.pinned(lm)
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
 
 
 def _made(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
