@@ -42,6 +42,7 @@ def runs_here(line: str) -> bool:
     elsewhere = (
         "torchrun",
         "FOLDER",
+        "smollm2",
         "experiment=",
         "--",
         "hardware=",
