@@ -23,8 +23,8 @@ from transformers import cache_utils
 from winnow.hardware.energy import detect
 print(json.dumps({
     "asked": asked,
-    "imported": [x for x in ("sklearn", "boto3", "torch._inductor.lowering") if x in sys.modules],
-    "found": [x for x in ("sklearn", "boto3") if importlib.util.find_spec(x)],
+    "imported": [x for x in ("sklearn", "scipy", "boto3", "torch._inductor.lowering") if x in sys.modules],
+    "found": [x for x in ("sklearn", "scipy", "boto3") if importlib.util.find_spec(x)],
     "quantizer": hasattr(cache_utils, "HQQQuantizer"),
     "compiler": os.environ.get("TORCHDYNAMO_DISABLE"),
     "collects": gc.isenabled(),
@@ -49,7 +49,7 @@ def test_the_server_imports_what_trials_need_and_leaves_the_process_as_it_was() 
     seen = printed(LOOK, TORCHDYNAMO_DISABLE="")
     assert seen["asked"] == []  # a name server that does not answer would hold up every search
     assert seen["imported"] == []
-    assert seen["found"] == [x for x in ("sklearn", "boto3") if importlib.util.find_spec(x)]
+    assert seen["found"] == [x for x in ("sklearn", "scipy", "boto3") if importlib.util.find_spec(x)]
     assert seen["quantizer"] == (importlib.util.find_spec("hqq") is not None)
     assert seen["compiler"] is None
     assert seen["collects"]
@@ -61,11 +61,12 @@ def test_transformers_may_have_been_asked_for_a_package_before() -> None:
     """It keeps its answers, and would import what it found then."""
     pytest.importorskip("sklearn")
     code = """
-import sys
+import json
 from transformers.utils import import_utils
-asked = import_utils.is_sklearn_available()
+asked = import_utils.is_sklearn_available() and import_utils.is_scipy_available()
 import winnow.model.preload
 from transformers.generation import candidate_generator
-print([int(asked), int(hasattr(candidate_generator, "roc_curve"))])
+from transformers.loss import loss_for_object_detection
+print(json.dumps([asked, hasattr(candidate_generator, "roc_curve"), hasattr(loss_for_object_detection, "linear_sum_assignment")]))
 """
-    assert printed(code) == [1, 1]
+    assert printed(code) == [True, True, True]

@@ -4,11 +4,11 @@ It is made for the preload list of a fork server, whose children then start to m
 is waiting (`winnow.hardware.energy`), so a thread looks at the machine while other modules are imported. A server must not fork
 before `wait` has returned; `winnow.search.preload` calls it.
 """
-# ruff: noqa: F401
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 
 from winnow.hardware.energy import detect
@@ -29,9 +29,7 @@ def wait() -> None:
 
 
 with contextlib.suppress(ImportError):  # without codecarbon there is nothing to prepare
-    # here, so that the thread imports little: pandas reads codecarbon's tables, cpuinfo asks for the processor
-    import codecarbon.core.emissions
-    import cpuinfo
-    import pandas
-
+    # before the thread, which then imports little: pandas reads codecarbon's tables, cpuinfo asks for the processor
+    for module in ("codecarbon.core.emissions", "cpuinfo", "pandas"):
+        importlib.import_module(module)
     _detection.start()

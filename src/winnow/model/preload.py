@@ -1,8 +1,9 @@
 """Importing this module imports transformers' models and generation, without optional packages that winnow has no use for.
 
-transformers imports what happens to be installed. Three such packages are half of its time, and none is ever used here:
+transformers imports what happens to be installed. These packages are half of its time, and winnow uses none of them there:
 
 - scikit-learn (lm-eval needs it), for a curve that assisted generation draws;
+- scipy, for the losses of object detection;
 - boto3 (the Ray launcher needs it), for accelerate's questions about Amazon SageMaker;
 - torch's compiler, which hqq (the extra `kv`) asks for when it defines layers that the quantized cache does not have.
 
@@ -17,8 +18,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-
-from transformers.utils import import_utils
 
 _COMPILER_OFF = "TORCHDYNAMO_DISABLE"  # torch reads it at each call of torch.compile
 
@@ -50,8 +49,12 @@ def _uncompiled() -> Iterator[None]:
             os.environ[_COMPILER_OFF] = before
 
 
-# transformers keeps the first answer to whether scikit-learn is installed: hidden after a yes, its import would fail
-_asked_before = import_utils.is_sklearn_available.cache_info().currsize
-with _hidden("boto3", *([] if _asked_before else ["sklearn"])), _uncompiled():
+def _answered(package: str) -> bool:
+    """Whether transformers was asked for the package before: it keeps the answer, and would import what was there."""
+    asked = getattr(sys.modules.get("transformers.utils.import_utils"), f"is_{package}_available", None)
+    return asked is not None and asked.cache_info().currsize > 0
+
+
+with _hidden("boto3", *(x for x in ("scipy", "sklearn") if not _answered(x))), _uncompiled():
     import transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama
