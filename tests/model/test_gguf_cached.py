@@ -124,7 +124,7 @@ def test_an_artifact_of_llama_cpps_stays_one(file: Path) -> None:
     from winnow.hardware.device import Hardware
     from winnow.hardware.runtime import chosen
 
-    made = cached.as_artifact(file)
+    made = cached.folder_of(file, dequantize=False)
     lm = pretrained(str(made))
     assert lm.path == str(made) and chosen(lm, Hardware("cpu")) == "llama_cpp"
     with pytest.raises(UserError, match="no method works on; start from the model that it was made of"):
@@ -136,15 +136,37 @@ def test_evaluate_serves_the_file_itself_where_llama_cpp_is_asked_for(file: Path
     from winnow.hardware.footprint import disk_bytes
     from winnow.hardware.runtime import chosen
 
+    file.chmod(0o444)
     lm = pretrained(str(file), dequantize=False)
+    assert file.stat().st_mode & 0o777 == 0o444
     assert chosen(lm, Hardware("cpu", runtime="llama_cpp")) == "llama_cpp"
     held = Path(str(lm.path)) / file.name
+    assert not list(held.parent.glob("*.safetensors"))
     assert held.samefile(file) and disk_bytes(lm) > file.stat().st_size
     assert lm.tokenizer("a").input_ids == pretrained(str(file)).tokenizer("a").input_ids
     assert chosen(pretrained(str(file)), Hardware("cpu")) == "transformers"
 
 
+def test_a_link_to_a_file_that_was_moved_is_made_anew(file: Path) -> None:
+    pretrained(str(file), dequantize=False)
+    moved = file.rename(file.with_name("moved.gguf"))
+    assert (Path(str(pretrained(str(moved), dequantize=False).path)) / "moved.gguf").samefile(moved)
+    again = file.with_name("elsewhere")
+    again.mkdir()
+    moved = moved.rename(again / "moved.gguf")
+    assert (Path(str(pretrained(str(moved), dequantize=False).path)) / "moved.gguf").samefile(moved)
+
+
 # --- the commands
+
+
+def test_a_dry_run_dequantizes_nothing(file: Path, cache: Path) -> None:
+    from winnow.report.dry_run import compress_table
+
+    typed = ["model=local", f"model.path={file}", "method=[rtn]", "dry_run=true"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        table = compress_table(compose("compress", typed))
+    assert "rtn" in table and not list(cache.rglob("*.safetensors"))
 
 
 def test_a_file_is_compressed_and_its_origin_is_written_down(file: Path, tmp_path: Path) -> None:
@@ -169,6 +191,7 @@ def test_a_search_stays_with_the_model_it_began_with(file: Path, tmp_path: Path)
         config = compose("search", typed)
         lm = build.model(config)
         pinned, parsed = start._pinned(config, overrides.parse(typed), lm)
+        assert not any(str(file) in override for override in parsed.shared)
         file.unlink()
         trial = compose("search", list(parsed.shared))
     for one in (pinned, trial):

@@ -66,7 +66,7 @@ def pretrained(
         from winnow.model.gguf import cached
 
         name = name or file.stem
-        folder = cached.folder_of(file) if dequantize else cached.as_artifact(file)
+        folder = cached.folder_of(file, dequantize and weights)
     if folder.is_dir():
         check_folder(folder, loading, weights)
         return LM(folder, manifest=manifest.read(folder), loading=loading, name=name or folder.resolve().name)
@@ -83,7 +83,7 @@ def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> N
     """
     config = folder / "config.json"
     if not config.is_file():
-        raise UserError(f"model.path={folder} is not a model folder: it has neither config.json nor a .gguf file")
+        raise UserError(f"model.path={folder} is not a model folder: it has no config.json and no .gguf file")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:

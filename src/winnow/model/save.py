@@ -66,7 +66,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             path.chmod(0o644)  # safetensors makes files that only their owner can read

@@ -39,7 +39,8 @@ class Typed:
 
         values = {"model.path": str(lm.path), "model.name": lm.name}
         added = [f"{key}={QuotedString(text, Quote.single).with_quotes()}" for key, text in values.items()]
-        return dataclasses.replace(self, shared=(*self.shared, *added))
+        kept = [override for override in self.shared if override.split("=")[0] not in values]
+        return dataclasses.replace(self, shared=(*kept, *added))
 
 
 def parse(arguments: Sequence[str]) -> Typed:

@@ -52,8 +52,10 @@ def root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "winnow"
 
 
-def folder_of(file: Path) -> Path:
+def folder_of(file: Path, dequantize: bool = True) -> Path:
     """The folder that a GGUF file was read to; it is made where it is not there.
+
+    Without `dequantize` it is one as `method=[gguf]` leaves it, with a link to the file itself: what llama.cpp serves.
 
     Raises:
         UserError: the file cannot be read (see `winnow.model.gguf.read`), or the cache cannot be written.
@@ -61,29 +63,16 @@ def folder_of(file: Path) -> Path:
     """
     check_name(file)
     digest = sha256(file)
-    made = root() / "models" / f"{_plain(file.stem)}-{digest[:16]}-{_version()}"
-    if (made / manifest.NAME).is_file():
-        return made
-    with _locked(made):
-        if not (made / manifest.NAME).is_file():  # another process may have made it meanwhile
-            _read(file, digest, made)
-    return made
+    made = root() / "models" / f"{_plain(file.stem)}-{digest[:16]}-{_version()}{'' if dequantize else '-file'}"
 
+    def there() -> bool:
+        linked = dequantize or (made / file.name).resolve() == file.resolve()
+        return linked and (made / manifest.NAME).is_file()
 
-def as_artifact(file: Path) -> Path:
-    """A folder as `method=[gguf]` leaves it, with the file itself in it: what llama.cpp serves."""
-    read = folder_of(file)
-    made = read.with_name(f"{read.name}-file")
-    target = made / file.name
-    with _locked(made):
-        if not (target.is_file() and target.samefile(file)):
-            with _writing(made) as folder:
-                for path in read.iterdir():
-                    if path.suffix != ".safetensors" and path.name != manifest.NAME:
-                        shutil.copy2(path, folder)
-                (folder / file.name).symlink_to(file.resolve())
-                origin = manifest.read(read)["origin"]
-                manifest.write(folder, {"origin": origin, "sha256": manifest.content_hash(folder)})
+    if not there():
+        with _locked(made):
+            if not there():  # another process may have made it meanwhile
+                _read(file, digest, made, dequantize)
     return made
 
 
@@ -146,7 +135,7 @@ def _writing(folder: Path) -> Iterator[Path]:
         yield scratch
 
 
-def _read(file: Path, digest: str, target: Path) -> None:
+def _read(file: Path, digest: str, target: Path, dequantize: bool) -> None:
     from winnow.model.gguf import read, read_tokenizer
     from winnow.model.gguf.file import opened
     from winnow.model.load import quiet
@@ -161,13 +150,17 @@ def _read(file: Path, digest: str, target: Path) -> None:
         weights = read.Weights(contents, config)
     size = dtype.itemsize * sum(math.prod(shape) for shape in weights.shapes.values())
     free = shutil.disk_usage(target.parent).free
-    if free < size:
+    if dequantize and free < size:
         raise UserError(
             f"model.path={file} takes {size / 1e9:.1f} GB as {_NAMES[name]}, and {root()} has {free / 1e9:.1f} GB left; "
             f"free some space, or set WINNOW_CACHE to another place"
         )
     with _writing(target) as folder, quiet():
-        rounding = _write_weights(weights, name, folder / "model.safetensors", file)
+        rounding: dict[str, Any] = {}
+        if dequantize:
+            rounding = {"dtype": name, **_write_weights(weights, name, folder / "model.safetensors", file)}
+        else:
+            (folder / file.name).symlink_to(file.resolve())
         config.architectures = [type(weights.model).__name__]
         config.save_pretrained(folder)
         ends = read_tokenizer.end_ids(contents)
@@ -177,13 +170,7 @@ def _read(file: Path, digest: str, target: Path) -> None:
         tokenizer.save_pretrained(folder)
         _check_tokenizer(tokenizer, folder, contents)
         held = {
-            "origin": {
-                "file": file.name,
-                "sha256": digest,
-                **_description(contents),
-                "dtype": name,
-                **rounding,
-            },
+            "origin": {"file": file.name, "sha256": digest, **_description(contents), **rounding},
             "versions": manifest.versions(),
             "sizes": manifest.sizes(folder),
             "sha256": manifest.content_hash(folder),
