@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -182,6 +183,7 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
             f"model.path={path} is a GGUF file, which llama.cpp serves but no method works on; "
             f"start from the model that it was made of"
         )
+    importlib.import_module("winnow.model.preload")  # transformers, without the optional packages that it would import
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -30,7 +30,10 @@ from winnow.hardware.process import end_with_parent
 from winnow.search import spoilt
 from winnow.types import MissingExtra, Reason, Unservable, UserError
 
-PRELOAD = ("torch", "transformers", "lm_eval", "winnow.search.preload")  # for every trial
+PRELOAD = (
+    "winnow.search.preload",
+    "lm_eval",
+)  # for every trial; the first knows how to import torch and transformers quickly
 _POLL_S = 0.25
 _BOOKS = threading.Lock()  # multiprocessing keeps account of children in a way that is not made for several threads
 
