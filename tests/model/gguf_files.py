@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,6 @@ def sentencepiece_like(space_first: bool = True) -> Any:
     learned.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
     trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, limit_alphabet=70)
     learned.train_from_iterator(texts(), trainer)
-    import json
-
     model = json.loads(learned.to_str())["model"]
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces = [piece for piece, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]

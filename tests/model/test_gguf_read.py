@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ import gguf
 import numpy as np
 
 from tests.model.gguf_files import SHAPES, byte_level, random_model, rewritten, sentencepiece_like
+from winnow.method.gguf import GGUF
 from winnow.model.gguf import architectures, read
 from winnow.model.gguf import tokenizer as tokenizers
 from winnow.model.gguf.export import export
 from winnow.model.gguf.file import opened
 from winnow.model.gguf.read_tokenizer import SPLITS, merges_of, tokenizer_in
 from winnow.model.load import pretrained
-from winnow.types import LM, UserError
+from winnow.nano.model import trained
+from winnow.types import LM, MissingExtra, UserError
 
 TEXTS = (*tokenizers.SAMPLES, "<s>a <tool> b</s>", "")
 
@@ -149,6 +153,20 @@ def test_a_quantized_file_is_loaded_as_bfloat16(llama: Path, tmp_path: Path) -> 
     assert 0 < lm.manifest["origin"]["rounding_error"] < 2**-8
 
 
+def test_full_precision_is_written_and_read_without_llama_cpp(
+    tmp_path: Path, run_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MissingExtra, match="llama-cpp-python is not installed"):
+        GGUF()(trained(), run_in)
+    made = GGUF(dense="F32")(trained(), run_in)
+    notes = made.manifest["_notes"]
+    assert "nearest" in notes["pre_tokenizer"] and notes["tokenizer_agreement_with"] == "winnow's reader"
+    (file,) = Path(str(made.path)).glob("*.gguf")
+    theirs = state(pretrained(str(file)))
+    assert all(torch.equal(tensor.float(), theirs[name]) for name, tensor in state(trained()).items())
+
+
 # --- tokenizers
 
 
@@ -173,8 +191,6 @@ def test_sentencepiece_vocabularies_are_read_with_and_without_merges(
     export(random_model("llama", ours), tmp_path / "model.gguf")
     path = tmp_path / "model.gguf"
     if merges:
-        import json
-
         pairs = json.loads(ours.backend_tokenizer.to_str())["model"]["merges"]
         added = {"tokenizer.ggml.merges": [" ".join(pair) for pair in pairs]}
         path = rewritten(path, tmp_path / "merges.gguf", added, without={"tokenizer.ggml.scores"})

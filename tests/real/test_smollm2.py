@@ -64,7 +64,7 @@ def test_it_reads_english(lm: LM) -> None:
     ids = lm.tokenizer(PROSE, return_tensors="pt").input_ids
     logits = lm.model(input_ids=ids).logits[0, :-1]
     loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
-    assert 12 < math.exp(loss) < 30  # permuted rows or a wrong epsilon would give hundreds
+    assert 12 < math.exp(loss) < 40  # 24.8; permuted rows or a wrong epsilon would give hundreds
 
 
 def test_it_answers_through_its_chat_template(lm: LM) -> None:

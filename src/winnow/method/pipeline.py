@@ -119,11 +119,11 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
     return lm
 
 
-def origin(lm: LM) -> dict[str, Any] | None:
+def origin(lm: LM) -> dict[str, Any]:
     """Where a base model comes from, as far as is known: the hub, or a GGUF file (its hash, types, what it was turned into)."""
     if lm.path is not None and not Path(lm.path).is_dir():
-        return {"hub": lm.path}
-    return lm.manifest.get("origin")
+        return {"origin": {"hub": lm.path}}
+    return {name: value for name, value in lm.manifest.items() if name == "origin"}
 
 
 def check_finite(lm: LM) -> None:
@@ -146,7 +146,7 @@ def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
     from winnow.recovery.devices import world
 
     if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
-        lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256(), "origin": origin(lm)}, "stages": []}
+        lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256(), **origin(lm)}, "stages": []}
     run = dataclasses.replace(run, base=run.base or lm.path)
     if not run.stage_cache_bytes or world().size > 1:
         return _made(lm, stages, run, output)

