@@ -80,8 +80,8 @@ def test_the_probe_measures_in_turn_and_closes_the_base_model(folder: Path, hard
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"memory_limit_bytes": 1e9}, "both take 1000.[0-9] GB, and there are 1.0 GB"),
-        ({"memory_limit_bytes": None}, "both take 1000.[0-9] GB, and there are 2.0 GB"),
+        ({"memory_limit_bytes": 1e9}, "both take 100[0-9].[0-9] GB, and there are 1.0 GB"),
+        ({"memory_limit_bytes": None}, "both take 100[0-9].[0-9] GB, and there are 2.0 GB"),
     ],
 )
 def test_what_does_not_fit_beside_the_base_model_is_measured_alone(
@@ -91,7 +91,7 @@ def test_what_does_not_fit_beside_the_base_model_is_measured_alone(
     base = Base(LM(folder), 123.0, 1e12, **limits)
     found, (line,) = measured(folder, replace(hardware, memory_limit_bytes=2_000_000_000), tmp_path, base)
     assert "latency_ratio" not in found and found["source"] == "measured"
-    assert line.startswith("latency: measured alone, not in turn with the base model: both take 1000")
+    assert line.startswith("latency: measured alone, not in turn with the base model: both take 100")
     assert re.search(message, line)
 
 

@@ -51,6 +51,7 @@ def main(
     """
     folder.mkdir(parents=True, exist_ok=True)
     child.PRELOAD, loop.WAIT_S = (), 0.05
+    child._server = child._Server()  # its own, not that of the process it was forked from
     storage.GRACE_S, storage.BEAT_S = grace, grace / 10
     signal.signal(signal.SIGTERM, start._interrupt)
     storage.claim(url or address(folder), "small")
