@@ -18,6 +18,7 @@ import gguf as library
 import llama_cpp
 import numpy as np
 
+from tests.model.gguf_files import LLAMA3, LOCAL, YARN
 from winnow.method import pipeline
 from winnow.method.gguf import GGUF, TYPES
 from winnow.model.gguf import mix
@@ -32,19 +33,6 @@ from winnow.nano.items import held_out_text
 from winnow.nano.model import WEIGHTS, trained
 from winnow.types import LM, MissingExtra, UserError
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
-LOCAL = {
-    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama-3": ("llama", {"head_dim": 64, "rope_parameters": LLAMA3}),

@@ -18,7 +18,7 @@ from pathlib import Path
 FLOAT32, BFLOAT16, FLOAT16 = "float32", "bfloat16", "float16"
 # processors: matrix instructions of x86, and of ARM where they are announced
 _FAST_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
-# values of oneDNN's and ATen's variables under which instructions for bfloat16 may be used; anything else masks them
+# values of oneDNN's variables under which instructions for bfloat16 may be used; anything else masks them
 _ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _ONEDNN_FAST = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10", "DEFAULT", "ALL")
 _AMPERE, _VOLTA = (8, 0), (7, 0)  # compute capabilities: the first tensor cores for bfloat16, and for float16

@@ -159,7 +159,7 @@ class Work:
         inputs of a block, and what all blocks are called with (rotary embeddings).
         """
         seen = counted(calibration)
-        n, width = plan.spec, _width(plan)
+        n, width = plan.spec, plan.element_bytes
         states = seen.tokens * n.hidden_size * width
         inputs = seen.tokens * (16 + 2 * n.head_dim * width)
         attention = 4 * _mean_length(seen) * seen.tokens * n.heads * n.head_dim * n.layers
@@ -280,11 +280,6 @@ def _largest(linears: list[Stored]) -> int:
 
 def _inputs(linears: list[Stored]) -> int:
     return max((t.shape[1] for t in linears), default=0)
-
-
-def _width(plan: Plan) -> int:
-    """Bytes of an element of what flows through the model."""
-    return 4 if plan.compute_dtype == "float32" else 2
 
 
 def _widened(tensors: list[Stored], plan: Plan) -> int:

@@ -66,8 +66,7 @@ class Depth(Checked):
         seen, layers = counted(calibration), plan.spec.layers
         if self.by == "influence":
             return Work.calibrated(plan, calibration)
-        width = 4 if plan.compute_dtype == "float32" else 2
-        states = Work(host_bytes=width * layers * seen.tokens * plan.spec.hidden_size)  # of each candidate
+        states = Work(host_bytes=plan.element_bytes * layers * seen.tokens * plan.spec.hidden_size)  # of each candidate
         return Work.calibrated(plan, calibration, passes=self._dropped(layers) * layers / 2) + states
 
     def __call__(self, lm: LM, run: Run) -> LM:

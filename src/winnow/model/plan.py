@@ -96,6 +96,11 @@ class Plan:
         return self.computed_in or self.dtype
 
     @property
+    def element_bytes(self) -> int:
+        """Of a number that is computed with, as it flows through the model."""
+        return 4 if self.compute_dtype == "float32" else 2
+
+    @property
     def is_widened(self) -> bool:
         """Whether weights are computed with in a wider type than they are stored in."""
         return self.compute_dtype == "float32" and self.dtype != "float32"
@@ -103,7 +108,7 @@ class Plan:
     @property
     def served_bytes(self) -> int:
         """Of the weights when transformers has loaded the artifact to serve it: dense ones in the type that is computed in."""
-        stored, served = (4 if dtype == "float32" else 2 for dtype in (self.dtype, self.compute_dtype))
+        stored, served = 4 if self.dtype == "float32" else 2, self.element_bytes
         return sum(
             t.memory_bytes * served // stored if t.memory_bytes >= t.numel * stored else t.memory_bytes
             for t in self.tensors.values()
