@@ -1,6 +1,10 @@
 """The CUDA half of `bench/recovery.py`: LoRA and QLoRA on a random model in the shape of Llama-3.1-8B, rows of 2048 tokens.
 
-Each in a process of its own, through the stage that `train.py` runs. MFU counts 4 N operations a token (forward, and the
+    python bench/recovery_cuda.py lora FOLDER            # one method on a model at hand
+    python bench/recovery_cuda.py lora FOLDER profile    # and where the time of two more steps goes
+
+Each in a process of its own, through the stage that `train.py` runs, which chooses how many tokens lie on the device at a time.
+MFU counts 4 N operations a token (forward, and the
 inputs' gradient; adapters are below 1 %), N the weights of the blocks and the head, against the dense bfloat16 figure of the
 device's configuration (`conf/hardware`), or `tflops=`.
 """
@@ -21,11 +25,12 @@ PUBLIC = (
     "public figures (torchtune): Llama-3.1-8B, one A6000 of 48 GB: LoRA 4,699 tokens/s at 30.3 GiB; "
     "3B on an A100: LoRA 8,210 tokens/s at 8.5 GiB, QLoRA 8,035 at 4.6 GiB"
 )
-ROW, ROWS, STEPS = 2048, 8, 20
+ROW, ROWS, STEPS = 2048, 8, 12
+TOP = 15  # kernels of a profile
 
 
-def one(method: str, model: str) -> dict[str, float]:
-    """Tokens/s, peak GiB and parameters of one training."""
+def one(method: str, model: str, profiled: str = "") -> dict[str, float]:
+    """Tokens/s, peak GiB and parameters of one training; with `profiled`, two more steps' largest parts go to stderr."""
     import torch
 
     from winnow.method.lora import Lora
@@ -33,16 +38,28 @@ def one(method: str, model: str) -> dict[str, float]:
     from winnow.model.load import pretrained
     from winnow.types import Run
 
-    stage = {"lora": Lora, "qlora": QLoRA}[method](
-        steps=STEPS, max_length=ROW, tokens_per_batch=ROW * ROWS, tokens_per_device=ROW, checkpoint_minutes=1e6
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        lm = pretrained(model)
-        parameters = sum(p.numel() for p in lm.model.parameters()) - lm.model.get_input_embeddings().weight.numel()
-        torch.cuda.reset_peak_memory_stats()
-        trained = stage(lm, Run(Path(scratch), device="cuda", log=lambda line: print(line, file=sys.stderr)))
-        speed = trained.manifest["_notes"]["training"]["tokens_per_second"]
+    def trained(lm: Any, steps: int) -> Any:
+        stage = {"lora": Lora, "qlora": QLoRA}[method](
+            steps=steps, max_length=ROW, tokens_per_batch=ROW * ROWS, checkpoint_minutes=1e6
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            run = Run(Path(scratch), device="cuda", log=lambda line: print(line, file=sys.stderr), cache=Path(model))
+            return stage(lm, run)
+
+    lm = pretrained(model)
+    parameters = sum(p.numel() for p in lm.model.parameters()) - lm.model.get_input_embeddings().weight.numel()
+    torch.cuda.reset_peak_memory_stats()
+    lm = trained(lm, STEPS)
+    speed = lm.manifest["_notes"]["training"]["tokens_per_second"]
     peak = torch.cuda.max_memory_allocated() / 2**30
+    if profiled:
+        from torch.profiler import ProfilerActivity, profile
+
+        fresh = lm if method == "lora" else pretrained(model)
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as watched:
+            trained(fresh, 2)
+        table = watched.key_averages().table(sort_by="self_cuda_time_total", row_limit=TOP, max_name_column_width=70)
+        print(table, file=sys.stderr)
     return {"tokens_per_s": speed, "peak_gib": peak, "parameters": parameters}
 
 

@@ -33,6 +33,8 @@ def small() -> Harness:
 
 
 def test_a_run_repeats_and_leaves_nothing_behind(lm: LM, small: Harness, tmp_path: Path) -> None:
+    import datasets  # noqa: F401  (which sets its level when it is imported)
+
     assert isinstance(small, Probe)
     lm.model.train()
     lm.tokenizer.pad_token = None

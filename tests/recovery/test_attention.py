@@ -149,7 +149,7 @@ def test_variable_length_attention_of_each_torch_gives_what_the_plain_one_gives(
     row = [torch.randn(1, heads, sum(LENGTHS), 16, requires_grad=True) for heads in (8, key_heads, key_heads)]
     bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
     monkeypatch.setattr(varlen, "varlen_attn", function)
-    fast = _varlen(*(x[0].transpose(0, 1) for x in row), bounds, 0.3, window)
+    fast = _varlen(*(x[0].transpose(0, 1) for x in row), bounds, max(LENGTHS), 0.3, window)
     expected = attention(torch.nn.Module(), *row, None, scaling=0.3, sliding_window=window, cu_seqlens=bounds)[0][0]
     torch.testing.assert_close(fast, expected)
     weights = torch.randn_like(expected)

@@ -1,13 +1,15 @@
 """lm-eval's own model of transformers, made quiet, and spared work that it would do twice.
 
 lm-eval scores each choice of a question by itself; here equal requests (the choices that TruthfulQA's two tasks share) are
-scored once, and texts are tokenised in one call instead of three for each. The tokens and the arithmetic are lm-eval's.
+scored once, the text that choices have in common is read once (`winnow.benchmark.rows`), and texts are tokenised in one call
+instead of three for each. The tokens and what is computed of them are lm-eval's; rounding may differ.
 `Requests` is what the models of all runtimes have in common: whatever serves a model, it is shown the same token ids.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +17,11 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from winnow.benchmark import rows
 from winnow.model.adapter import virtual_tokens
 
-LOGITS_BYTES = 2**30  # in float32, of the windows of text that are scored together; lm-eval keeps a second copy
+LOGITS_BYTES = 2**30  # in float32, of what is scored together; lm-eval keeps a second copy
+TOKENS = 64  # in a row, for each prompt of a batch
 
 
 class Requests:
@@ -108,7 +112,8 @@ class Adapter(Requests, HFLM):
     Args:
         model: a transformers causal language model; it is left as it is, in evaluation mode.
         tokenizer: of that model; a copy of it is used.
-        batch_size: prompts at a time. Fixed: it moves scores by rounding.
+        batch_size: prompts at a time, and of what is read in rows `TOKENS` times as many tokens. Fixed: it moves scores by
+            rounding.
         max_gen_toks: upper limit of tokens to generate for an answer; None leaves that of each task.
     """
 
@@ -128,11 +133,29 @@ class Adapter(Requests, HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = HFLM._loglikelihood_tokens(self, requests, True, override_bs)
-        return found
+        found: dict[int, tuple[float, bool]] = {}
+        short = [
+            n for n, (_, c, rest) in enumerate(requests) if self._in_rows and len(c) + len(rest) <= self.max_length + 1
+        ]
+        if short:
+            most_tokens = min(TOKENS * self.batch_size, LOGITS_BYTES // (4 * self.vocab_size))
+            found |= zip(short, rows.scores(self.model, [requests[n][1:] for n in short], most_tokens), strict=True)
+        others = [
+            n for n in range(len(requests)) if n not in found
+        ]  # lm-eval cuts what is longer than the model can read
+        if others:
+            scored = HFLM._loglikelihood_tokens(self, [requests[n] for n in others], True, override_bs)
+            found |= zip(others, scored, strict=True)
+        return [found[n] for n in range(len(requests))]
+
+    @functools.cached_property
+    def _in_rows(self) -> bool:
+        return rows.fits(self.model)
 
     def _window_scores(self, windows: list[Any]) -> list[tuple[float, bool]]:
         """As `_loglikelihood_tokens`, with fewer windows at a time where their logits would not fit: texts are long."""
+        if self._in_rows:
+            return self._loglikelihood_tokens(windows)
         lengths = [len(context) + len(continuation) for _, context, continuation in windows]
         fitting = max(1, LOGITS_BYTES // (4 * max(lengths) * self.vocab_size))
         if fitting >= self.batch_size:

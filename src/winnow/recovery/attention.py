@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,19 +34,21 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    longest: int | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document [boundaries[i], boundaries[i + 1]) of a single row; returns [1, T, H, D].
 
     Heads of keys and values are shared by groups of query heads where there are fewer of them. `sliding_window` is how many
-    positions a token sees, itself among them; `softcap` as in Gemma-2 (arXiv:2408.00118, section 2).
+    positions a token sees, itself among them; `softcap` as in Gemma-2 (arXiv:2408.00118, section 2); `longest` is the length of the
+    longest document: a GPU is waited for in every layer where it has to be read from the boundaries.
     """
     row, dtype, device = [query_bhtd, key_bktd, value_bktd], query_bhtd.dtype, query_bhtd.device
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, query_bhtd.shape[2]], dtype=torch.int32, device=device)
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and softcap is None and not dropout:
         q_thd, k_tkd, v_tkd = (x[0].transpose(0, 1) for x in row)
-        return _varlen(q_thd, k_tkd, v_tkd, cu_seqlens, scaling, sliding_window)[None], None
+        return _varlen(q_thd, k_tkd, v_tkd, cu_seqlens, longest, scaling, sliding_window)[None], None
     if device.type == "cpu":
         # in 16 bits the backward pass of a processor's attention takes three times as long
         row = [x.float() for x in row]
@@ -66,15 +69,18 @@ def document(
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention of one document with itself; [1, H, T, D] from queries [1, H, T, D], keys and values [1, K, T, D]."""
-    length = q_htd.shape[2]
+    """Causal attention of one document with itself; [1, H, T, D] from queries [1, H, T, D], keys and values [1, K, S, D].
+
+    Where S is more than T, the queries are those of the last T positions.
+    """
+    length = k_ktd.shape[2]
     window = sliding_window if sliding_window is not None and sliding_window < length else None
-    if window is None and softcap is None:
+    if window is None and softcap is None and q_htd.shape[2] == length:
         return F.scaled_dot_product_attention(
             q_htd, k_ktd, v_ktd, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
         )
     ahead = torch.arange(length, device=q_htd.device)
-    distance_tt = ahead[:, None] - ahead[None]
+    distance_tt = ahead[-q_htd.shape[2] :, None] - ahead[None]
     seen_tt = (distance_tt >= 0) & (distance_tt < (window or length))
     if softcap is None:
         return F.scaled_dot_product_attention(
@@ -88,13 +94,56 @@ def document(
     return F.dropout(weights, dropout) @ v_htd
 
 
+class Segment(NamedTuple):
+    """A part of a row, [start, stop), each token of which sees those before it and all of an earlier part."""
+
+    start: int
+    stop: int
+    seen_start: int = 0
+    seen_stop: int = 0
+
+
+def segments_attention(
+    module: nn.Module,
+    query_bhtd: torch.Tensor,
+    key_bktd: torch.Tensor,
+    value_bktd: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    segments: Sequence[Segment] = (),
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of the segments of a single row, which cover it in order; returns [1, T, H, D]. Not for training."""
+    device = query_bhtd.device
+    keys = [[*range(s.seen_start, s.seen_stop), *range(s.start, s.stop)] for s in segments]
+    lengths, seen = [s.stop - s.start for s in segments], [len(places) for places in keys]
+    index = torch.tensor([place for places in keys for place in places], device=device)
+    k_bksd, v_bksd = key_bktd[:, :, index], value_bktd[:, :, index]
+    if device.type == "cuda" and query_bhtd.dtype in (torch.float16, torch.bfloat16) and softcap is None:
+        bounds = [
+            torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in (lengths, seen)
+        ]
+        q_thd, k_skd, v_skd = (x[0].transpose(0, 1) for x in (query_bhtd, k_bksd, v_bksd))
+        row = _varlen(q_thd, k_skd, v_skd, bounds[0], max(lengths), scaling, sliding_window, bounds[1], max(seen))
+        return row[None], None
+    parts = zip(query_bhtd.split(lengths, 2), k_bksd.split(seen, 2), v_bksd.split(seen, 2), strict=True)
+    out = [document(q, k, v, scaling, 0.0, sliding_window, softcap) for q, k, v in parts]
+    return torch.cat([x.transpose(1, 2) for x in out], dim=1), None
+
+
 def _varlen(
     q_thd: torch.Tensor,
     k_tkd: torch.Tensor,
     v_tkd: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    longest: int | None,
     scaling: float | None,
     sliding_window: int | None,
+    cu_seen: torch.Tensor | None = None,
+    most_seen: int | None = None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -105,17 +154,17 @@ def _varlen(
         else:  # torch 2.11 wants as many heads of keys and values as of queries
             groups = q_thd.shape[1] // k_tkd.shape[1]
             k_tkd, v_tkd = (x.repeat_interleave(groups, 1) for x in (k_tkd, v_tkd))
-    longest = int(cu_seqlens.diff().max())
+    longest = longest or int(cu_seqlens.diff().max())
     # to the left of a token that many positions, beside itself
-    left = sliding_window - 1 if sliding_window is not None and sliding_window < longest else -1
+    left = sliding_window - 1 if sliding_window is not None and sliding_window < (most_seen or longest) else -1
     out: Any = varlen_attn(
         q_thd.contiguous(),
         k_tkd.contiguous(),
         v_tkd.contiguous(),
         cu_seqlens,
-        cu_seqlens,
+        cu_seqlens if cu_seen is None else cu_seen,
         longest,
-        longest,
+        most_seen or longest,
         scale=scaling,
         window_size=(left, 0),
         **shared,
@@ -123,16 +172,21 @@ def _varlen(
     return out  # type: ignore[no-any-return]
 
 
-@contextlib.contextmanager
-def packed(model: Any) -> Iterator[None]:
+def packed(model: Any) -> contextlib.AbstractContextManager[None]:
     """Meanwhile the attention of `model` is that of packed rows."""
+    return attending(model, NAME, attention)
+
+
+@contextlib.contextmanager
+def attending(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile the attention of `model` is `function`, which transformers knows by `name`."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(name, function)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
     for config, _ in before:
-        config._attn_implementation_internal = NAME
+        config._attn_implementation_internal = name
     try:
         yield
     finally:

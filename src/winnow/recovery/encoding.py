@@ -118,7 +118,7 @@ def collate(rows: Sequence[Encoded]) -> dict[str, Any]:
     """Documents as one row.
 
     `input_ids`, `position_ids` (which start at 0 in each document) and `targets` (the id that follows, `IGNORED` where none is
-    asked for), each [1, T]; `cu_seqlens` [documents + 1], the boundaries.
+    asked for), each [1, T]; `cu_seqlens` [documents + 1], the boundaries; `longest`, the tokens of the longest document.
     """
     ids = [i for row in rows for i in row.ids]
     targets = torch.full((len(ids),), IGNORED)
@@ -133,6 +133,7 @@ def collate(rows: Sequence[Encoded]) -> dict[str, Any]:
         "position_ids": positions[None],
         "targets": targets[None],
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "longest": max(len(row.ids) for row in rows),
     }
 
 

@@ -23,7 +23,7 @@ import torch
 
 from winnow.model.adapter import bare
 from winnow.model.packing import cast_weights
-from winnow.recovery import batch_size, devices, kernels, preflight
+from winnow.recovery import batch_size, devices, kernels, preflight, updates
 from winnow.recovery.attention import packed
 from winnow.recovery.callbacks import Checkpoints, EarlyStop, Progress, check_finite
 from winnow.recovery.data import Documents
@@ -117,7 +117,7 @@ def fit(
     devices.join(run, world)
     objective = objective or CrossEntropy()
     demand, flight, limits = _placed(model, rows, objective, schedule, batching, run, world, precision)
-    with kernels.fused(model, devices.local_device(run), run.log):
+    with kernels.fused(model, devices.local_device(run), run.log), updates.in_few_passes(model):
         student = student or Student(model)
         tokens = batch_size.choose(student, objective, rows, run, world, demand, flight, precision=precision, **limits)
         batching = dataclasses.replace(batching, tokens_per_device=tokens)

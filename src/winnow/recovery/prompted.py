@@ -37,6 +37,7 @@ class PromptedStudent(Student):
                 inputs_embeds=torch.cat([prompt_ph, words_rth[0]])[source][None],
                 position_ids=positions[None],
                 cu_seqlens=(bounds + size * torch.arange(count + 1, device=device)).int(),
+                longest=batch["longest"] + size,
                 use_cache=False,
             ).last_hidden_state
         found: torch.Tensor = hidden[:, place_t]

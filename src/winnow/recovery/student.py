@@ -43,7 +43,8 @@ class Student(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """The last hidden states [R, T, H]."""
-        inputs = {k: batch[k] for k in ("input_ids", "position_ids", "attention_mask", "cu_seqlens") if k in batch}
+        names = ("input_ids", "position_ids", "attention_mask", "cu_seqlens", "longest")
+        inputs = {name: batch[name] for name in names if name in batch}
         with packed(self.base) if "cu_seqlens" in batch else contextlib.nullcontext():
             hidden: torch.Tensor = self.decoder(**inputs, use_cache=False).last_hidden_state
         return hidden
@@ -76,11 +77,9 @@ class Student(nn.Module):
         first, other, second = (torch.arange(a, b, device=device) % vocabulary for a, b in ((5, 12), (12, 19), (3, 17)))
         positions = torch.cat([torch.arange(len(x), device=device) for x in (first, second)])[None]
         bounds = torch.tensor([0, len(first), len(first) + len(second)], dtype=torch.int32, device=device)
+        batch = {"position_ids": positions, "cu_seqlens": bounds, "longest": len(second)}
         together, changed = (
-            self.head(
-                self({"input_ids": torch.cat([x, second])[None], "position_ids": positions, "cu_seqlens": bounds})[0]
-            )
-            for x in (first, other)
+            self.head(self({"input_ids": torch.cat([x, second])[None], **batch})[0]) for x in (first, other)
         )
         alone = torch.cat([self.whole(x[None])[0].float() for x in (first, second)])
         self.train(was)
