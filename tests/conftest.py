@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.util import Finalize
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import started
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -58,18 +59,10 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(
         script: str, *arguments: str, outputs: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, str(REPOSITORY / f"{script}.py"), *arguments]
+        words = [f"{script}.py", *arguments]
         if not {"--help", "--cfg", "-c", "--info"} & set(arguments):
-            line.append(f"outputs={outputs or tmp_path / 'outputs'}")
-        return subprocess.run(
-            line,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            cwd=REPOSITORY,
-            env={**os.environ, **environment},
-            check=False,
-        )
+            words.append(f"outputs={outputs or tmp_path / 'outputs'}")
+        return started.run(*words, **environment)
 
     return run
 

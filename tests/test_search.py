@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.started import run
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 # the machine is busy with other tests: what disturbs a measurement would decide how many trials there are
 QUICK = ["hardware.seconds=0.1", "hardware.repeats=1", "hardware.energy_tokens=32", "hardware.watch=false"]
@@ -29,11 +31,6 @@ SEARCH = [
     "racing.hopeless_ratio=0",
     *QUICK,
 ]
-
-
-def run(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, *words]
-    return subprocess.run(line, capture_output=True, text=True, timeout=600, cwd=cwd, check=False)
 
 
 @pytest.fixture(scope="module")

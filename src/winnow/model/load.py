@@ -172,6 +172,11 @@ def _cut_short(file: Path) -> bool:
     return bool(8 + header_bytes + max(ends, default=0) > size)
 
 
+def _import_quickly() -> None:
+    """Imports transformers, if nothing has, without the optional packages that it would import."""
+    importlib.import_module("winnow.model.preload")
+
+
 def load_model(path: str, loading: Loading) -> PreTrainedModel:
     """The model in memory, in evaluation mode, on its device.
 
@@ -183,7 +188,7 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
             f"model.path={path} is a GGUF file, which llama.cpp serves but no method works on; "
             f"start from the model that it was made of"
         )
-    importlib.import_module("winnow.model.preload")  # transformers, without the optional packages that it would import
+    _import_quickly()
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -238,6 +243,7 @@ def identity(path: str) -> str:
     """What a model is known by: the hash of a folder's content, or the commit of a hub model (its id, if that is unknown)."""
     if Path(path).is_dir():
         return manifest.content_hash(Path(path))
+    _import_quickly()
     from transformers import AutoConfig
 
     with quiet(), plain_errors(path):
@@ -246,6 +252,7 @@ def identity(path: str) -> str:
 
 def load_config(lm: LM) -> PretrainedConfig:
     """The configuration of a model, its own to change: of the one in memory, else from its folder or the hub."""
+    _import_quickly()
     from transformers import AutoConfig
 
     if lm.path is None:
@@ -258,6 +265,7 @@ def load_config(lm: LM) -> PretrainedConfig:
 
 def load_tokenizer(path: str, loading: Loading) -> PreTrainedTokenizerBase:
     """The tokenizer; one without a pad token pads with its end-of-text token (the mask hides it)."""
+    _import_quickly()
     from transformers import AutoTokenizer
 
     with quiet(), plain_errors(path):

@@ -15,11 +15,9 @@ imported as usual afterwards. hqq's layers run uncompiled in such a process, whi
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
-
-_COMPILER_OFF = "TORCHDYNAMO_DISABLE"  # torch reads it at each call of torch.compile
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -37,16 +35,18 @@ def _hidden(*packages: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Meanwhile `torch.compile` gives functions back as they are."""
-    before = os.environ.get(_COMPILER_OFF)
-    os.environ[_COMPILER_OFF] = "1"
+    """Meanwhile `torch.compile` gives functions back as they are: it imports the compiler even where that is switched off."""
+    import torch
+
+    def compiled(function: Any = None, **settings: Any) -> Any:
+        return function if function is not None else lambda function: function
+
+    before: Any = torch.compile
+    torch.compile = compiled  # type: ignore[assignment]
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_COMPILER_OFF]
-        else:
-            os.environ[_COMPILER_OFF] = before
+        torch.compile = before
 
 
 def _answered(package: str) -> bool:

@@ -18,7 +18,7 @@ import torch
 
 from winnow.files import write_json
 from winnow.recovery.devices import World, agreed, local_device
-from winnow.recovery.encoding import Encoded, collate
+from winnow.recovery.encoding import Encoded, collate, moved
 from winnow.recovery.objective import Objective
 from winnow.recovery.preflight import Demand, Flight
 from winnow.recovery.student import Student
@@ -90,7 +90,7 @@ def _step(
             chosen.append(i)
             held += len(rows[i].ids)
         batch = collate([rows[i] for i in chosen]) | {"documents": chosen}
-        on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        on_device = moved(batch, device)
         student.train()
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16-mixed"):
             return objective(student, on_device)

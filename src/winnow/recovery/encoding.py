@@ -6,7 +6,7 @@ Imports no Lightning: whoever calibrates or compares models encodes texts, and t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,3 +148,8 @@ def collate_padded(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
         length = len(row.ids)
         input_ids[i, :length], targets[i, :length], mask[i, :length] = one["input_ids"][0], one["targets"][0], 1
     return {"input_ids": input_ids, "targets": targets, "attention_mask": mask}
+
+
+def moved(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """A batch, its tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

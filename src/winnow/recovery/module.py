@@ -17,6 +17,7 @@ from winnow.method.blocks import decoder_blocks
 from winnow.recovery import devices
 from winnow.recovery.callbacks import WAY_OUT
 from winnow.recovery.data import fingerprint
+from winnow.recovery.encoding import moved
 from winnow.recovery.objective import CrossEntropy, Objective
 from winnow.recovery.optimizer import build_optimizer
 from winnow.recovery.student import Student
@@ -68,7 +69,7 @@ class Recovery(lightning.LightningModule):
         return self._objective[0]
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, index: int) -> dict[str, Any]:
-        return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return moved(batch, device)
 
     def training_step(self, batch: dict[str, Any], index: int) -> dict[str, torch.Tensor]:
         total = self.objective(self.student, batch)

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from winnow.recovery.encoding import Encoded, collate, collate_padded
+from winnow.recovery.encoding import Encoded, collate, collate_padded, moved
 from winnow.recovery.student import Student
 from winnow.types import LM, UserError
 
@@ -260,7 +260,7 @@ def _sampled(teacher: Student, rows: Sequence[Encoded], documents: list[int], sa
     pad = int(getattr(teacher.base.config, "pad_token_id", None) or 0)
     batch = collate(asked) if teacher.packs else collate_padded(asked, pad)
     device = teacher.base.device
-    hidden_nh, _ = teacher.at_targets({k: v.to(device) for k, v in batch.items()})
+    hidden_nh, _ = teacher.at_targets(moved(batch, device))
     starts_n = torch.from_numpy(starts).to(device)
     head = teacher.head
     size = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
