@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from winnow.model.adapter import bare, virtual_tokens
-from winnow.recovery.attention import Segment, attending, segments_attention
+from winnow.recovery.attention import Segment, Segments, attending, segments_attention
 
 Request = tuple[Sequence[int], Sequence[int]]  # the ids of a context, and of its continuation; neither is empty
 Score = tuple[float, bool]  # the continuation's log-likelihood in nats, and whether greedy decoding gives it
@@ -83,7 +83,7 @@ def scores(model: Any, requests: Sequence[Request], most_tokens: int) -> list[Sc
             logits_nv = model(
                 input_ids=torch.tensor([row.ids], device=device),
                 position_ids=torch.tensor([row.positions], device=device),
-                segments=row.segments,
+                segments=Segments(row.segments, device),
                 use_cache=False,
                 logits_to_keep=torch.tensor(wanted, device=device),
             ).logits[0]

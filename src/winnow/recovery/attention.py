@@ -103,6 +103,26 @@ class Segment(NamedTuple):
     seen_stop: int = 0
 
 
+class Segments:
+    """The segments of a row, which cover it in order, with what attention needs to know of them on a device.
+
+    Attributes:
+        lengths: of each, in tokens.
+        seen: of each, the tokens that its last one sees.
+        places_s: of the keys that they see, one segment after the other.
+        bounds: of their queries and of their keys, [segments + 1] each.
+    """
+
+    def __init__(self, parts: Sequence[Segment], device: torch.device) -> None:
+        keys = [[*range(part.seen_start, part.seen_stop), *range(part.start, part.stop)] for part in parts]
+        self.lengths, self.seen = [part.stop - part.start for part in parts], [len(places) for places in keys]
+        self.places_s = torch.tensor([place for places in keys for place in places], device=device)
+        self.bounds = [
+            torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device)
+            for sizes in (self.lengths, self.seen)
+        ]
+
+
 def segments_attention(
     module: nn.Module,
     query_bhtd: torch.Tensor,
@@ -113,24 +133,19 @@ def segments_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    segments: Sequence[Segment] = (),
+    *,
+    segments: Segments,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of the segments of a single row, which cover it in order; returns [1, T, H, D]. Not for training."""
-    device = query_bhtd.device
-    keys = [[*range(s.seen_start, s.seen_stop), *range(s.start, s.stop)] for s in segments]
-    lengths, seen = [s.stop - s.start for s in segments], [len(places) for places in keys]
-    index = torch.tensor([place for places in keys for place in places], device=device)
-    k_bksd, v_bksd = key_bktd[:, :, index], value_bktd[:, :, index]
-    if device.type == "cuda" and query_bhtd.dtype in (torch.float16, torch.bfloat16) and softcap is None:
-        bounds = [
-            torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in (lengths, seen)
-        ]
+    """Attention of the segments of a single row; returns [1, T, H, D]. Not for training."""
+    k_bksd, v_bksd = key_bktd[:, :, segments.places_s], value_bktd[:, :, segments.places_s]
+    if query_bhtd.device.type == "cuda" and query_bhtd.dtype in (torch.float16, torch.bfloat16) and softcap is None:
         q_thd, k_skd, v_skd = (x[0].transpose(0, 1) for x in (query_bhtd, k_bksd, v_bksd))
-        row = _varlen(q_thd, k_skd, v_skd, bounds[0], max(lengths), scaling, sliding_window, bounds[1], max(seen))
+        bounds, (most, most_seen) = segments.bounds, (max(segments.lengths), max(segments.seen))
+        row = _varlen(q_thd, k_skd, v_skd, bounds[0], most, scaling, sliding_window, bounds[1], most_seen)
         return row[None], None
-    parts = zip(query_bhtd.split(lengths, 2), k_bksd.split(seen, 2), v_bksd.split(seen, 2), strict=True)
-    out = [document(q, k, v, scaling, 0.0, sliding_window, softcap) for q, k, v in parts]
+    split = query_bhtd.split(segments.lengths, 2), k_bksd.split(segments.seen, 2), v_bksd.split(segments.seen, 2)
+    out = [document(q, k, v, scaling, 0.0, sliding_window, softcap) for q, k, v in zip(*split, strict=True)]
     return torch.cat([x.transpose(1, 2) for x in out], dim=1), None
 
 
