@@ -79,7 +79,7 @@ def measured(hardware: Hardware, dtype: str, imports: Iterable[str] = ()) -> Mac
         traffic = _traffic()
     finally:
         torch.set_num_threads(before)
-    _import("codecarbon.core.emissions", *imports)
+    _import("codecarbon.core.emissions", "peft", *imports)  # transformers imports peft when it loads a model
     return Machine(
         flops=flops,
         traffic=traffic,
