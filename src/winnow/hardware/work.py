@@ -25,6 +25,7 @@ BATCH_TOKENS = 4096  # of a calibration batch at most, where it has not been cou
 # Measured. glibc keeps freed blocks below 32 MB, and what a forward pass throws away between what it keeps for the backward
 # pass is holes: this share of what is kept in smaller blocks, by bytes of an activation.
 _HOLES = {2: 0.85, 4: 1.2}
+_ADAPTER_HOLES = {2: 0.85, 4: 0.6}  # an update throws away less (`winnow.recovery.updates`)
 _HEAP_BLOCK = 32 * 2**20
 LOGITS_BYTES = 128 * 2**20  # of a chunk of logits in single precision, as the losses make them
 _TEXT_BYTES = 200  # measured, of a token while documents are tokenised and as a list
@@ -239,15 +240,15 @@ class Work:
             traffic_bytes=16 * parameters,
             host_bytes=in_single + _TEXT_BYTES * documents * _mean_length(seen),
             device_bytes=(16 if frozen else 12) * trained_parameters + masks + kept + unpacked,
-            hole_bytes=heap_holes(in_heap, mixed),
+            hole_bytes=heap_holes(in_heap, mixed, adapters),
             moved_bytes=held,
             matmuls=min(steps, 2 * seen.shapes) * 3 * (_kinds(plan) * (3 if adapters else 1) + 1),
         )
 
 
-def heap_holes(kept: float, mixed: bool) -> float:
+def heap_holes(kept: float, mixed: bool, adapters: bool) -> float:
     """Bytes that malloc cannot use between those that are kept for the backward pass."""
-    return _HOLES[2 if mixed else 4] * kept
+    return (_ADAPTER_HOLES if adapters else _HOLES)[2 if mixed else 4] * kept
 
 
 def activations(

@@ -64,7 +64,7 @@ class Demand:
             copies = 0.0
         else:
             weights, copies = float(self.weights_bytes), 2.0 * self.copied
-        holes = heap_holes(layers + loss + copies, self.mixed) if self.on_cpu else 0.0
+        holes = heap_holes(layers + loss + copies, self.mixed, self.adapters) if self.on_cpu else 0.0
         return math.ceil(weights + self.others_bytes + states + copies + layers + loss + holes)
 
     def most(self, usable: float, share: int, checkpointing: bool, shards: int) -> int:
