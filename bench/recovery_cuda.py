@@ -4,9 +4,8 @@
     python bench/recovery_cuda.py lora FOLDER profile    # and where the time of two more steps goes
 
 Each in a process of its own, through the stage that `train.py` runs, which chooses how many tokens lie on the device at a time.
-MFU counts 4 N operations a token (forward, and the
-inputs' gradient; adapters are below 1 %), N the weights of the blocks and the head, against the dense bfloat16 figure of the
-device's configuration (`conf/hardware`), or `tflops=`.
+MFU counts 4 N operations a token (forward, and the inputs' gradient; adapters are below 1 %), N the weights of the blocks and the
+head, against the dense bfloat16 figure of the device's configuration (`conf/hardware`), or `tflops=`.
 """
 
 from __future__ import annotations
@@ -38,12 +37,16 @@ def one(method: str, model: str, profiled: str = "") -> dict[str, float]:
     from winnow.model.load import pretrained
     from winnow.types import Run
 
+    kept = tempfile.TemporaryDirectory()  # what is found of the batch size, for the second training, too
+
     def trained(lm: Any, steps: int) -> Any:
         stage = {"lora": Lora, "qlora": QLoRA}[method](
             steps=steps, max_length=ROW, tokens_per_batch=ROW * ROWS, checkpoint_minutes=1e6
         )
         with tempfile.TemporaryDirectory() as scratch:
-            run = Run(Path(scratch), device="cuda", log=lambda line: print(line, file=sys.stderr), cache=Path(model))
+            run = Run(
+                Path(scratch), device="cuda", log=lambda line: print(line, file=sys.stderr), cache=Path(kept.name)
+            )
             return stage(lm, run)
 
     lm = pretrained(model)

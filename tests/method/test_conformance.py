@@ -220,7 +220,7 @@ def test_what_is_not_compressed_is_untouched(case, make) -> None:
 def perplexity(lm: LM) -> float:
     """Of the embedded model's held-out text."""
     loss, tokens = 0.0, 0
-    for item in held_out_text(40):
+    for item in held_out_text(100):
         ids = lm.tokenizer([item.completion], return_tensors="pt").input_ids
         scores = lm.model(input_ids=ids).logits[0, -ids.shape[1] : -1].float()  # a soft prompt's come before
         loss += torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="sum").item()

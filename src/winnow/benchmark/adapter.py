@@ -134,15 +134,12 @@ class Adapter(Requests, HFLM):
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         found: dict[int, tuple[float, bool]] = {}
-        short = [
-            n for n, (_, c, rest) in enumerate(requests) if self._in_rows and len(c) + len(rest) <= self.max_length + 1
-        ]
+        most = self.max_length + 1 if self._in_rows else 0  # lm-eval cuts what is longer than the model can read
+        short = [n for n, (_, context, rest) in enumerate(requests) if len(context) + len(rest) <= most]
         if short:
             most_tokens = min(TOKENS * self.batch_size, LOGITS_BYTES // (4 * self.vocab_size))
             found |= zip(short, rows.scores(self.model, [requests[n][1:] for n in short], most_tokens), strict=True)
-        others = [
-            n for n in range(len(requests)) if n not in found
-        ]  # lm-eval cuts what is longer than the model can read
+        others = [n for n in range(len(requests)) if n not in found]
         if others:
             scored = HFLM._loglikelihood_tokens(self, [requests[n] for n in others], True, override_bs)
             found |= zip(others, scored, strict=True)

@@ -7,8 +7,9 @@ transformers imports what happens to be installed. These packages are half of it
 - boto3 (the Ray launcher needs it), for accelerate's questions about Amazon SageMaker;
 - torch's compiler, which hqq (the extra `kv`) asks for when it defines layers that the quantized cache does not have.
 
-It is made for the preload list of a fork server, before anything else that imports `transformers.generation`. The packages can be
-imported as usual afterwards. hqq's layers run uncompiled in such a process, which is what they do by default.
+It comes before anything else that imports `transformers.generation`: on the preload list of a fork server, and where a command
+first needs a model, its configuration or its tokenizer. The packages can be imported as usual afterwards. hqq's layers run
+uncompiled in such a process, which is what they do by default.
 """
 # ruff: noqa: F401
 

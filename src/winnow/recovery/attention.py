@@ -46,7 +46,7 @@ def attention(
     row, dtype, device = [query_bhtd, key_bktd, value_bktd], query_bhtd.dtype, query_bhtd.device
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, query_bhtd.shape[2]], dtype=torch.int32, device=device)
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and softcap is None and not dropout:
+    if _in_one_call(query_bhtd, softcap) and not dropout:
         q_thd, k_tkd, v_tkd = (x[0].transpose(0, 1) for x in row)
         return _varlen(q_thd, k_tkd, v_tkd, cu_seqlens, longest, scaling, sliding_window)[None], None
     if device.type == "cpu":
@@ -139,7 +139,7 @@ def segments_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of the segments of a single row; returns [1, T, H, D]. Not for training."""
     k_bksd, v_bksd = key_bktd[:, :, segments.places_s], value_bktd[:, :, segments.places_s]
-    if query_bhtd.device.type == "cuda" and query_bhtd.dtype in (torch.float16, torch.bfloat16) and softcap is None:
+    if _in_one_call(query_bhtd, softcap):
         q_thd, k_skd, v_skd = (x[0].transpose(0, 1) for x in (query_bhtd, k_bksd, v_bksd))
         bounds, (most, most_seen) = segments.bounds, (max(segments.lengths), max(segments.seen))
         row = _varlen(q_thd, k_skd, v_skd, bounds[0], most, scaling, sliding_window, bounds[1], most_seen)
@@ -147,6 +147,11 @@ def segments_attention(
     split = query_bhtd.split(segments.lengths, 2), k_bksd.split(segments.seen, 2), v_bksd.split(segments.seen, 2)
     out = [document(q, k, v, scaling, 0.0, sliding_window, softcap) for q, k, v in zip(*split, strict=True)]
     return torch.cat([x.transpose(1, 2) for x in out], dim=1), None
+
+
+def _in_one_call(query: torch.Tensor, softcap: float | None) -> bool:
+    """Whether torch's variable-length attention can compute it."""
+    return query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and softcap is None
 
 
 def _varlen(
