@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.quick import MEASUREMENTS
+
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 LINES = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 PYTHON = [line for line in LINES if re.match(r"(\w+=\S+ )*(python|torchrun \S+) \w+\.py", line)]
-QUICK = ["benchmark.limit=4", "hardware.seconds=0.1", "hardware.energy_tokens=32", "hardware.repeats=1"]
-QUICK += ["hardware.watch=false"]  # the machine is busy with other tests
+QUICK = ["benchmark.limit=4", *MEASUREMENTS]
 
 
 def parts(line: str) -> tuple[str, list[str]]:

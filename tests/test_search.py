@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.quick import MEASUREMENTS
 from tests.started import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# the machine is busy with other tests: what disturbs a measurement would decide how many trials there are
-QUICK = ["hardware.seconds=0.1", "hardware.repeats=1", "hardware.energy_tokens=32", "hardware.watch=false"]
 SEARCH = [
     "method=[wanda,lora,rtn]",
     "method.lora.steps=2",
@@ -29,7 +28,7 @@ SEARCH = [
     "study=small",
     "racing.error_rate=0",
     "racing.hopeless_ratio=0",
-    *QUICK,
+    *MEASUREMENTS,
 ]
 
 
@@ -122,7 +121,7 @@ def test_ctrl_c_ends_it_soon_and_it_goes_on_later(tmp_path: Path) -> None:
     sent = time.monotonic()
     os.kill(search.pid, signal.SIGINT)
     rest = search.stderr.read()
-    assert search.wait(timeout=30) == 130
+    assert search.wait(timeout=30) == 130, rest
     assert time.monotonic() - sent < 30  # 3 s on an idle machine
     assert "the same command goes on with study small" in rest
     assert json.loads((tmp_path / "small" / "front.json").read_text())["points"]

@@ -11,7 +11,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -109,17 +109,19 @@ def make(tmp_path_factory: pytest.TempPathFactory, base_of: Callable[[str], Path
     """Makes the artifact of methods on a model, once for all tests that ask for the same."""
     cache: dict[tuple[Any, ...], Made] = {}
 
-    def maker(model: str, *names: str, repeat: int = 0, dtype: str = "auto") -> Made:
+    def maker(model: str, *names: str, repeat: int = 0, dtype: str = "auto", least: bool = False) -> Made:
         if "gguf" in names:
             pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'winnow[gguf]'")
-        key = (model, names, repeat, dtype)
+        key = (model, names, repeat, dtype, least)
         if key not in cache:
             folder = tmp_path_factory.mktemp("-".join(("made", model, *names)))
             (folder / "run").mkdir()
-            calibration = Calibration(samples=64, max_length=128)
+            calibration = Calibration(samples=4 if least else 64, max_length=128)
             run = Run(folder / "run", dtype=dtype, log=lambda line: None, calibration=calibration)
             seen: list[torch.Tensor] = []
             lm, stages = pretrained(str(base_of(model))), {name: stage_of(name, model) for name in names}
+            if least:
+                stages = {k: replace(s, steps=2) if hasattr(s, "steps") else s for k, s in stages.items()}
             with look_before_saving(seen):
                 made = pipeline.compress(lm, stages, run, folder / "artifact")
             cache[key] = Made(base_of(model), folder / "artifact", made.manifest, seen[-1] if seen else None)
@@ -230,7 +232,7 @@ def perplexity(lm: LM) -> float:
 
 @pytest.fixture(scope="session")
 def base_perplexity() -> float:
-    return perplexity(pretrained(str(WEIGHTS)))
+    return perplexity(pretrained(str(WEIGHTS), dtype="float32"))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -238,7 +240,8 @@ def test_perplexity_stays_within_the_stated_bound(name: str, make, base_perplexi
     made = make(EMBEDDED, name)
     if made.logits is None:
         pytest.skip("a GGUF file: tests/method/test_gguf.py measures it")
-    assert perplexity(made.again()) <= CLASSES[name].perplexity_bound * base_perplexity
+    # in single precision, which every processor computes quickly
+    assert perplexity(pretrained(str(made.folder), dtype="float32")) <= CLASSES[name].perplexity_bound * base_perplexity
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -252,7 +255,7 @@ def test_the_same_seed_makes_the_same_bytes(name: str, make) -> None:
 def test_what_is_saved_has_the_types_of_the_base_whatever_is_computed_in(name: str, make) -> None:
     saved = []
     for dtype in ("float32", "bfloat16"):
-        made = make("llama", name, dtype=dtype)
+        made = make("llama", name, dtype=dtype, least=True)  # most processors are slow in bfloat16
         assert made.manifest["stages"][-1]["computed_in"] == dtype
         files = sorted(made.folder.rglob("*.safetensors"))
         saved.append([{k: (t.dtype, t.shape) for k, t in load_file(file).items()} for file in files])
@@ -261,10 +264,10 @@ def test_what_is_saved_has_the_types_of_the_base_whatever_is_computed_in(name: s
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_pruned_weights_stay_zero_and_patterns_exact(name: str, make) -> None:
-    made = make(EMBEDDED, "halved", name)
+    made = make("llama", "halved", name)
     if made.logits is None:
         pytest.skip("llama.cpp's types hold no pattern")
-    pruned = make(EMBEDDED, "halved").again().model
+    pruned = make("llama", "halved").again().model
     quantized = dense(made.again().model)
     for layer, linear in linears(pruned).items():
         zeros = linear.weight == 0

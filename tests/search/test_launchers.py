@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.quick import MEASUREMENTS
 from tests.search import kills, small_search
 from winnow.search.opening import open_study
 from winnow.types import Reason
@@ -114,14 +115,7 @@ def test_a_whole_search_with_two_workers(launcher: str, command: Callable[..., A
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'winnow[joblib]'")
     settings = ["method=[rtn]", "agent=random", "budget.trials=4", "first_slots=[]", "benchmark.limit=2"]
-    settings += ["objectives=[accuracy,size_bytes]", "hardware.seconds=0.1", "hardware.repeats=1", "hardware.warmup=0"]
-    settings += [
-        "hardware.output_tokens=2",
-        "hardware.energy_tokens=2",
-        "hardware.watch=false",
-        "wandb.mode=disabled",
-        "study=s",
-    ]
+    settings += ["objectives=[accuracy,size_bytes]", *MEASUREMENTS, "wandb.mode=disabled", "study=s"]
     done = command("search", f"hydra/launcher={launcher}", "workers=2", *settings)
     assert done.returncode == 0, done.stderr
     outcomes = [json.loads(path.read_text()) for path in (tmp_path / "outputs/s/trials").glob("*/outcome.json")]

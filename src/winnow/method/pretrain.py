@@ -52,6 +52,8 @@ class Pretrain(Training):
 
         run.log(f"pretrain: drawing {self.documents:,} documents")
         rows = self.encoded(lm, run)
+        if self.precision_in(run.compute_dtype) != "bf16-true":
+            cast_weights(lm.model, torch.float32)
         fitted = self.train(
             lm.model,
             rows,

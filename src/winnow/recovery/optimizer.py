@@ -3,6 +3,9 @@
 Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers") orthogonalises the momentum of each weight matrix;
 embeddings, norms and vectors stay with AdamW. `match_rms_adamw` (Moonshot AI 2025, arXiv:2502.16982, eq. 4) scales its
 updates so that both take the same learning rate.
+
+torch's own Muon multiplies in bfloat16 whatever the weights are, which takes most of a step on a processor that has no
+instructions for it. There, float32 takes its place.
 """
 
 from __future__ import annotations
@@ -13,6 +16,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from winnow.hardware.compute import BFLOAT16, fastest
+
+
+def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+    """The matrix with singular values near 1, by Newton-Schulz iterations in its own type (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.size(0) > matrix.size(1) else x
+
+
+class Float32Muon(torch.optim.Muon):
+    """torch's Muon with `match_rms_adamw`, whose products are in float32."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            parameters: list[torch.Tensor] = []
+            gradients: list[torch.Tensor] = []
+            momenta: list[torch.Tensor] = []
+            self._init_group(group, parameters, gradients, momenta)
+            for parameter, gradient, buffer in zip(parameters, gradients, momenta, strict=True):
+                buffer.lerp_(gradient, 1 - momentum)
+                update = gradient.lerp(buffer, momentum).float()  # Nesterov's
+                update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(update, alpha=-0.2 * lr * max(parameter.shape) ** 0.5)
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Two optimizers behind one interface: `param_groups` are those of both, so schedulers reach them."""
@@ -20,8 +55,10 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, weight_decay: float
     ):
+        matrices = list(matrices)
+        muon = torch.optim.Muon if fastest(matrices[0].device.type) == BFLOAT16 else Float32Muon
         self.parts = [
-            torch.optim.Muon(list(matrices), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(list(others), lr=lr, weight_decay=0.0, betas=(0.9, 0.95)),
         ]
         groups = [group for part in self.parts for group in part.param_groups]
