@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.method.scores import perplexity
 from tests.method.shapes import FAMILIES, random_model
 from winnow.hardware.feasibility import plan_of
 from winnow.knobs import knobs_of
@@ -139,23 +140,9 @@ def test_the_same_seed_makes_the_same_bytes(tmp_path: Path, tiny: Path, run_in: 
     assert first == second
 
 
-@torch.inference_mode()
-def perplexity(model: Any) -> float:
-    from winnow.nano.items import held_out_text
-
-    lm = pretrained(str(WEIGHTS))
-    loss, tokens = 0.0, 0
-    for item in held_out_text(50):
-        ids = lm.tokenizer([item.completion], return_tensors="pt").input_ids
-        scores = model(input_ids=ids).logits[0, :-1].float()
-        loss += torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="sum").item()
-        tokens += ids.shape[1] - 1
-    return float(torch.tensor(loss / tokens).exp())
-
-
 def test_it_beats_rounding_to_nearest(run_in: Run) -> None:
     def made_by(stage: Any) -> float:
-        return perplexity(stage(pretrained(str(WEIGHTS)), run_in).model)
+        return perplexity(stage(pretrained(str(WEIGHTS)), run_in), 50)
 
     nearest, searched, tuned = made_by(RTN(2, 64)), made_by(AutoRound(2, 64, 0)), made_by(AutoRound(2, 64, 10))
     assert searched < nearest

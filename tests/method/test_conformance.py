@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.method.scores import perplexity
 from tests.method.shapes import FAMILIES, random_model
 from tests.test_conf import class_of, composed
 from winnow.cli import options
@@ -30,7 +31,6 @@ from winnow.model.load import pretrained
 from winnow.model.packing import linears
 from winnow.model.plan import plan_of
 from winnow.model.save import save
-from winnow.nano.items import held_out_text
 from winnow.nano.model import WEIGHTS
 from winnow.types import LM, Calibration, Run, Slot, Stage, UserError
 
@@ -218,21 +218,9 @@ def test_what_is_not_compressed_is_untouched(case, make) -> None:
         assert torch.equal(parameter, parameters[name].to(parameter.dtype)), name
 
 
-@torch.inference_mode()
-def perplexity(lm: LM) -> float:
-    """Of the embedded model's held-out text."""
-    loss, tokens = 0.0, 0
-    for item in held_out_text(100):
-        ids = lm.tokenizer([item.completion], return_tensors="pt").input_ids
-        scores = lm.model(input_ids=ids).logits[0, -ids.shape[1] : -1].float()  # a soft prompt's come before
-        loss += torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="sum").item()
-        tokens += ids.shape[1] - 1
-    return math.exp(loss / tokens)
-
-
 @pytest.fixture(scope="session")
 def base_perplexity() -> float:
-    return perplexity(pretrained(str(WEIGHTS), dtype="float32"))
+    return perplexity(pretrained(str(WEIGHTS)))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -240,8 +228,7 @@ def test_perplexity_stays_within_the_stated_bound(name: str, make, base_perplexi
     made = make(EMBEDDED, name)
     if made.logits is None:
         pytest.skip("a GGUF file: tests/method/test_gguf.py measures it")
-    # in single precision, which every processor computes quickly
-    assert perplexity(pretrained(str(made.folder), dtype="float32")) <= CLASSES[name].perplexity_bound * base_perplexity
+    assert perplexity(made.again()) <= CLASSES[name].perplexity_bound * base_perplexity
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from tests.method.scores import divergence
 from tests.method.shapes import random_model
 from tests.test_conf import composed
 from winnow.build import instantiate
@@ -22,7 +23,6 @@ from winnow.model.load import pretrained
 from winnow.model.packing import linears
 from winnow.model.plan import dense_tensors, plan_of
 from winnow.model.reshape import rebuilt
-from winnow.nano.items import held_out_text
 from winnow.nano.model import WEIGHTS
 from winnow.types import LM, Run, UserError
 
@@ -36,18 +36,6 @@ def shallow(tiny: Path, run: Run) -> LM:
 @pytest.fixture
 def run(run_in: Run, tiny: Path) -> Run:
     return dataclasses.replace(run_in, base=str(tiny))
-
-
-@torch.inference_mode()
-def divergence(student: LM, teacher: LM) -> float:
-    """KL a token of the teacher's distributions from the student's, on the embedded model's held-out text."""
-    total, tokens = 0.0, 0
-    for item in held_out_text(30):
-        ids = teacher.tokenizer([item.completion], return_tensors="pt").input_ids
-        q, p = (lm.model(input_ids=ids).logits.float().log_softmax(-1) for lm in (student, teacher))
-        total += torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum").item()
-        tokens += ids.shape[1]
-    return total / tokens
 
 
 @pytest.fixture(scope="module")

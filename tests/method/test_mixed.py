@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from tests.method.scores import perplexity
 from tests.method.shapes import FAMILIES, random_model
 from winnow.method import pipeline, sensitivity
 from winnow.method.mixed import WIDTHS, Mixed, allocate
@@ -24,7 +23,6 @@ from winnow.model.load import pretrained
 from winnow.model.packing import linears
 from winnow.model.plan import plan_of
 from winnow.model.save import save
-from winnow.nano.items import held_out_text
 from winnow.nano.model import WEIGHTS
 from winnow.types import LM, Run, UserError
 
@@ -34,16 +32,6 @@ IDS = torch.arange(40)[None] + 100
 @torch.inference_mode()
 def logits(lm: LM) -> torch.Tensor:
     return lm.model(input_ids=IDS).logits.float()
-
-
-@torch.inference_mode()
-def perplexity(lm: LM) -> float:
-    loss, tokens = 0.0, 0
-    for item in held_out_text(100):
-        ids = lm.tokenizer([item.completion], return_tensors="pt").input_ids
-        loss += F.cross_entropy(lm.model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
-        tokens += ids.shape[1] - 1
-    return math.exp(loss / tokens)
 
 
 def sizes_of(lm: LM) -> dict[str, int]:

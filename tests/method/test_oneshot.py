@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.method.scores import perplexity
 from tests.method.shapes import random_model
 from winnow.knobs import knobs_of
 from winnow.method import pipeline
@@ -21,7 +22,6 @@ from winnow.model.load import pretrained
 from winnow.model.packing import linears
 from winnow.model.plan import Plan, dense_tensors
 from winnow.model.save import save
-from winnow.nano.items import held_out_text
 from winnow.nano.model import trained
 from winnow.types import LM, Calibration, MissingExtra, Run, Stage, UserError
 
@@ -141,22 +141,11 @@ def test_the_same_seed_makes_the_same_bytes(stage: Stage, tiny: Path, quick, tmp
     assert len(hashes) == 1
 
 
-@torch.inference_mode()
-def perplexity(lm: LM) -> float:
-    loss, tokens = 0.0, 0
-    for item in held_out_text(40):
-        ids = lm.tokenizer([item.completion], return_tensors="pt").input_ids
-        scores = lm.model(input_ids=ids).logits[0, :-1].float()
-        loss += torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="sum").item()
-        tokens += ids.shape[1] - 1
-    return math.exp(loss / tokens)
-
-
 def test_both_beat_rounding_to_nearest_at_two_bits(quick) -> None:
     run = dataclasses.replace(quick, calibration=Calibration(samples=24, max_length=96))
-    plain = perplexity(RTN(2, 64)(trained(), run))
-    assert perplexity(GPTQ(2)(trained(), run)) < 0.9 * plain
-    assert perplexity(AWQ(2, grid=3)(trained(), run)) < 0.95 * plain
+    plain = perplexity(RTN(2, 64)(trained(), run), 40)
+    assert perplexity(GPTQ(2)(trained(), run), 40) < 0.9 * plain
+    assert perplexity(AWQ(2, grid=3)(trained(), run), 40) < 0.95 * plain
 
 
 def test_a_line_a_block_is_logged_and_nothing_is_printed(tiny: Path, quick, capfd: pytest.CaptureFixture[str]) -> None:
