@@ -132,7 +132,7 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
             log(f"stopped: {end}")
             stopped = end.to_json()
         metrics = {
-            "model": {"name": lm.name, "path": lm.path, "sha256": lm.manifest.get("sha256")},
+            "model": {"name": lm.name, "path": lm.path, "sha256": lm.sha256()},
             "benchmark": str(cfg.benchmark.name),
             "hardware": hardware.fingerprint(),
             "runtime": served.name,

@@ -1,13 +1,21 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are there whole or not at all, whatever happens while they are written; and what files are known by."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
+import re
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+SMALL_BYTES = 16 * 2**20  # read each time that it is asked
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+_SETTLED_S = 2.0  # more than the tick of any file system's clock
 
 
 @contextlib.contextmanager
@@ -29,3 +37,45 @@ def write_json(path: Path, content: Any, indent: int = 2, default: Callable[[Any
     """Whole or not at all; `default` turns what JSON has no word for into something that it has (without it: TypeError)."""
     with whole(path) as scratch:
         scratch.write_text(json.dumps(content, indent=indent, default=default) + "\n", encoding="utf-8")
+
+
+def cache_root() -> Path:
+    """The folder of what winnow keeps for all its commands of a user."""
+    given = os.environ.get("WINNOW_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "winnow"
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """Of several files together, by name and content, in any order."""
+    return hashlib.sha256(json.dumps(sorted((path.name, sha256(path)) for path in paths)).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content. A large file is read once for each of its versions, by whichever process comes first.
+
+    A version is known by name, inode, size, time of change and a few samples: copies of another model may have the size and the
+    time of the first. What was changed a moment ago may change again within one tick of the clock, and is not kept.
+    """
+    found = path.stat()
+    if found.st_size < SMALL_BYTES:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    version = hashlib.sha256(f"{path.name}\n{found.st_ino}\n{found.st_size}\n{found.st_mtime_ns}\n".encode())
+    with path.open("rb") as file:
+        for sample in range(_SAMPLES):
+            file.seek(found.st_size * sample // _SAMPLES)
+            version.update(file.read(_SAMPLE_BYTES))
+        note = cache_root() / "hashes" / version.hexdigest()[:32]
+        with contextlib.suppress(OSError, ValueError):
+            kept = note.read_text(encoding="utf-8").strip()
+            if re.fullmatch("[0-9a-f]{64}", kept):
+                return kept
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time() - found.st_mtime > _SETTLED_S and path.stat().st_mtime_ns == found.st_mtime_ns:
+        with contextlib.suppress(OSError):  # it is read again next time
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with whole(note) as scratch:
+                scratch.write_text(f"{digest}\n", encoding="utf-8")
+    return digest

@@ -107,10 +107,10 @@ class LM:
         return self._tokenizer
 
     def sha256(self) -> str | None:
-        """Of the folder's weights and configuration; a hub model's commit; None for a model in memory only."""
+        """What the model is known by: of all its files, as they are now; a hub model's commit; None for one in memory only."""
         from winnow.model.load import identity
 
-        return self.manifest.get("sha256") or (identity(self.path) if self.path else None)
+        return identity(self.path, self.loading) if self.path else None
 
     def compute_in(self, dtype: str) -> None:
         """Lets the weights come into memory in `dtype`, unless they are there already or `model.dtype` names a type."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,22 @@ def test_nothing_is_taken_from_what_was_made_otherwise(
         run = dataclasses.replace(run, calibration=Calibration(samples=9))
     elif change == "code":
         monkeypatch.setattr(prefixes, "code_sha256", lambda *_: "changed")
-    lm = pretrained(str(tiny), dtype="float32" if change == "base" else "auto")
-    stages = {"rtn": RTN(4)} if change == "order" else {"wanda": wanda, "rtn": RTN(4)}
+    base = Path(shutil.copytree(tiny, run.folder.parent / "base"))
     if change == "base":
-        lm.manifest["sha256"] = "another"
-    compress(lm, stages, run, run.folder.parent / "b")
+        (base / "chat_template.jinja").write_text("{{ messages }}")
+    stages = {"rtn": RTN(4)} if change == "order" else {"wanda": wanda, "rtn": RTN(4)}
+    compress(pretrained(str(base)), stages, run, run.folder.parent / "b")
     assert not any(reused(manifest.read(run.folder.parent / "b")))
+
+
+def test_an_artifact_that_was_changed_in_place_is_not_gone_on_from(tiny: Path, run: Run) -> None:
+    first = made(tiny, run, "a", wanda=Wanda(0.5))
+    with (run.folder.parent / "a" / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        weights.write(b"\x01")
+    second = made(tiny, run, "b", wanda=Wanda(0.5))
+    assert reused(second) == [False] and second["sha256"] == first["sha256"]
+    assert reused(made(tiny, run, "c", wanda=Wanda(0.5))) == [True]  # kept anew
 
 
 def test_calibration_data_that_changed_under_its_name_is_other_data(tiny: Path, run: Run, tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from winnow.cli import CONF
+from winnow.files import sha256
 from winnow.model.gguf import cached, package
 from winnow.model.load import load_model, pretrained
 from winnow.types import Loading, MissingExtra, UserError
@@ -51,20 +51,6 @@ def test_a_file_is_read_once(file: Path, cache: Path, capfd) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_hash_of_a_file_is_not_read_again_until_it_changes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hashlib
-
-    digest = cached.sha256(file)
-    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
-    read: list[Any] = []
-    whole = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda *args: read.append(args) or whole(*args))
-    assert cached.sha256(file) == digest and not read
-    with file.open("ab") as data:
-        data.write(b"more")
-    assert cached.sha256(file) != digest and read
-
-
 def test_a_changed_file_is_read_anew(file: Path, cache: Path) -> None:
     from tests.model.gguf_files import rewritten
 
@@ -82,14 +68,6 @@ def test_what_a_killed_process_left_is_no_model(file: Path, cache: Path) -> None
     (made / "model.safetensors").write_bytes(b"half")
     assert cached.folder_of(file) == made
     assert pretrained(str(file)).model.num_parameters() > 0
-
-
-def test_the_users_cache_is_where_others_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WINNOW_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cached.root() == Path("/somewhere/winnow")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cached.root() == Path.home() / ".cache" / "winnow"
 
 
 def test_a_cache_that_cannot_be_written_is_named(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +155,7 @@ def test_a_file_is_compressed_and_its_origin_is_written_down(file: Path, tmp_pat
         artifact = commands.compress(compose("compress", typed), log=lambda line: None)
     assert artifact.name.startswith("small-magnitude-")
     base = json.loads((artifact / "manifest.json").read_text())["base"]
-    assert base["origin"]["file"] == "small.gguf" and base["origin"]["sha256"] == cached.sha256(file)
+    assert base["origin"]["file"] == "small.gguf" and base["origin"]["sha256"] == sha256(file)
     assert base["origin"]["tensor_types"] and base["origin"]["dtype"] == "float32"
     assert base["sha256"] == pretrained(str(file)).sha256()
 

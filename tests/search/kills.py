@@ -90,7 +90,7 @@ def end(folder: Path, counts: Counts, seconds: float = 0.4) -> None:
     last = start(folder, seconds=seconds)
     last.join()
     try:
-        study = open_study("small", small_search.address(folder), small_search.OBJECTIVES, {"model": "m"})
+        study = open_study("small", small_search.address(folder), small_search.OBJECTIVES, {"model": {"name": "m"}})
         readable = last.exitcode == 0 and bool(json.loads((folder / "front.json").read_text())["points"])
     except (UserError, OSError, ValueError):
         readable = False

@@ -67,7 +67,7 @@ def search(config: DictConfig, arguments: list[str], launching: Any) -> None:
     logging.getLogger("hydra").setLevel(logging.WARNING)
     launching.prepare(config.workers)
     Search(
-        study=open_study("small", small_search.address(folder), small_search.OBJECTIVES, {"model": "m"}),
+        study=open_study("small", small_search.address(folder), small_search.OBJECTIVES, {"model": {"name": "m"}}),
         space=read_space(small_search.METHODS, {}),
         policy=TPE(startup_trials=4),
         outlook=Forecasts(lambda strategies: [{} for _ in strategies]),

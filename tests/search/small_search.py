@@ -55,7 +55,7 @@ def main(
     storage.GRACE_S, storage.BEAT_S = grace, grace / 10
     signal.signal(signal.SIGTERM, start._interrupt)
     storage.claim(url or address(folder), "small")
-    study = open_study("small", url or address(folder), OBJECTIVES, {"model": "m"})
+    study = open_study("small", url or address(folder), OBJECTIVES, {"model": {"name": "m"}})
     (folder / "ready").touch()
     while beside is not None and not (beside / "ready").exists():
         time.sleep(0.02)

@@ -60,7 +60,7 @@ def search(folder: Path, launcher: str, *arguments: str) -> str:
 
 
 def recorded(folder: Path) -> list[Any]:
-    study = open_study("small", small_search.address(folder / "s"), small_search.OBJECTIVES, {"model": "m"})
+    study = open_study("small", small_search.address(folder / "s"), small_search.OBJECTIVES, {"model": {"name": "m"}})
     return list(study.trials)
 
 

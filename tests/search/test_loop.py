@@ -39,7 +39,7 @@ class Found:
             self.launched.append(str(proposal.strategy))
             return launch(proposal, worker)
 
-        self.study = open_study("loop", f"sqlite:///{folder / 'study.db'}", world.OBJECTIVES, {"model": "m"})
+        self.study = open_study("loop", f"sqlite:///{folder / 'study.db'}", world.OBJECTIVES, {"model": {"name": "m"}})
         asked = more.pop("asked", lambda strategies: [{} for _ in strategies])
         self.search = Search(
             study=self.study,
@@ -172,6 +172,6 @@ def test_the_same_search_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_decisions_are_kept_with_their_reasons(tmp_path: Path) -> None:
     Found(tmp_path, budget=Budget(trials=4)).search.run()
-    again = open_study("loop", f"sqlite:///{tmp_path / 'study.db'}", world.OBJECTIVES, {"model": "m"})
+    again = open_study("loop", f"sqlite:///{tmp_path / 'study.db'}", world.OBJECTIVES, {"model": {"name": "m"}})
     assert [t.proposed_by for t in again.trials] == ["base", "grid", "grid", "grid"]
     assert all(t.decision["why"] == "next on the grid" for t in again.trials[1:])

@@ -24,6 +24,6 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     assert 0 < counts.in_trial < KILLS
     assert (counts.lost, counts.repeated, counts.unreadable) == (0, 0, 0)
 
-    study = open_study("small", small_search.address(folder), small_search.OBJECTIVES, {"model": "m"})
+    study = open_study("small", small_search.address(folder), small_search.OBJECTIVES, {"model": {"name": "m"}})
     numbers = [trial.number for trial in study.trials]
     assert numbers == sorted(numbers)

@@ -30,8 +30,8 @@ BIN = Path("/usr/lib/postgresql/15/bin")
 
 def opened(folder: Path, url: str = "") -> Study:
     """A study that believes that others write to it, too."""
-    study = open_study("s", small_search.address(folder), small_search.OBJECTIVES, {"model": "m"})
-    return Study(study._study, small_search.OBJECTIVES, {"model": "m"}, url=small_search.address(folder))
+    study = open_study("s", small_search.address(folder), small_search.OBJECTIVES, {"model": {"name": "m"}})
+    return Study(study._study, small_search.OBJECTIVES, {"model": {"name": "m"}}, url=small_search.address(folder))
 
 
 def done(number: int, strategy: Strategy = RTN) -> Trial:
@@ -236,7 +236,7 @@ def test_two_searches_share_a_study_on_postgresql(server: Callable[[str], str], 
     runs = Counter(line for folder in folders for line in started(folder))
     assert len(runs) == small_search.TRIALS
     assert max(runs.values()) == 1, "a strategy was tried twice"
-    study = open_study("small", url, small_search.OBJECTIVES, {"model": "m"})
+    study = open_study("small", url, small_search.OBJECTIVES, {"model": {"name": "m"}})
     assert len({trial.number for trial in study.trials}) == len(study.trials) == small_search.TRIALS
     for folder in folders:
         own = {int(path.name) for path in (folder / "trials").iterdir()}
@@ -258,7 +258,7 @@ def test_what_a_killed_search_left_on_postgresql_the_next_one_takes_over(
     assert second.exitcode == 0, (tmp_path / "b" / "search.txt").read_text()
     assert "2 that were cut off will run again" in (tmp_path / "b" / "search.txt").read_text()
     assert set(started(tmp_path / "a")[1:]) < set(started(tmp_path / "b"))
-    study = open_study("small", url, small_search.OBJECTIVES, {"model": "m"})
+    study = open_study("small", url, small_search.OBJECTIVES, {"model": {"name": "m"}})
     recorded = Counter(trial.strategy.overrides for trial in study.trials)
     assert len(recorded) == small_search.TRIALS
     assert max(recorded.values()) == 1

@@ -49,7 +49,7 @@ class Small(Search):
             self.runs[proposal.strategy.overrides] += 1
             return answer(proposal.strategy, before)
 
-        study = open_study("s", small_search.address(folder), small_search.OBJECTIVES, {"model": "m"})
+        study = open_study("s", small_search.address(folder), small_search.OBJECTIVES, {"model": {"name": "m"}})
         super().__init__(
             study=study,
             space=read_space(small_search.METHODS, {}),

@@ -53,8 +53,10 @@ def reference(base: LM, served: Served | None, run: Run, device: str) -> Referen
         UserError: the calibration source is missing or empty.
         NotImplementedError: the runtime cannot tell.
     """
+    from winnow.recovery.corpus import content
+
     how = [base.loading.dtype, base.loading.attention, device]
-    key = [base.sha256(), run.seed, asdict(run.calibration), base.tokenizer.name_or_path, TOKENS, TOP, how]
+    key = [base.sha256(), run.seed, asdict(run.calibration), content(run.calibration), TOKENS, TOP, how]
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
     path = (run.cache or run.folder) / FOLDER / f"{name}.npz"
     if path.is_file():

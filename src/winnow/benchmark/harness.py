@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.benchmark import figures, samples
 from winnow.benchmark.order import Order, read
 from winnow.benchmark.spec import Spec
+from winnow.files import sha256_of
 from winnow.hardware.runtime import serving
 from winnow.types import LM, Figures, Run, UserError
 
@@ -105,6 +106,11 @@ class Harness:
     def scores(self) -> tuple[str, ...]:
         """The names of the figures in which more is better: each benchmark's score, and its further ones."""
         return tuple(name for spec in self.specs for name in spec.scores())
+
+    def content(self) -> str | None:
+        """What the files in `data_dir` hold, as a hash; None for items that come with winnow or from the hub."""
+        files = [path for spec in self.specs for path in spec.files(self.data_dir)]
+        return sha256_of(files) if files else None
 
     def __call__(self, lm: LM, run: Run, watch: Watch | None = None) -> Figures:
         """Scores `lm`, in rounds; writes `samples.parquet` and `rounds.json` into the run's folder.

@@ -83,6 +83,11 @@ class Spec:
         suffixes = [*(metric for metric in self.further if metric != PERPLEXITY), *self.also]
         return (self.name, *(f"{self.name}_{suffix}" for suffix in suffixes))
 
+    def files(self, data_dir: str | None) -> list[Path]:
+        """All files of this benchmark that are below `data_dir`."""
+        patterns = self.data.values() if data_dir is not None else ()
+        return [path for pattern in patterns for path in find(str(data_dir), pattern.replace("{subtask}", "*"))]
+
     def check_files(self, data_dir: str) -> None:
         """That the files of this benchmark are below `data_dir`.
 

@@ -76,14 +76,16 @@ def copied(lm: LM, folder: Path) -> LM:
 
     from huggingface_hub import snapshot_download
 
-    from winnow.model import manifest
+    from winnow.model.folder import content_files
 
     assert lm.path is not None
     source = Path(lm.path)
     if not source.is_dir():
         source = Path(snapshot_download(lm.path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(manifest.NAME, "README.md", ".*"))
+    for name, file in content_files(source).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / name)
     return lm.stored(folder)
 
 

@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from winnow.files import sha256
 from winnow.model import adapter, manifest
+from winnow.recovery import corpus
 from winnow.types import LM, Run, Slot, Stage, UserError
 
 FOLDER = "prefixes"
@@ -60,9 +62,15 @@ class Prefixes:
         yield None
 
     def _continued(self, entry: Path, count: int) -> LM | None:
-        """The artifact, if the stages after `count` do not change weights that are quantized; its records are marked."""
+        """The artifact, if the stages after `count` do not change weights that are quantized; its records are marked.
+
+        An artifact that somebody has changed shares its files with the entry, which is then of no use.
+        """
         rest = list(self.stages.values())[count:]
         held = manifest.read(entry)
+        if held.get("files") != manifest.hashes(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
         dense = held.pop("dense")
         if rest and rest[0].slot < Slot.CACHE and not dense:
             return None
@@ -120,7 +128,7 @@ class Prefixes:
             "base": [self.lm.sha256(), self.lm.loading.dtype, self.lm.loading.attention],
             "stages": [[name, type(stage).__qualname__, dataclasses.asdict(stage)] for name, stage in applied],  # type: ignore[call-overload]
             "models": [_content(value) for _, stage in applied for value in vars(stage).values()],
-            "calibration": [dataclasses.asdict(run.calibration), _content(run.calibration.source)],
+            "calibration": [dataclasses.asdict(run.calibration), corpus.content(run.calibration)],
             "run": [run.seed, run.device, run.compute_dtype, run.devices, run.parallel],
             "versions": manifest.versions(),
             "code": code_sha256("method", "model", "recovery", "nano"),
@@ -184,8 +192,7 @@ def _content(value: Any) -> str | None:
     if path.is_dir() and (path / "config.json").is_file():
         return manifest.content_hash(path)
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     return None
 
 

@@ -137,7 +137,10 @@ class Progressive(Distilling):
         return lm
 
     def _fingerprint(self, teacher: LM, run: Run) -> str:
-        known = [dataclasses.asdict(self), teacher.sha256(), run.seed, dataclasses.asdict(run.calibration)]
+        from winnow.recovery.corpus import content
+
+        data = [dataclasses.asdict(run.calibration), content(run.calibration)]
+        known = [dataclasses.asdict(self), teacher.sha256(), run.seed, data]
         return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:12]
 
 

@@ -15,13 +15,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnow.model.folder import ADAPTER, ADAPTER_FILES
 from winnow.types import LM, MissingExtra, UserError
 
 if TYPE_CHECKING:
     import torch
 
-NAME = "adapter"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NAME = ADAPTER
+CONFIG, WEIGHTS, _ = ADAPTER_FILES
 CONFIG_BYTES = 1300  # of its configuration, without the names of layers
 
 

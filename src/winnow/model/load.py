@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import os
-import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from winnow.model import adapter, lowrank, manifest
+from winnow.model.folder import INDEX, WEIGHTS, header_of, weight_files
 from winnow.model.hub import offline_if_unreachable
 from winnow.scalars import check_scalars
 from winnow.types import LM, Loading, MissingExtra, Unservable, UserError
@@ -70,7 +70,7 @@ def pretrained(
         folder = cached.folder_of(file, dequantize and weights)
     if folder.is_dir():
         check_folder(folder, loading, weights)
-        return LM(folder, manifest=manifest.read(folder), loading=loading, name=name or folder.resolve().name)
+        return LM(folder, manifest=manifest.checked(folder), loading=loading, name=name or folder.resolve().name)
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/"):
         raise UserError(f"model.path={path}: no such folder or file")
     return LM(path, loading=loading, name=name or path.split("/")[-1])
@@ -102,25 +102,27 @@ def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> N
     beside = adapter.folder_of(folder)
     if beside is not None:
         adapter.check(beside)
-    weights = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(wanted - {p.name for p in weights})
-        if missing:
-            raise UserError(f"model.path={folder} is incomplete: {', '.join(missing)} is missing; copy the model again")
+    weights = weight_files(folder)
+    missing = [file.name for file in weights if not file.is_file()]
+    if missing:
+        raise UserError(f"model.path={folder} is incomplete: {', '.join(missing)} is missing; copy the model again")
+    if not weights:
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".pkl"))
+        beside_it = f", and transformers does not look at {', '.join(others[:3])}" if others else ""
+        raise UserError(f"model.path={folder} is incomplete: it holds no weights ({WEIGHTS} or {INDEX}){beside_it}")
+    if weights[0].suffix == ".bin" and not loading.allow_pickle:
+        raise UserError(
+            f"model.path={folder} holds pickle weights ({', '.join(file.name for file in weights)}), which can run code when "
+            f"loaded; convert them to safetensors, or set model.allow_pickle=true if you trust them"
+        )
     for file in [*weights, *(beside.glob("*.safetensors") if beside else ())]:
-        if _cut_short(file):
-            raise UserError(f"model.path={folder} is half-written: {file.name} is cut short; copy or make it again")
-    if not weights and gguf_file(folder) is None:
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
-        if pickled and not loading.allow_pickle:
+        try:
+            if file.suffix == ".safetensors":
+                header_of(file)
+        except ValueError as error:
             raise UserError(
-                f"model.path={folder} holds pickle weights ({', '.join(pickled)}), which can run code when loaded; "
-                f"convert them to safetensors, or set model.allow_pickle=true if you trust them"
-            )
-        if not pickled:
-            raise UserError(f"model.path={folder} is incomplete: it holds no weights (*.safetensors)")
+                f"model.path={folder} is half-written: {file.name}: {error}; copy or make it again"
+            ) from error
 
 
 def gguf_file(folder: Path) -> Path | None:
@@ -129,7 +131,7 @@ def gguf_file(folder: Path) -> Path | None:
     Raises:
         UserError: there are several.
     """
-    found = sorted(folder.glob("*.gguf")) if folder.is_dir() and not any(folder.glob("*.safetensors")) else []
+    found = [file for file in weight_files(folder) if file.suffix == ".gguf"]
     if len(found) > 1:
         raise UserError(
             f"model.path={folder} holds {len(found)} GGUF files ({found[0].name}, {found[1].name}, ...); "
@@ -153,23 +155,6 @@ def _require(module: str, extra: str) -> None:
 
     if importlib.util.find_spec(module) is None:
         raise MissingExtra(module.replace("_", "-"), extra)
-
-
-def _cut_short(file: Path) -> bool:
-    """Whether a safetensors file is shorter than its header says (format: 8 bytes of length, JSON header, data)."""
-    size = file.stat().st_size
-    if size < 8:
-        return True
-    with file.open("rb") as data:
-        (header_bytes,) = struct.unpack("<Q", data.read(8))
-        if header_bytes > size:
-            return True
-        try:
-            header = json.loads(data.read(header_bytes))
-        except ValueError:
-            return True
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return bool(8 + header_bytes + max(ends, default=0) > size)
 
 
 def _import_quickly() -> None:
@@ -239,7 +224,7 @@ def _avoid_float16(model: PreTrainedModel) -> None:
         cast_weights(model, torch.bfloat16)
 
 
-def identity(path: str) -> str:
+def identity(path: str, loading: Loading) -> str:
     """What a model is known by: the hash of a folder's content, or the commit of a hub model (its id, if that is unknown)."""
     if Path(path).is_dir():
         return manifest.content_hash(Path(path))
@@ -247,7 +232,8 @@ def identity(path: str) -> str:
     from transformers import AutoConfig
 
     with quiet(), plain_errors(path):
-        return str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", None) or path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
+        return str(getattr(config, "_commit_hash", None) or path)
 
 
 def load_config(lm: LM) -> PretrainedConfig:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
+import logging
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from winnow.files import write_json
+from winnow.files import sha256, write_json
+from winnow.model.folder import content_files, decides_weights, is_weights
 from winnow.types import UserError
 
 NAME = "manifest.json"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_LOG = logging.getLogger(__name__)
 _LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "compressed-tensors", "llmcompressor", "auto-round", "hqq", "gguf",
     "llama-cpp-python", "lightning", "winnow",
@@ -31,36 +33,34 @@ def versions() -> dict[str, str]:
     return found
 
 
-def content_files(folder: Path) -> list[Path]:
-    """The files of a model folder that are part of the model: all but the manifest and the model card."""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (NAME, "README.md"))
-
-
 def sizes(folder: Path) -> dict[str, int]:
     """`size_bytes` on disk of everything that must be there to load the model, and `weight_bytes` of its weights."""
-    files = content_files(folder)
+    files = {name: path.stat().st_size for name, path in content_files(folder).items()}
     return {
-        "size_bytes": sum(p.stat().st_size for p in files),
-        "weight_bytes": sum(p.stat().st_size for p in files if p.suffix in WEIGHT_SUFFIXES),
+        "size_bytes": sum(files.values()),
+        "weight_bytes": sum(size for name, size in files.items() if is_weights(name)),
     }
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file that is part of the model, by name."""
+    return {name: sha256(path) for name, path in content_files(folder).items()}
+
+
 def content_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of the configuration and the weights: what the model computes, and no more."""
-    digest = hashlib.sha256()
-    for path in content_files(folder):
-        if path.suffix in WEIGHT_SUFFIXES or path.name in ("config.json", "adapter_config.json"):
-            digest.update(path.name.encode())
-            found = path.stat()
-            digest.update(_sha256(path, found.st_ino, found.st_size, found.st_mtime_ns))
-    return digest.hexdigest()
+    """What a model is known by: SHA-256 over the names and contents of all files that decide what it answers."""
+    return hash_of(hashes(folder))
 
 
-@functools.lru_cache(maxsize=1024)
-def _sha256(path: Path, *version: int) -> bytes:
-    """Of a file's content, read once for each version of it: a trial asks several times, and large models take a while."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def hash_of(files: Mapping[str, str]) -> str:
+    """Of a whole model, from the hashes of its files."""
+    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What a manifest says of the files that lie beside it: `sizes`, `files` (the hash of each) and `sha256` of them all."""
+    files = hashes(folder)
+    return {"sizes": sizes(folder), "files": files, "sha256": hash_of(files)}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -77,6 +77,30 @@ def read(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); make the artifact again, or delete the file") from error
     return manifest
+
+
+def checked(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder as far as it is of the files that lie there now; a warning says what has changed since.
+
+    Where weights or configuration have, it is another model's: nothing of it is used.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
+    manifest = read(folder)
+    written = manifest.get("files")
+    if written is None:
+        return manifest
+    now = hashes(folder)
+    changed = sorted(name for name in {*written, *now} if written.get(name) != now.get(name))
+    if not changed:
+        return manifest
+    other = any(map(decides_weights, changed))
+    consequence = (
+        "it is another model, and its manifest is not used" if other else "its figures are not that artifact's"
+    )
+    _LOG.warning(f"{folder}: {', '.join(changed)} changed since winnow wrote the artifact; {consequence}")
+    return {} if other else {**manifest, **described(folder)}
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:

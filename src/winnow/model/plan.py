@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import struct
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.model import adapter
+from winnow.model.folder import ADAPTER_FILES, INDEX, content_files, header_of, is_weights, weight_files
 from winnow.types import LM
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def plan_of(lm: LM) -> Plan:
         plan = _as_stored(plan, Path(lm.path))
     beside = adapter.folder_of(lm.path)
     if beside is not None:
-        size = sum(file.stat().st_size for file in beside.iterdir())
+        size = sum((beside / name).stat().st_size for name in ADAPTER_FILES if (beside / name).is_file())
         stored = Stored((0,), size, 2 * size, entries=0)  # PEFT loads it in single precision
         plan = dataclasses.replace(plan, tensors={**plan.tensors, adapter.NAME: stored})
     return plan
@@ -246,10 +246,8 @@ def _as_stored(plan: Plan, folder: Path) -> Plan:
     """The plan of a quantized model in a folder: what each linear weight is stored as, from the headers of the files."""
     sizes: dict[str, list[int]] = defaultdict(list)
     layers = {name.removesuffix(".weight") for name, t in plan.tensors.items() if t.linear}
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as data:
-            header = json.loads(data.read(struct.unpack("<Q", data.read(8))[0]))
-        for name, entry in header.items():
+    for file in weight_files(folder):
+        for name, entry in header_of(file).items():
             layer = next((p for p in _prefixes(name) if p in layers), None)
             if layer is not None and name != f"{layer}.bias":
                 start, end = entry["data_offsets"]
@@ -275,12 +273,11 @@ def _prefixes(name: str) -> list[str]:
 
 def _dtype_of_file(lm: LM) -> str | None:
     """The type of the first floating-point tensor in a local safetensors file, from its header."""
-    for file in sorted(Path(lm.path or "").glob("*.safetensors")) if lm.path and Path(lm.path).is_dir() else []:
-        with file.open("rb") as data:
-            header = json.loads(data.read(struct.unpack("<Q", data.read(8))[0]))
-        types = [entry.get("dtype") for entry in header.values()]
-        return next((_SAFETENSORS_DTYPES[t] for t in types if t in _SAFETENSORS_DTYPES), None)
-    return None
+    files = weight_files(Path(lm.path)) if lm.path and Path(lm.path).is_dir() else []
+    if not files or files[0].suffix != ".safetensors":
+        return None
+    types = [entry["dtype"] for entry in header_of(files[0]).values()]
+    return next((_SAFETENSORS_DTYPES[t] for t in types if t in _SAFETENSORS_DTYPES), None)
 
 
 def _other_bytes(path: str | None) -> int:
@@ -288,13 +285,16 @@ def _other_bytes(path: str | None) -> int:
     if path is None:
         return 0
     if Path(path).is_dir():
-        found = [Path(path) / name for name in _OTHER_FILES]
-    else:
-        from huggingface_hub import try_to_load_from_cache
+        names = content_files(Path(path))
+        return sum(
+            file.stat().st_size
+            for name, file in names.items()
+            if not (is_weights(name) or "/" in name or name == INDEX)
+        )
+    from huggingface_hub import try_to_load_from_cache
 
-        cached = [try_to_load_from_cache(path, name) for name in _OTHER_FILES]
-        found = [Path(file) for file in cached if isinstance(file, str)]
-    return sum(file.stat().st_size for file in found if file.is_file())
+    cached = [try_to_load_from_cache(path, name) for name in _OTHER_FILES]
+    return sum(Path(file).stat().st_size for file in cached if isinstance(file, str))
 
 
 def dense_tensors(config: PretrainedConfig) -> dict[str, Stored]:

@@ -88,8 +88,7 @@ def save(lm: LM, output: Path) -> LM:
             **lm.manifest,
             "stages": lm.manifest.get("stages", []),
             "versions": manifests.versions(),
-            "sizes": manifests.sizes(scratch),
-            "sha256": manifests.content_hash(scratch),
+            **manifests.described(scratch),
         }
         manifests.write(scratch, manifest)
     return LM(output, manifest=manifest, loading=lm.loading, name=lm.name)

@@ -53,6 +53,20 @@ def check_source(calibration: Calibration) -> None:
         )
 
 
+def content(calibration: Calibration) -> str | None:
+    """What local files of the source hold, as a hash: data may change under their names. None for what does not lie in files."""
+    from winnow.benchmark.spec import Spec
+    from winnow.files import sha256_of
+
+    source = calibration.source
+    if source in _benchmarks():
+        specs = [Spec.read(name, dict(values)) for name, values in _benchmarks()[source].items()]
+        files = [path for spec in specs for path in spec.files(calibration.data_dir)]
+    else:
+        files = [Path(source)] if Path(source).is_file() else []
+    return sha256_of(files) if files else None
+
+
 def documents(calibration: Calibration, count: int, seed: int) -> list[Document | Chat]:
     """`count` documents of the source, drawn at random by `seed`; all of them where there are fewer.
 

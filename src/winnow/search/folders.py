@@ -25,11 +25,15 @@ class Folders:
     def of(self, number: int) -> Path:
         return self._root / str(number)
 
-    def prepare(self, number: int, history: History) -> None:
-        """Tells a trial what the base model's has found, whom it has to beat, and who can tell it which items matter."""
+    def prepare(self, number: int, history: History, model: str | None = None) -> None:
+        """Tells a trial what the base model's has found, whom it has to beat, and who can tell it which items matter.
+
+        `model`: what the base model is known by (`LM.sha256`).
+        """
         self.of(number).mkdir(parents=True, exist_ok=True)
         base = history.base
         told = {
+            "model": model,
             "base": {"number": base.number, "figures": dict(base.figures)} if base is not None else None,
             "front": [
                 {"number": t.number, "figures": dict(t.figures), "sources": dict(t.sources)} for t in history.on_front

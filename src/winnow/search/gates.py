@@ -97,8 +97,7 @@ class Gates:
         """The divergence from the base model, and the size on disk."""
         figures = Figures({"size_bytes": float(disk_bytes(lm))})
         base = build.model(self._config)
-        base.manifest = {"sha256": lm.manifest["base"]["sha256"]}  # known: its weights need not be read for it
-        is_base = not lm.manifest.get("stages")
+        is_base = lm.manifest.get("stages", []) == base.manifest.get("stages", [])
         self._base = None if is_base else base
         if is_base and run.cache is not None and run.stage_cache_bytes:
             self._cache = run.cache

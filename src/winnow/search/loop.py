@@ -201,7 +201,7 @@ class Search:
     def _announce(self, proposal: Proposal) -> None:
         of = f" of {self.budget.trials}" if self.budget.trials else ""
         self.log(f"trial {proposal.number} ({self.study.run_trials + 1}{of}): {proposal.strategy}")
-        self._trials.prepare(proposal.number, self.study)
+        self._trials.prepare(proposal.number, self.study, self.study.fingerprint.get("model", {}).get("sha256"))
 
     def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> bool:
         """Records a trial; returns whether it is to be tried once more."""

@@ -174,19 +174,26 @@ def _made(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for two trials to be comparable."""
     from winnow.model import manifest
+    from winnow.recovery import corpus
 
+    items: str | None = build.benchmark(config).content()  # type: ignore[attr-defined]
+    calibration = build.calibration(config)
     model = OmegaConf.to_container(config.model, resolve=True)
     benchmark = OmegaConf.to_container(config.benchmark, resolve=True)
     assert isinstance(model, dict) and isinstance(benchmark, dict)
     kept = {k: v for k, v in model.items() if k in ("name", "dtype", "attention")}
     return {
         "model": {**kept, "sha256": lm.sha256()},
-        "benchmark": {k: v for k, v in benchmark.items() if not str(k).startswith("_")},
+        "benchmark": {k: v for k, v in benchmark.items() if not str(k).startswith("_")} | _content(items),
         "hardware": dict(hardware),
-        "calibration": OmegaConf.to_container(config.calibration, resolve=True),
+        "calibration": dataclasses.asdict(calibration) | _content(corpus.content(calibration)),
         "seed": config.seed,
         "versions": manifest.versions(),
     }
+
+
+def _content(sha256: str | None) -> dict[str, str]:
+    return {} if sha256 is None else {"content": sha256}
 
 
 def _policy(config: DictConfig, space: Space) -> Policy:

@@ -19,10 +19,12 @@ from winnow import build
 from winnow.files import whole
 from winnow.model import manifest
 from winnow.search import child
-from winnow.types import Reason
+from winnow.types import Reason, UserError
 
 OUTCOME = "outcome.json"
-RIVALS = "rivals.json"  # in a trial's folder: number and figures of each trial on the front when it began, and the base model's
+RIVALS = (
+    "rivals.json"  # in a trial's folder: what the base model is, its figures, those of each trial on the front then
+)
 STOP = "stop"  # a file there, put by the search: nobody waits for this trial any more
 LOOK_S = 1.0  # between looks for it
 
@@ -118,8 +120,22 @@ def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable
     # W&B sees the whole study (`winnow.report.tracking`), not the curves of each trial
     quiet = {**settings["wandb"], "mode": "disabled"}
     with _Cost(settings) as cost:
-        commands.compress(OmegaConf.create({**settings, "output": output, "wandb": quiet}), log)
+        cfg = OmegaConf.create({**settings, "output": output, "wandb": quiet})
+        _check_base(cfg, Path(output).parent)
+        commands.compress(cfg, log)
     return cost.record()
+
+
+def _check_base(cfg: DictConfig, folder: Path) -> None:
+    """Raises UserError if the base model is another one than that of the study."""
+    path = folder / RIVALS
+    known = json.loads(path.read_text(encoding="utf-8")).get("model") if path.is_file() else None
+    lm = build.model(cfg)
+    if known is not None and lm.sha256() != known:
+        raise UserError(
+            f"model.path={lm.path}: its files have changed since the study began, and its trials could not be compared; "
+            f"put the model back, or give the changed one a study of its own: study=NAME"
+        )
 
 
 def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:

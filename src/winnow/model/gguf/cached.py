@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.files import write_json
+from winnow.files import cache_root, sha256, write_json
 from winnow.model import manifest
 from winnow.model.gguf.file import check_name
 from winnow.model.save import whole_folder
@@ -44,14 +44,6 @@ PATIENCE_S = 2.0  # a conversion that takes longer is worth a line
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of safetensors
 
 
-def root() -> Path:
-    """The folder of what winnow keeps for all its commands of a user."""
-    given = os.environ.get("WINNOW_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "winnow"
-
-
 def folder_of(file: Path, dequantize: bool = True) -> Path:
     """The folder that a GGUF file was read to; it is made where it is not there.
 
@@ -63,7 +55,7 @@ def folder_of(file: Path, dequantize: bool = True) -> Path:
     """
     check_name(file)
     digest = sha256(file)
-    made = root() / "models" / f"{_plain(file.stem)}-{digest[:16]}-{_version()}{'' if dequantize else '-file'}"
+    made = cache_root() / "models" / f"{_plain(file.stem)}-{digest[:16]}-{_version()}{'' if dequantize else '-file'}"
 
     def there() -> bool:
         linked = dequantize or (made / file.name).resolve() == file.resolve()
@@ -74,23 +66,6 @@ def folder_of(file: Path, dequantize: bool = True) -> Path:
             if not there():  # another process may have made it meanwhile
                 _read(file, digest, made, dequantize)
     return made
-
-
-def sha256(file: Path) -> str:
-    """Of a file's content, read once for each of its versions: large ones take seconds."""
-    found = file.stat()
-    known = f"{file.resolve()}\n{found.st_size}\n{found.st_mtime_ns}\n{found.st_ino}"
-    note = root() / "hashes" / hashlib.sha256(known.encode()).hexdigest()[:32]
-    with contextlib.suppress(OSError, ValueError):
-        kept = note.read_text(encoding="utf-8").strip()
-        if re.fullmatch("[0-9a-f]{64}", kept):
-            return kept
-    with file.open("rb") as data:
-        digest = hashlib.file_digest(data, "sha256").hexdigest()
-    with contextlib.suppress(OSError):  # it is read again next time
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(f"{digest}\n", encoding="utf-8")
-    return digest
 
 
 @functools.cache
@@ -125,7 +100,7 @@ def _allowed() -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"the cache {root()} cannot be written ({error.strerror}); set WINNOW_CACHE to a folder that can"
+            f"the cache {cache_root()} cannot be written ({error.strerror}); set WINNOW_CACHE to a folder that can"
         ) from error
 
 
@@ -152,7 +127,7 @@ def _read(file: Path, digest: str, target: Path, dequantize: bool) -> None:
     free = shutil.disk_usage(target.parent).free
     if dequantize and free < size:
         raise UserError(
-            f"model.path={file} takes {size / 1e9:.1f} GB as {_NAMES[name]}, and {root()} has {free / 1e9:.1f} GB left; "
+            f"model.path={file} takes {size / 1e9:.1f} GB as {_NAMES[name]}, and {cache_root()} has {free / 1e9:.1f} GB left; "
             f"free some space, or set WINNOW_CACHE to another place"
         )
     with _writing(target) as folder, quiet():
@@ -172,8 +147,7 @@ def _read(file: Path, digest: str, target: Path, dequantize: bool) -> None:
         held = {
             "origin": {"file": file.name, "sha256": digest, **_description(contents), **rounding},
             "versions": manifest.versions(),
-            "sizes": manifest.sizes(folder),
-            "sha256": manifest.content_hash(folder),
+            **manifest.described(folder),
         }
         manifest.write(folder, held)
 
@@ -254,4 +228,4 @@ class _Progress:
 
     def _say(self, what: str) -> None:
         self.said, self.spoke = time.monotonic(), True
-        print(f"reading {self.source.name} into {root()}: {what}", file=sys.stderr, flush=True)
+        print(f"reading {self.source.name} into {cache_root()}: {what}", file=sys.stderr, flush=True)
