@@ -80,8 +80,9 @@ def test_a_half_written_file_of_weights_is_refused(folder: Path) -> None:
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     )
     with pytest.raises(UserError, match=r"model-2\.safetensors is missing"):
         pretrained(str(folder))

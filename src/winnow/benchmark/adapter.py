@@ -166,6 +166,6 @@ class Adapter(Requests, HFLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuations, each up to its first stop sequence; with the model's own generation settings."""
+        """Greedy continuations, each up to its first stop sequence."""
         answers: list[str] = HFLM.generate_until(self, self.limited(requests), disable_tqdm=True)
         return answers

@@ -14,12 +14,12 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from winnow.model import adapter, lowrank, manifest
+from winnow.model import adapter, generation, lowrank, manifest
 from winnow.model.folder import INDEX, WEIGHTS, header_of, weight_files
 from winnow.model.hub import offline_if_unreachable
 from winnow.scalars import check_scalars
@@ -33,6 +33,8 @@ _QUANTIZED_WITH = {
     "bitsandbytes": ("bitsandbytes", "bnb"),
     "compressed-tensors": ("compressed_tensors", "packed"),
 }
+_LOG = logging.getLogger(__name__)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # auto_round reads it when it is imported
 logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it asks for an optional kernel when it is imported
 
@@ -85,10 +87,7 @@ def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> N
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"model.path={folder} is not a model folder: it has no config.json and no .gguf file")
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model.path={folder}: its config.json is damaged ({error}); copy the model again") from error
+    settings = check_json(config)
     own = (
         settings.get("model_type") in lowrank.MODEL_TYPES
     )  # loaded by the classes of this package, not by the folder's
@@ -98,6 +97,8 @@ def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> N
         )
     if not need_weights:
         return
+    for name in (generation.FILE, "tokenizer_config.json"):
+        check_json(folder / name)
     _require_libraries(folder, settings)
     beside = adapter.folder_of(folder)
     if beside is not None:
@@ -121,8 +122,27 @@ def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> N
                 header_of(file)
         except ValueError as error:
             raise UserError(
-                f"model.path={folder} is half-written: {file.name}: {error}; copy or make it again"
+                f"model.path={folder} is half-written: {file.name} is cut short ({error}); copy or make it again"
             ) from error
+    if not has_tokenizer(folder):
+        raise UserError(no_tokenizer(folder))
+
+
+def check_json(file: Path) -> dict[str, Any]:
+    """What a file of settings holds; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged; transformers goes on without some of them, and says nothing.
+    """
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not isinstance(settings, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise UserError(
+            f"model.path={file.parent}: its {file.name} is damaged ({error}); copy the model again"
+        ) from error
+    return settings
 
 
 def gguf_file(folder: Path) -> Path | None:
@@ -182,14 +202,18 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
     lowrank.register()
     dtype: Any = loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype)
     with quiet(), plain_errors(path):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=loading.attention,
             device_map=loading.device if loading.device != "cpu" else None,
             trust_remote_code=loading.trust_remote_code,
             use_safetensors=None if loading.allow_pickle else True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused with the rest
         )
+        _check_keys(found, path)
+        generation.mend(model, path)
         if (Path(path) / "config.json").is_file():
             _decompress(model)
         if loading.dtype != "auto":
@@ -200,6 +224,36 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
         if beside is not None:
             model = adapter.load(model, beside)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _check_keys(found: Mapping[str, Any], path: str) -> None:
+    """Raises UserError where the weights are not those that the configuration asks for: transformers draws the rest at random."""
+    missing, unexpected = (sorted(map(str, found.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected"))
+    mismatched = sorted(
+        f"{name} {tuple(there)} for {tuple(wanted)}" for name, there, wanted in found.get("mismatched_keys") or ()
+    )
+    wrong = [
+        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched))
+        if names
+    ]
+    if not wrong:
+        return
+    prefix = _common_prefix(unexpected, missing)
+    way_out = f"take `{prefix}` off their names" if prefix else "copy the model again, or correct its config.json"
+    raise UserError(
+        f"model.path={path}: its weights are not those of its configuration ({'; '.join(wrong)}); {way_out}"
+    )
+
+
+def _common_prefix(unexpected: Sequence[str], missing: Sequence[str]) -> str:
+    """What stands before all names of tensors: a wrapper's, such as `_orig_mod.` of a compiled model."""
+    for name in missing[:1]:
+        for other in unexpected:
+            prefix = other.removesuffix(name)
+            if prefix and other.endswith(name) and all(key.startswith(prefix) for key in unexpected):
+                return prefix
+    return ""
 
 
 def _decompress(model: PreTrainedModel) -> None:
@@ -250,15 +304,59 @@ def load_config(lm: LM) -> PretrainedConfig:
 
 
 def load_tokenizer(path: str, loading: Loading) -> PreTrainedTokenizerBase:
-    """The tokenizer; one without a pad token pads with its end-of-text token (the mask hides it)."""
-    _import_quickly()
-    from transformers import AutoTokenizer
+    """The tokenizer; without a pad token that the model has, it pads with its end-of-text token (the mask hides it).
 
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
+    _import_quickly()
+    from transformers import AutoConfig, AutoTokenizer
+
+    lowrank.register()
     with quiet(), plain_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
+        except (ValueError, OSError) as error:
+            if Path(path).is_dir() and not has_tokenizer(Path(path)):
+                raise UserError(no_tokenizer(Path(path))) from error
+            raise
+    _complete(tokenizer, config, path)
     return tokenizer  # type: ignore[no-any-return]
+
+
+def _complete(tokenizer: Any, config: PretrainedConfig, path: str) -> None:
+    """Gives a tokenizer the special tokens that it lacks and its model's configuration names, and one to pad with."""
+    text = config.get_text_config()
+    rows = getattr(text, "vocab_size", None) or len(tokenizer)
+    for name in ("bos", "eos"):
+        ids = getattr(text, f"{name}_token_id", None)
+        known = ids[0] if isinstance(ids, list) and ids else ids
+        if (
+            getattr(tokenizer, f"{name}_token") is None
+            and isinstance(known, int)
+            and 0 <= known < min(rows, len(tokenizer))
+        ):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(known))
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad >= rows:
+        _LOG.warning(
+            f"{path}: its pad token {tokenizer.pad_token} is number {pad:,} of {rows:,} tokens that the model has; "
+            f"the end-of-text token takes its place"
+        )
+    if pad is None or pad >= rows:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS) or any(folder.glob("*.tiktoken"))
+
+
+def no_tokenizer(folder: Path) -> str:
+    return (
+        f"model.path={folder} holds no tokenizer ({', '.join(TOKENIZERS[:3])}, ...); "
+        f"copy the tokenizer files of the model that it was made of into it"
+    )
 
 
 @contextlib.contextmanager
@@ -266,37 +364,55 @@ def plain_errors(path: str) -> Iterator[None]:
     """Turns the hub's and the loader's errors into messages that name `model.path` and a way out."""
     from huggingface_hub import errors
 
+    local = Path(path).is_dir()
     try:
-        with contextlib.nullcontext() if Path(path).is_dir() else offline_if_unreachable():
+        with contextlib.nullcontext() if local else offline_if_unreachable():
             yield
-    except errors.GatedRepoError as error:
-        raise UserError(f"model.path={path} needs a login: accept its licence on the hub and set HF_TOKEN") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"model.path={path}: no such model on the hub, or it is private and needs HF_TOKEN; "
-            f"for a folder, check that it exists"
-        ) from error
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f"model.path={path} needs a library that is not installed: {error}") from error
     except (OSError, ValueError) as error:
-        text = str(error)
-        if "gated repo" in text or "401" in text:
-            raise UserError(f"model.path={path} needs a login: accept its licence and set HF_TOKEN") from error
+        causes = list(_causes(error))
+        status = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
+        gated = any(isinstance(cause, errors.GatedRepoError) for cause in causes)
+        unknown = not gated and any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes)
+        if gated or (status & {401, 403} and not unknown):
+            raise UserError(
+                f"model.path={path} needs a login: accept its licence on the hub and set HF_TOKEN"
+            ) from error
+        if unknown:
+            raise UserError(
+                f"model.path={path}: no such model on the hub, or it is private and needs HF_TOKEN; "
+                f"for a folder, check that it exists"
+            ) from error
+        text = str(error).replace(path, "it")  # a path may hold any word
         if "trust_remote_code" in text:
             raise UserError(
                 f"model.path={path} brings its own code; if you have read it and trust it, set model.trust_remote_code=true"
             ) from error
-        if "safetensors" in text and not isinstance(error, FileNotFoundError):
+        if not local and "safetensors" in text and not isinstance(error, FileNotFoundError):
             raise UserError(
                 f"model.path={path} has no safetensors weights; convert them, or set model.allow_pickle=true if you trust it"
             ) from error
-        if isinstance(error, OSError) and ("connect" in text or "offline" in text.lower() or "cached" in text):
+        unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
+        if not local and (
+            any(isinstance(cause, unreachable) for cause in causes) or "connect" in text or "cached" in text
+        ):
             raise UserError(
                 f"model.path={path} is neither a folder nor in the cache, and the hub cannot be reached "
                 f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')}); give a folder, or download it first"
             ) from error
-        kind = Unservable if Path(path).is_dir() else UserError
-        raise kind(f"model.path={path} cannot be loaded: {text.splitlines()[0]}") from error
+        kind = Unservable if local else UserError
+        lines = " ".join(str(error).split())
+        raise kind(f"model.path={path} cannot be loaded: {lines[:300]}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it: libraries wrap the hub's own."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

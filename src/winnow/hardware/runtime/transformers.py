@@ -17,6 +17,7 @@ from winnow.hardware.device import Hardware
 from winnow.hardware.footprint import PeakMemory, weights_memory_bytes
 from winnow.hardware.latency import Timing
 from winnow.model.adapter import virtual_tokens
+from winnow.model.generation import greedy
 from winnow.types import LM, Unservable
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ class Runtime:
         self.model.eval()
         config = self.model.config.get_text_config()
         self.vocab_size = int(config.vocab_size)
+        self._settings = self.model.generation_config
+        self.model.generation_config, ignored = greedy(self._settings, self.vocab_size)
+        if ignored:
+            log(
+                f"decoding is greedy: {', '.join(f'{k}={v}' for k, v in ignored.items())} of the model's settings are not used"
+            )
         self.batch_logits = (
             0 if self.model.device.type == "cpu" else MOST_LOGITS
         )  # a processor gains nothing by filling up
@@ -232,6 +239,7 @@ class Runtime:
 
     def close(self) -> None:
         self._release()
+        self.model.generation_config = self._settings
         self.model.train(self._training)
 
 
