@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import omegaconf
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf
@@ -129,8 +130,8 @@ def is_mistake(error: Exception) -> bool:
     """Whether the command line is to blame: our own errors, Hydra's, and whatever Hydra lets slip while it reads it."""
     if isinstance(error, UserError | HydraException | OmegaConfBaseException) or is_disk_full(error):
         return True
-    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    return bool({"hydra", "omegaconf"} & set(Path(innermost).parts))
+    innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return any(innermost.is_relative_to(Path(str(package.__file__)).parent) for package in (hydra, omegaconf))
 
 
 def explain(error: BaseException) -> str:

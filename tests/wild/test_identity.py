@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.quick import MEASUREMENTS
 from tests.started import run
+from tests.wild.edits import Edit, setting, tensors, written
 from winnow.model.load import pretrained
-
-
-def weights(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    save_file({name: torch.roll(tensor, 1, 0) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-
-
-def setting(file: str, **changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return change
 
 
 def tokenizer(folder: Path) -> None:
@@ -40,14 +26,14 @@ def tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(content))
 
 
-CHANGES: dict[str, Callable[[Path], None]] = {
-    "weights": weights,
+CHANGES: dict[str, Edit] = {
+    "weights": tensors(lambda held: {name: torch.roll(tensor, 1, 0) for name, tensor in held.items()}),
     "configuration": setting("config.json", rms_norm_eps=0.1),
     "tokenizer": tokenizer,
     "tokenizer's settings": setting("tokenizer_config.json", add_bos_token=True),
-    "chat template": lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+    "chat template": written("chat_template.jinja", "{{ messages }}"),
     "generation settings": setting("generation_config.json", repetition_penalty=1.5),
-    "prompt": lambda folder: (folder / "prompt.json").write_text('{"instruction": "Think."}'),
+    "prompt": written("prompt.json", '{"instruction": "Think."}'),
 }
 
 

@@ -13,6 +13,7 @@ import importlib
 import json
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -248,8 +249,8 @@ def _check_keys(found: Mapping[str, Any], path: str) -> None:
 
 def _common_prefix(unexpected: Sequence[str], missing: Sequence[str]) -> str:
     """What stands before all names of tensors: a wrapper's, such as `_orig_mod.` of a compiled model."""
-    for name in missing[:1]:
-        for other in unexpected:
+    for name in missing:
+        for other in unexpected[:1]:
             prefix = other.removesuffix(name)
             if prefix and other.endswith(name) and all(key.startswith(prefix) for key in unexpected):
                 return prefix
@@ -403,9 +404,22 @@ def plain_errors(path: str) -> Iterator[None]:
                 f"model.path={path} is neither a folder nor in the cache, and the hub cannot be reached "
                 f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')}); give a folder, or download it first"
             ) from error
-        kind = Unservable if local else UserError
-        lines = " ".join(str(error).split())
-        raise kind(f"model.path={path} cannot be loaded: {lines[:300]}") from error
+        raise _unloadable(path, str(error)) from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        if _raised_here(error):
+            raise
+        raise _unloadable(path, f"{type(error).__name__}: {error}") from error
+
+
+def _unloadable(path: str, why: str) -> UserError:
+    kind = Unservable if Path(path).is_dir() else UserError
+    return kind(f"model.path={path} cannot be loaded: {' '.join(why.split())[:300]}")
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether an error came up in winnow's own code: a defect, and not a file that a library cannot make sense of."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(innermost).is_relative_to(Path(__file__).resolve().parents[1])
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

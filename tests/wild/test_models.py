@@ -1,0 +1,115 @@
+"""Models as people have them: each works in every command, or is refused before the work in one line that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from tests.wild import edits
+from tests.wild.edits import Edit, both, byte_order_mark, removed, setting, tensors, written
+from winnow.hardware.runtime import serving
+from winnow.method import pipeline
+from winnow.method.rtn import RTN
+from winnow.model.load import pretrained
+from winnow.types import LM, Run, UserError
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "run401 safetensors trust_remote_code" / "model"))
+
+
+def answers(lm: LM) -> list[str]:
+    """To two prompts of different lengths at once; choices are scored, too."""
+    with serving(lm) as served:
+        scorer = served.scorer(2, 4)
+        asked = [Instance("loglikelihood", {}, ("", " yes"), 0), Instance("loglikelihood", {}, ("Is it so?", " no"), 1)]
+        assert all(torch.tensor([score for score, _ in scorer.loglikelihood(asked)]).isfinite())
+        prompts = ["Tom", "Anna goes to the market to look for"]
+        return list(
+            scorer.generate_until(
+                [Instance("generate_until", {}, (text, {"until": ["\n"]}), n) for n, text in enumerate(prompts)]
+            )
+        )
+
+
+WORK: dict[str, Edit] = {
+    "sampling settings without sampling": setting("generation_config.json", "do_sample", temperature=0.6, top_p=0.9),
+    "pad token -1 in the configuration": both(
+        setting("config.json", pad_token_id=-1), removed("generation_config.json")
+    ),
+    "pad token -1 in the generation settings": setting("generation_config.json", pad_token_id=-1),
+    "pad token beyond the generation settings' vocabulary": setting("generation_config.json", pad_token_id=99_999),
+    "pad token beyond the embedding": edits.pad_token_beyond_the_model,
+    "neither BOS nor EOS in the tokenizer": setting(
+        "tokenizer_config.json", bos_token=None, eos_token=None, pad_token=None
+    ),
+    "an index left beside whole weights": written(
+        "model.safetensors.index.json", json.dumps({"weight_map": {UP: "model-00001-of-00002.safetensors"}})
+    ),
+    "no generation settings": removed("generation_config.json"),
+}
+
+
+@pytest.mark.parametrize("case", WORK)
+def test_it_is_compressed_and_served(folder: Path, tmp_path: Path, case: str) -> None:
+    WORK[case](folder)
+    made = pipeline.compress(
+        pretrained(str(folder)), {"rtn": RTN(8, 32)}, Run(tmp_path, log=lambda line: None), tmp_path / "artifact"
+    )
+    assert "fails" not in made.manifest["runtimes"]["transformers"]
+    assert answers(pretrained(str(folder))) and answers(pretrained(str(tmp_path / "artifact")))
+
+
+REFUSED: dict[str, tuple[Edit, str]] = {
+    "a tensor is missing": (tensors(lambda held: {k: t for k, t in held.items() if k != UP}), f"missing: {UP}"),
+    "all names have a prefix": (
+        tensors(lambda held: {f"_orig_mod.{k}": t for k, t in held.items()}),
+        "missing: .* and .* more; unexpected: .*take `_orig_mod.` off their names",
+    ),
+    "a tensor too many": (tensors(lambda held: {**held, "model.layers.7.x.weight": torch.zeros(2)}), r"unexpected: model\.layers\.7\.x"),
+    "a tensor of another shape": (tensors(lambda held: {**held, UP: torch.zeros(3, 3)}), r"of another shape: .*\(3, 3\) for \(128, 64\)"),
+    "a BOM before the configuration": (byte_order_mark("config.json"), r"config\.json is damaged .*BOM"),
+    "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json"), "holds no tokenizer .*tokenizer files of the model"),
+    "damaged generation settings": (written("generation_config.json", '{"eos'), r"generation_config\.json is damaged"),
+    "generation settings that contradict": (setting("generation_config.json", num_return_sequences=3), "num_return_sequences"),
+    "a damaged tokenizer": (written("tokenizer.json", "{}"), "cannot be loaded"),
+    "an unknown architecture": (setting("config.json", model_type="martian"), "martian"),
+    "code of its own": (setting("config.json", auto_map={"AutoModelForCausalLM": "x.Y"}), r"model\.trust_remote_code=true"),
+    "only weights of another format": (
+        both(lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors")),
+        "holds no weights .*does not look at consolidated",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused(folder: Path, case: str) -> None:
+    edit, message = REFUSED[case]
+    edit(folder)
+    with pytest.raises(UserError, match=message) as refused:
+        lm = pretrained(str(folder))
+        assert lm.model and lm.tokenizer
+    assert str(refused.value).startswith("model.path=") and "\n" not in str(refused.value)
+    if "safetensors" not in message:
+        assert "no safetensors weights" not in str(refused.value)
+    assert "needs a login" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "no_repeat_ngram_size"])
+def test_decoding_is_plainly_greedy_whatever_the_model_asks_for(folder: Path, name: str) -> None:
+    expected = answers(pretrained(str(folder)))
+    setting("generation_config.json", **{name: 2})(folder)
+    said: list[str] = []
+    lm = pretrained(str(folder))
+    with serving(lm, log=said.append):
+        assert answers(lm) == expected
+    assert said == [f"decoding is greedy: {name}=2 of the model's settings are not used"]
+    assert getattr(lm.model.generation_config, name) == 2  # and are saved with it
