@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,27 @@ class Spoiled(Checked):
     def __call__(self, lm: LM, run: Run) -> LM:
         rows_shuffled(lm)
         return lm.changed(lm.model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Redrawn(Checked):
+    """A method that leaves a model as before its training: the logits are small, and perplexity is near the vocabulary."""
+
+    slot = Slot.PRUNE
+
+    def __call__(self, lm: LM, run: Run) -> LM:
+        fresh = type(lm.model)(lm.model.config)
+        return lm.changed(fresh.to(lm.model.dtype))
+
+
+def test_a_model_that_is_random_is_noticed_because_its_base_was_not(tmp_path: Path, run_in: Run) -> None:
+    from winnow.method.pipeline import compress
+
+    saved = compress(nano(), {"redrawn": Redrawn()}, run_in, tmp_path / "artifact")
+    (result,) = saved.manifest["runtimes"].values()
+    assert re.search(r"fails: its perplexity on plain text is [\d,]+, as that of a model drawn at random", result)
+    with pytest.raises(Unservable, match=r"it is broken \(the base model's is \d\)"):
+        checked(pretrained(str(saved.path)))
 
 
 def test_the_manifest_lists_the_runtimes_as_tried(tiny: Path, tmp_path: Path, run_in: Run) -> None:

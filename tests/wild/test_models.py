@@ -14,6 +14,8 @@ from tests.wild import edits
 from tests.wild.edits import Edit, both, byte_order_mark, removed, setting, tensors, written
 from winnow.hardware.runtime import serving
 from winnow.method import pipeline
+from winnow.method.lora import Lora
+from winnow.method.qlora import QLoRA
 from winnow.method.rtn import RTN
 from winnow.model.load import pretrained
 from winnow.types import LM, Run, UserError
@@ -101,6 +103,16 @@ def test_it_is_refused(folder: Path, case: str) -> None:
     if "safetensors" not in message:
         assert "no safetensors weights" not in str(refused.value)
     assert "needs a login" not in str(refused.value)
+
+
+def test_a_row_of_zeros_stays_one_and_spoils_nothing(folder: Path, run_in: Run) -> None:
+    tensors(lambda held: {**held, UP: held[UP].index_fill(0, torch.tensor([3]), 0)})(folder)
+    knobs = {"steps": 3, "tokens_per_batch": 128, "dora": True, "targets": ["up_proj"]}
+    for stage in (Lora(**knobs), QLoRA(**knobs, merge=True)):
+        made = stage(pretrained(str(folder)), run_in).model.get_parameter(UP)
+        assert made.isfinite().all() and not made[3].any() and made[4].any()
+    with pytest.raises(UserError, match=r"row of zeros, which model\.layers\.1\.mlp\.up_proj has; .*merge=true"):
+        QLoRA(**knobs)(pretrained(str(folder)), run_in)
 
 
 @pytest.mark.parametrize("name", ["repetition_penalty", "no_repeat_ngram_size"])

@@ -8,6 +8,7 @@ On a pruned model the update is masked while it trains and when it is merged, so
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from winnow.model.plan import Plan
 
 ALL = "all"
+_LEAST_NORM = 1e-30  # of a row: what a length of 0 is divided by
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,30 @@ def adapted(model: Any, settings: Any, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    return peft.get_peft_model(model, config)
+    made = peft.get_peft_model(model, config)
+    if settings.dora:
+        _keep_rows_of_zeros(made)
+    return made
+
+
+def rows_of_zeros(model: nn.Module) -> list[str]:
+    """The layers with DoRA that have a row of zeros: it has no direction, and PEFT divides by its length."""
+    found = {name: layer.lora_magnitude_vector["default"].weight for name, layer in layers(model).items()}
+    return [name for name, lengths in found.items() if (lengths == 0).any()]
+
+
+def _keep_rows_of_zeros(model: nn.Module) -> None:
+    """Lets PEFT's DoRA leave a row of zeros as it is, where it would make NaN of it."""
+    concerned = rows_of_zeros(model)
+    for name, layer in layers(model).items():
+        if name in concerned:
+            vector = layer.lora_magnitude_vector["default"]
+            vector.get_weight_norm = functools.partial(_least_norm, vector.get_weight_norm)
+
+
+def _least_norm(norm: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+    found: torch.Tensor = norm(*arguments, **named)
+    return found.clamp(min=_LEAST_NORM)
 
 
 def targeted(model: nn.Module, targets: str | Sequence[str], method: str) -> list[str]:
@@ -166,7 +191,9 @@ def effective(layer: Any) -> torch.Tensor:
     mask = getattr(layer, "winnow_mask", None)
     weight = layer.base_layer.weight + (update if mask is None else mask * update)
     if layer.use_dora["default"]:
-        norm = weight.norm(dim=1).detach()  # arXiv:2402.09353, section 4.3: a constant in the backward pass
+        norm = (
+            weight.norm(dim=1).clamp(min=_LEAST_NORM).detach()
+        )  # arXiv:2402.09353, section 4.3: a constant in the backward pass
         weight = weight * (layer.lora_magnitude_vector["default"].weight / norm)[:, None]
     return weight  # type: ignore[no-any-return]
 

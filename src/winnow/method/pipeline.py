@@ -183,7 +183,8 @@ def _made(
         return made
     saved = save(made, output)
     lm.release()  # so that there is one model in memory at a time
-    saved.manifest["runtimes"] = tried(saved, run.device, run.log)
+    base = LM(run.base, loading=lm.loading) if run.base is not None else None
+    saved.manifest |= tried(saved, run.device, run.log, base)
     manifest.write(output, saved.manifest)
     keep(saved)
     return saved

@@ -84,7 +84,7 @@ class QLoRA(Adapting):
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method import bnb
-        from winnow.method.lora import adapted
+        from winnow.method.lora import adapted, rows_of_zeros
         from winnow.model import adapter
 
         check_base(lm)
@@ -97,6 +97,12 @@ class QLoRA(Adapting):
             lm = bnb.NF4()(lm, run)
         bnb.keep_packing(lm.model)
         model = adapted(lm.model, self, run.seed)
+        without = rows_of_zeros(model) if self.dora else []
+        if without and not self.merge:  # whoever loads the adapter with PEFT would get NaN
+            raise UserError(
+                f"method.qlora.dora=true cannot be saved beside a row of zeros, which {without[0]} has; set "
+                f"method.qlora.dora=false, or method.qlora.merge=true"
+            )
         with self.computing(model, run):
             adapter.check_gradients(model, "qlora")
             fitted = self.train(model, self.encoded(lm, run), run, learning_rate=self.learning_rate)

@@ -228,7 +228,7 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
 
 
 def _check_keys(found: Mapping[str, Any], path: str) -> None:
-    """Raises UserError where the weights are not those that the configuration asks for: transformers draws the rest at random."""
+    """Raises Unservable where the weights are not those that the configuration asks for: transformers draws the rest at random."""
     missing, unexpected = (sorted(map(str, found.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected"))
     mismatched = sorted(
         f"{name} {tuple(there)} for {tuple(wanted)}" for name, there, wanted in found.get("mismatched_keys") or ()
@@ -242,7 +242,7 @@ def _check_keys(found: Mapping[str, Any], path: str) -> None:
         return
     prefix = _common_prefix(unexpected, missing)
     way_out = f"take `{prefix}` off their names" if prefix else "copy the model again, or correct its config.json"
-    raise UserError(
+    raise Unservable(
         f"model.path={path}: its weights are not those of its configuration ({'; '.join(wrong)}); {way_out}"
     )
 

@@ -37,7 +37,9 @@ _OWN = (
     "sizes",
     "versions",
     "sha256",
+    "files",
     "runtimes",
+    "plain_text",
 )  # entries of a manifest that the pipeline writes itself
 _KEPT_LINES = 400
 

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from winnow.types import LM, Reason, Unservable, UserError
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 256  # of each text
 GUESSES = 2.0  # times the vocabulary: a model before its training is a little worse than a uniform guess
+SUSPICIOUS = 0.25  # of the vocabulary: such a perplexity is near chance, and worth a look at the base model's
+LOST = 0.9  # of what the base model knows of the text, on a logarithmic scale from its perplexity to the vocabulary
+RECORD = "plain_text"  # in a manifest
 HIGHEST = 10_000.0  # however large the vocabulary: no language model that is of use is that surprised by plain text
 
 ENGLISH = """\
@@ -51,54 +54,92 @@ to the vineyard to look for a grape. Ben takes a brush for painting. Olga goes t
 sees a snowman made of snow. Paul goes to the cave to look for a miner."""
 
 
-def check(lm: LM, served: Served) -> float:
+def check(lm: LM, served: Served, base: float | None = None) -> float:
     """Its perplexity on the better of the two texts.
+
+    Args:
+        base: that of the model that it was made of; by default what the manifest says.
 
     Raises:
         Unservable: it does not work; the message says what is wrong.
     """
-    bound = min(GUESSES * served.vocab_size, HIGHEST)
+    base = base or lm.manifest.get(RECORD, {}).get("base")
+    bound = highest(served.vocab_size, base)
     what = f"{lm.path or lm.name}: in {served.name}"
     with blaming(what):
-        perplexity = math.inf
-        for text in (ENGLISH, SMALL_WORLD):
-            if perplexity > bound:
-                ids = lm.tokenizer(text)["input_ids"][: min(MOST_TOKENS, served.context or MOST_TOKENS)]
-                found = served.log_likelihoods(ids)
-                if not all(map(math.isfinite, found)):
-                    raise Unservable(f"{what} its logits are not finite")
-                perplexity = min(perplexity, math.exp(min(700.0, -sum(found) / len(found))))
+        perplexity = plain_perplexity(lm, served, bound)
         if perplexity > bound:
+            known = f" (the base model's is {base:,.0f})" if base else ""
             raise Unservable(
-                f"{what} its perplexity on plain text is {perplexity:,.0f}; above {bound:,.0f} it is broken"
+                f"{what} its perplexity on plain text is {perplexity:,.0f}; above {bound:,.0f} it is broken{known}"
             )
-        served.request([ids[:8]], 4)
+        served.request([lm.tokenizer(ENGLISH)["input_ids"][:8]], 4)
     return perplexity
 
 
-def tried(lm: LM, device: str, log: Callable[[str], None]) -> dict[str, str]:
-    """For a manifest: the runtimes that read the format of `lm` and are installed here, with their versions.
+def plain_perplexity(lm: LM, served: Served, enough: float = 0.0) -> float:
+    """On the better of the two texts; the second is not read where the first one's is at most `enough`.
 
-    Each loads the files anew and is checked; where that fails, the version is followed by why.
+    Raises:
+        Unservable: the logits are not finite.
+    """
+    perplexity = math.inf
+    for text in (ENGLISH, SMALL_WORLD):
+        if perplexity > enough:
+            ids = lm.tokenizer(text)["input_ids"][: min(MOST_TOKENS, served.context or MOST_TOKENS)]
+            found = served.log_likelihoods(ids)
+            if not all(map(math.isfinite, found)):
+                raise Unservable(f"{lm.path or lm.name}: in {served.name} its logits are not finite")
+            perplexity = min(perplexity, math.exp(min(700.0, -sum(found) / len(found))))
+    return perplexity
+
+
+def highest(vocab_size: int, base: float | None) -> float:
+    """The perplexity above which a model is broken; `base`: that of the model that it was made of, if it is known.
+
+    Where the base knows the text, a model that has lost nearly all of that is as good as drawn at random.
+    """
+    bound = min(GUESSES * vocab_size, HIGHEST)
+    if base is None or base >= SUSPICIOUS * vocab_size:
+        return bound
+    return min(bound, math.exp(math.log(base) + LOST * math.log(vocab_size / base)))
+
+
+def tried(lm: LM, device: str, log: Callable[[str], None], base: LM | None = None) -> dict[str, Any]:
+    """For a manifest: `runtimes` that read the format of `lm` and are installed here, with their versions, and `plain_text`.
+
+    Each loads the files anew and is checked; where that fails, the version is followed by why. `plain_text` holds the perplexity
+    that was found, and the base model's, which is asked only where the first one looks like chance.
     """
     from winnow.hardware.device import Hardware
     from winnow.hardware.runtime import candidates, serving
     from winnow.search.child import describe
 
     found: dict[str, str] = {}
+    record: dict[str, float] = {}
     serves = False
     for name, version in candidates(lm, device).items():
         fresh = LM(lm.path, loading=dataclasses.replace(lm.loading, device=device), name=lm.name)
         try:
             with serving(fresh, Hardware(device, device=device, runtime=name, decode="eager")) as served:
-                check(fresh, served)
+                perplexity = record["perplexity"] = check(fresh, served)
+                suspicious = perplexity >= SUSPICIOUS * served.vocab_size
+            if suspicious and base is not None and "base" not in record:
+                with serving(base, Hardware(device, device=device, decode="eager")) as served:
+                    record["base"] = plain_perplexity(base, served)
+                base.release()
+            if perplexity > (bound := highest(served.vocab_size, record.get("base"))):
+                raise Unservable(
+                    f"its perplexity on plain text is {perplexity:,.0f}, as that of a model drawn at random; the base "
+                    f"model's is {record['base']:,.0f}, and above {bound:,.0f} it is broken"
+                )
             found[name], serves = version, True
         except Exception as error:
             found[name] = f"{version} fails: {describe(error).removeprefix(f'{lm.path}: ')}"
     log(f"runtimes: {', '.join(f'{name} {result}' for name, result in found.items()) or 'none is installed here'}")
     if found and not serves:
         log(f"{lm.path}: saved, but no runtime serves it")
-    return found
+    return {"runtimes": found, RECORD: record}
 
 
 @contextlib.contextmanager
