@@ -85,3 +85,26 @@ def pad_token_beyond_the_model(folder: Path) -> None:
     )
     path.write_text(json.dumps(content))
     setting("tokenizer_config.json", pad_token="[PAD]")(folder)
+
+
+OWN_CONFIGURATION = """
+from transformers import LlamaConfig
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+"""
+OWN_MODEL = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def code_of_its_own(folder: Path) -> None:
+    """As models have it whose architecture transformers does not know."""
+    (folder / "configuration_own.py").write_text(OWN_CONFIGURATION)
+    (folder / "modeling_own.py").write_text(OWN_MODEL)
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    setting("config.json", model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=classes)(folder)

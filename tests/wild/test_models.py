@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from winnow.method.lora import Lora
 from winnow.method.qlora import QLoRA
 from winnow.method.rtn import RTN
 from winnow.model.load import pretrained
+from winnow.search import start
 from winnow.types import LM, Run, UserError
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -103,6 +106,22 @@ def test_it_is_refused(folder: Path, case: str) -> None:
     if "safetensors" not in message:
         assert "no safetensors weights" not in str(refused.value)
     assert "needs a login" not in str(refused.value)
+
+
+@pytest.mark.parametrize("method", ["rtn", "nf4", "wanda"])
+def test_code_of_its_own_runs_everywhere_once_it_is_trusted(
+    folder: Path, tmp_path: Path, command: Callable[..., Any], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits.code_of_its_own(folder)
+    model = ["model=local", f"model.path='{folder}'", "model.trust_remote_code=true", f"method=[{method}]"]
+    for arguments in (["dry_run=true"], [f"output={tmp_path / 'artifact'}"]):
+        done = command("compress", *model, *arguments)
+        assert done.returncode == 0, done.stderr
+    assert start.model_spec(str(folder), {"trust_remote_code": True}, print)["layers"] == 2
+    made = pretrained(str(tmp_path / "artifact"), trust_remote_code=True)
+    assert type(made.model).__name__ == "OwnForCausalLM" and answers(made)
+    with pytest.raises(UserError, match=r"brings its own code.*model\.trust_remote_code=true"):
+        pretrained(str(tmp_path / "artifact"))
 
 
 def test_a_row_of_zeros_stays_one_and_spoils_nothing(folder: Path, run_in: Run) -> None:

@@ -54,6 +54,7 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
                 dtype=_half(lm.model.dtype),
                 attn_implementation=lm.loading.attention,
                 quantization_config=BitsAndBytesConfig(**settings),
+                trust_remote_code=lm.loading.trust_remote_code,
                 device_map={"": local_device(run)},
             )
     finally:

@@ -229,8 +229,10 @@ def on_meta(config: PretrainedConfig) -> nn.Module:
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # counts are of the model, not of one way to store it
+    # code that came with the configuration runs already
+    trusted = type(config).__module__.startswith("transformers_modules.")
     with quiet(), torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)  # type: ignore[no-untyped-call]
     return model
 
 

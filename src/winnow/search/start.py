@@ -30,7 +30,7 @@ from winnow.search.opening import open_study
 from winnow.search.space import Space, read_space
 from winnow.search.study import Proposal
 from winnow.search.views import Views
-from winnow.types import LM, Slot, Strategy, UserError
+from winnow.types import LM, Loading, Slot, Strategy, UserError
 
 OF_NODE = ("cpu", "cores", "threads", "gpus")  # of the hardware: on a cluster not those of the machine that searches
 T = TypeVar("T")
@@ -245,19 +245,19 @@ def _write_spec(folder: Path, lm: LM) -> None:
     path = folder / "model_spec.json"
     if not path.is_file():
         try:
-            result = child.call(
-                "winnow.search.start:model_spec", {"path": lm.path}, child.Limits(), say, folder / "log.txt"
-            )
+            known = {"path": lm.path, "loading": dataclasses.asdict(lm.loading)}
+            result = child.call("winnow.search.start:model_spec", known, child.Limits(), say, folder / "log.txt")
         except child.Failed as failed:
             raise UserError(f"model.path={lm.path} cannot be read: {failed.message}") from None
         write_json(path, result)
 
 
-def model_spec(path: str, log: Callable[[str], None]) -> dict[str, Any]:
+def model_spec(path: str, loading: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
     """In the child: the specification of the model at `path`."""
+    from winnow.model.load import load_config
     from winnow.model.spec import spec
 
-    return spec(path).to_json()
+    return spec(load_config(LM(path, loading=Loading(**loading)))).to_json()
 
 
 def _tracker(config: DictConfig, folder: Path) -> Any:
