@@ -81,7 +81,7 @@ def test_a_blank_is_filled_in_the_context() -> None:
 
     adapter = Seen(True)
     _, samples = asked(adapter, "winogrande")
-    items = rows(ITEMS / "winogrande" / "validation.jsonl")
+    items = [row for _, row in rows(ITEMS / "winogrande" / "validation.jsonl")]
     shown = [(item["sentence"].replace("_", item[f"option{n}"])) for item in items for n in (1, 2)]
     assert [context + continuation for context, continuation in adapter.seen] == shown
     ends = [item["sentence"].partition("_")[2] for item in items for _ in (1, 2)]
@@ -98,7 +98,7 @@ def test_last_words_are_those_of_a_plain_reference(lm: LM) -> None:
     with quiet():
         found, samples = asked(Adapter(lm.model, lm.tokenizer, batch_size=3), "lambada")
     expected, greedy = [], []
-    for item in rows(ITEMS / "lambada_openai" / "test.jsonl"):
+    for _, item in rows(ITEMS / "lambada_openai" / "test.jsonl"):
         context, _, word = item["text"].rpartition(" ")
         start, whole = (lm.tokenizer(text)["input_ids"] for text in (context, f"{context} {word}"))
         with torch.no_grad():
@@ -132,7 +132,7 @@ def test_texts_are_those_of_a_plain_reference(
         made = adapter.Adapter(lm.model, lm.tokenizer, batch_size=4)
         found, samples = asked(made, "wikitext", window=window, words=words)
     length, nats, tokens, sizes, counts = window or 256, 0.0, 0, 0, 0
-    for item in rows(ITEMS / "wikitext2" / "test.jsonl"):
+    for _, item in rows(ITEMS / "wikitext2" / "test.jsonl"):
         page = item["page"] if words is None else first_words(item["page"], words)
         counts += len(page.split()) + page[0].isspace() + page[-1].isspace()  # lm-eval counts empty ends, too
         sizes += len(page.encode())

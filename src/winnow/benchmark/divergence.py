@@ -98,7 +98,9 @@ def _rows(base: LM, run: Run) -> list[list[int]]:
     from winnow.recovery.corpus import documents
     from winnow.recovery.encoding import encode
 
-    length = run.calibration.max_length
+    context = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    # a soft prompt takes some positions of a model that is compared
+    length = min(run.calibration.max_length, context * 7 // 8) if context else run.calibration.max_length
     rows: list[list[int]] = []
     for row in encode(documents(run.calibration, TOKENS // 16, run.seed + _SEED), base.tokenizer, length):
         room = TOKENS - sum(map(len, rows))
@@ -115,11 +117,13 @@ def divergence(served: Served, wanted: Reference) -> Figures:
     Documents that are longer than the model's context are left out.
 
     Raises:
-        NotImplementedError: the runtime cannot tell.
+        NotImplementedError: the runtime cannot tell, or no document fits.
     """
     ends = np.cumsum([len(row) - 1 for row in wanted.rows])[:-1]
     parts = zip(wanted.rows, np.split(wanted.tokens, ends), np.split(wanted.log_probabilities, ends), strict=True)
     fitting = [part for part in parts if served.context is None or len(part[0]) <= served.context]
+    if not fitting:
+        raise NotImplementedError("every text of the calibration source is longer than what the model can read")
     found = served.next_tokens_of([row for row, _, _ in fitting], [tokens for _, tokens, _ in fitting])
     log_p, log_q = [expected for _, _, expected in fitting], [values for _, values in found]
     p, q = (np.concatenate(part).astype(np.float64) for part in (log_p, log_q))

@@ -165,6 +165,15 @@ class Harness:
         loaded = {spec.name: load(spec, self.data_dir, self.num_fewshot) for spec in self.specs}
         chosen = (self.limit, self.seed, self.held_back, self.confirming)
         asked = {name: questions(main, *chosen) for name, (main, _) in loaded.items()}
+        empty = [name for name, items in asked.items() if not items]
+        if empty and self.held_back:
+            kept, option = ("to confirm on", "raise") if self.confirming else ("to search with", "lower")
+            raise UserError(
+                f"benchmark {empty[0]} has so few items that none is left {kept} where a share of {self.held_back:g} is held "
+                f"back; {option} confirm, or set confirm=0"
+            )
+        if empty:
+            raise UserError(f"benchmark {empty[0]} has no items")
         return asked, {name: exemplars for name, (_, exemplars) in loaded.items()}
 
     def drawn(self) -> Order:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from winnow.records import KINDS, is_readable
 from winnow.types import UserError
 
 MEANS = ("items", "subtasks")
@@ -106,10 +107,10 @@ def find(data_dir: str, pattern: str) -> list[Path]:
         return [root] if pattern == "*" else []
     if "*" not in pattern:
         return [root / pattern] if (root / pattern).is_file() else []
-    return sorted(p for p in root.glob(pattern) if p.suffix in (".jsonl", ".txt") and p.is_file())
+    return sorted(path for path in root.glob(pattern) if is_readable(path))
 
 
 def missing(name: str, data_dir: str, pattern: str) -> str:
     """The message for a file that is not there."""
-    wanted = "a .jsonl or .txt file" if pattern == "*" else pattern
+    wanted = KINDS if pattern == "*" else pattern
     return f"benchmark.data_dir={data_dir} has no {wanted}, which benchmark {name} reads"

@@ -147,7 +147,7 @@ def from_hub(spec: Spec, manager: Any, name: str) -> Any:
     except Exception as error:
         if not _is_unreachable(error):
             raise
-        wanted = ", ".join(spec.data.values()).replace("*", ".txt or .jsonl files") or "its items"
+        wanted = ", ".join(spec.data.values()).replace("*", ".txt, .jsonl or .json files") or "its items"
         raise UserError(
             f"benchmark {spec.name} is not on disk and there is no network; give benchmark.data_dir=FOLDER with {wanted}"
         ) from None

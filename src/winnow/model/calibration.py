@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from winnow.types import LM, Run
+from winnow.types import LM, Run, UserError
 
 BATCH_TOKENS = 4096
 _latest: dict[
@@ -33,7 +33,11 @@ def calibration_batches(lm: LM, run: Run) -> tuple[list[torch.Tensor], str]:
     key = (run.calibration, run.seed, tokenizer.name_or_path, len(tokenizer))
     if key not in _latest:
         found = documents(run.calibration, run.calibration.samples, run.seed)
-        rows = sorted((row.ids for row in encode(found, tokenizer, run.calibration.max_length)), key=len)
+        context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = min(run.calibration.max_length, context or run.calibration.max_length)
+        rows = sorted((row.ids for row in encode(found, tokenizer, longest)), key=len)
+        if not rows:
+            raise UserError(f"calibration.source={run.calibration.source}: its rows hold no text; give another source")
         batches = []
         for length, group in itertools.groupby(rows, key=len):
             same, size = list(group), max(1, BATCH_TOKENS // length)

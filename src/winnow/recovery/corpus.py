@@ -3,7 +3,7 @@
 | `calibration.source` | documents |
 |---|---|
 | `nano` | the embedded model's world, an endless stream |
-| a `.jsonl` or `.txt` file | its rows, or its paragraphs |
+| a `.jsonl`, `.json` or `.txt` file | its rows, or its paragraphs |
 | a benchmark, e.g. `gsm8k` | its training split, as the benchmark words it: from `calibration.data_dir`, else from the hub |
 | `wikitext` | the articles of its training split, or of its validation split where `calibration.data_dir` has that only |
 | `hub:owner/name` | a data set of the hub; `calibration.subset` and `calibration.split` choose from it |
@@ -23,13 +23,13 @@ read come over the network, each time. A row of a file or of the hub is one of
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from winnow.records import KINDS, holds_rows, is_readable, rows_of, strings_in, text_of
 from winnow.types import Calibration, Chat, Document, UserError
 
 TEXT_FIELDS = ("text", "content")
@@ -46,9 +46,9 @@ def check_source(calibration: Calibration) -> None:
     if source == "nano" or source.startswith(HUB) or source in _benchmarks():
         return
     path = Path(source)
-    if not path.is_file() or path.suffix not in (".jsonl", ".txt"):
+    if not is_readable(path):
         raise UserError(
-            f"calibration.source={source}: no such file; give `nano`, the path of a .jsonl or .txt file, a benchmark with "
+            f"calibration.source={source}: no such file; give `nano`, the path of {KINDS}, a benchmark with "
             f"a training split (gsm8k, wikitext), or hub:owner/name for a data set of the hub"
         )
 
@@ -91,28 +91,19 @@ def documents(calibration: Calibration, count: int, seed: int) -> list[Document 
 
 def _from_file(source: str) -> Iterator[Document | Chat]:
     path = Path(source)
-    with path.open("rb") as lines:
-        if path.suffix == ".txt":
-            text = _decoded(lines.read(), source)
-            for number, paragraph in enumerate(text.replace("\r\n", "\n").split("\n\n"), 1):
-                if paragraph.strip():
-                    yield _checked({"text": paragraph.strip()}, f"{source}, paragraph {number}")
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{source}, line {number}"
-                try:
-                    row = json.loads(_decoded(line, where))
-                except ValueError as error:
-                    raise UserError(f"calibration.source={where} is not JSON ({error})") from error
-                yield _checked(row, where)
-
-
-def _decoded(text: bytes, where: str) -> str:
     try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"calibration.source={where} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        if holds_rows(path):
+            for where, row in rows_of(path):
+                document = _checked(row, where)
+                if document != Document("", ""):
+                    yield document
+            return
+        for number, paragraph in enumerate(text_of(path).split("\n\n"), 1):
+            if paragraph.strip():
+                yield _checked({"text": paragraph.strip()}, f"{source}, paragraph {number}")
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith("calibration.") else f"calibration.source={text}") from error
 
 
 def _from_hub(calibration: Calibration, count: int, seed: int) -> list[Document | Chat]:
@@ -273,19 +264,10 @@ def _chat(messages: Any, field: str, form: tuple[str, str], where: str) -> Chat:
 def _refuse_test_items(row: Mapping[str, Any], where: str) -> None:
     from winnow.benchmark.held_out import benchmark_of
 
-    for text in _texts(row):
+    for text in strings_in(row):
         benchmark = benchmark_of(text)
         if benchmark is not None:
             raise UserError(
                 f"calibration.source={where} is a test item of {benchmark}, on which nothing may be trained or calibrated; "
                 f"remove it, or take a training split"
             )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in a row, however deep they lie."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(part)

@@ -66,7 +66,7 @@ def encode(
             ids, answers = _templated(document, tokenizer)
         kept = [(start, min(stop, max_length)) for start, stop in answers if start < min(stop, max_length)]
         made.append(Encoded(ids[:max_length], tuple(kept), max(0, len(ids) - max_length)))
-    return made
+    return [row for row in made if row.ids]  # a text without words is nothing for some tokenizers
 
 
 def _templated(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
