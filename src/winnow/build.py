@@ -153,8 +153,13 @@ def policy(cfg: DictConfig) -> Policy:
 
 
 def calibration(cfg: DictConfig) -> Calibration:
+    from winnow.recovery import corpus
+
     given: dict[str, Any] = OmegaConf.to_container(cfg.calibration, resolve=True)  # type: ignore[assignment]
     check_scalars(Calibration, given, "calibration")
+    if given["source"] == corpus.AUTO:
+        model = cfg.get("model") or {}
+        given["source"] = corpus.suited(str(model.get("_target_")), model.get("path"))
     return Calibration(**given)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.benchmark.test_score import ITEMS, harness
+from tests.test_conf import composed
+from winnow import build
 from winnow.benchmark import divergence
 from winnow.benchmark.data import read
 from winnow.hardware.runtime import serving
 from winnow.model.calibration import calibration_batches
 from winnow.model.load import pretrained
+from winnow.recovery import corpus
 from winnow.recovery.corpus import documents
 from winnow.types import Calibration, Document, Run, UserError
 
@@ -88,6 +92,42 @@ def test_rows_without_any_text_are_refused(tiny: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, calibration=Calibration(str(tmp_path / "data.jsonl")))
     with pytest.raises(UserError, match=r"calibration\.source=.* is empty"):
         calibration_batches(pretrained(str(tiny)), run)
+
+
+def test_the_default_calibration_suits_the_model(tiny: Path, tmp_path: Path) -> None:
+    def source(*typed: str) -> str:
+        return build.calibration(composed("compress", *typed)).source
+
+    assert source("model=nano") == source("model=nano_untrained") == "nano"
+    assert source("model=local", f"model.path={tiny}") == "nano"  # it knows these words and no others
+    shutil.copytree(tiny, tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["Paris"] = 1024
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert source("model=local", f"model.path={tmp_path / 'other'}") == corpus.GENERAL
+    assert source("model=qwen2_5_7b") == corpus.GENERAL
+    assert source("model=qwen2_5_7b", "calibration.source=gsm8k") == "gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("data_dir", "way_out"),
+    [
+        (str(ITEMS), r"here is calibration\.source=gsm8k \(of .*gsm8k/train\.jsonl\) or .*wikitext"),
+        (
+            None,
+            r"that is the default for models other than the embedded one; without the hub set calibration\.source to a \.jsonl",
+        ),
+    ],
+)
+def test_without_the_hub_local_files_are_named(
+    data_dir: str | None, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(UserError, match=rf"calibration\.source={corpus.GENERAL} cannot be read .*; {way_out}"):
+        documents(Calibration(corpus.GENERAL, data_dir=data_dir), 5, seed=0)
 
 
 @pytest.fixture

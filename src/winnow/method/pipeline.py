@@ -149,6 +149,7 @@ def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
 
     if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
         lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256(), **origin(lm)}, "stages": []}
+    lm.manifest["calibration"] = dataclasses.asdict(run.calibration)
     run = dataclasses.replace(run, base=run.base or lm.path)
     if not run.stage_cache_bytes or world().size > 1:
         return _made(lm, stages, run, output)

@@ -2,6 +2,7 @@
 
 | `calibration.source` | documents |
 |---|---|
+| `auto` | what suits the model: `nano` for the embedded one, a general corpus of the hub for all others |
 | `nano` | the embedded model's world, an endless stream |
 | a `.jsonl`, `.json` or `.txt` file | its rows, or its paragraphs |
 | a benchmark, e.g. `gsm8k` | its training split, as the benchmark words it: from `calibration.data_dir`, else from the hub |
@@ -23,6 +24,7 @@ read come over the network, each time. A row of a file or of the hub is one of
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -36,8 +38,32 @@ TEXT_FIELDS = ("text", "content")
 PAIRS = (("prompt", "completion"), ("question", "answer"))
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 HUB = "hub:"
+AUTO = "auto"
+GENERAL = "hub:NeelNanda/pile-10k"  # 10,000 documents of all kinds, what quantization libraries calibrate on by default
 CHARACTERS = 4  # that a token has, about: articles are cut into documents of `max_length` tokens
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are mixed
+
+
+def suited(target: str, path: str | None) -> str:
+    """The source that suits a model: the embedded models' own for those that know its words only, a general one for all others.
+
+    Args:
+        target: what makes the model, as `model._target_` names it.
+        path: its folder, file or hub id.
+    """
+    from winnow.nano.model import WEIGHTS
+
+    if target.startswith("winnow.nano."):
+        return "nano"
+    mine, other = (_vocabulary(folder / "tokenizer.json") for folder in (WEIGHTS, Path(path or ".")))
+    return "nano" if mine == other else GENERAL
+
+
+def _vocabulary(tokenizer: Path) -> Any:
+    try:
+        return json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def check_source(calibration: Calibration) -> None:
@@ -129,10 +155,26 @@ def _from_hub(calibration: Calibration, count: int, seed: int) -> list[Document 
         return []
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # the hub's own errors are among them
         told = str(error).splitlines() or [type(error).__name__]
-        raise UserError(
-            f"calibration.source={source} cannot be read ({told[0]}); check its name, calibration.subset "
-            f"and calibration.split={split}, or give a file"
-        ) from error
+        raise UserError(f"calibration.source={source} cannot be read ({told[0]}); {_way_out(calibration)}") from error
+
+
+def _way_out(calibration: Calibration) -> str:
+    """What to do where a data set of the hub is out of reach: the local files that could serve, if there are any."""
+    local = [
+        f"calibration.source={name} (of {path})"
+        for name, tasks in _benchmarks().items()
+        for values in tasks.values()
+        for split, file in (values.get("data") or {}).items()
+        if split != "test" and calibration.data_dir and (path := Path(calibration.data_dir) / file).is_file()
+    ]
+    if local:
+        return f"here is {' or '.join(local)}"
+    if calibration.source == GENERAL:
+        return (
+            f"that is the default for models other than the embedded one; without the hub set calibration.source to {KINDS}, or to "
+            f"gsm8k or wikitext with calibration.data_dir=FOLDER"
+        )
+    return f"check its name, calibration.subset and calibration.split={calibration.split}, or give a file"
 
 
 def _from_benchmark(calibration: Calibration) -> Iterator[Document | Chat]:
