@@ -134,6 +134,12 @@ class LM:
         return lm
 
 
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that the random generators of some library do not take."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is out of range; give a whole number from 0 to {2**32 - 1:,}")
+
+
 @dataclass(frozen=True)
 class Run:
     """What a stage or a probe may use besides the model."""
@@ -154,6 +160,9 @@ class Run:
     stage_cache_bytes: int = 0  # of `cache`, for what the first stages of pipelines made; 0: none of it is kept
     bars: bool = True  # whether to draw progress bars in a terminal
     curve: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None  # a point of a training's curves
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     @property
     def compute_dtype(self) -> str:

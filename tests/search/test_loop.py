@@ -43,8 +43,8 @@ class Found:
         asked = more.pop("asked", lambda strategies: [{} for _ in strategies])
         self.search = Search(
             study=self.study,
-            space=world.narrow(),
-            policy=Grid(),
+            space=more.pop("space", None) or world.narrow(),
+            policy=more.pop("policy", None) or Grid(),
             outlook=Forecasts(asked),
             launch=launching,
             budget=more.pop("budget", Budget(trials=30)),

@@ -209,7 +209,8 @@ def observed(
     Of stopped ones that is an estimate from some items, or what others with a divergence like theirs have scored.
     """
     name = objective.name
-    curve = sorted((t.figures[KL], t.figures[name]) for t in trials if t.complete and KL in t.figures)
+    kls = {t.number: t.figures[KL] for t in trials if math.isfinite(t.figures.get(KL, math.nan))}
+    curve = sorted((kls[t.number], t.figures[name]) for t in trials if t.complete and t.number in kls)
     known = np.log(np.array([kl for kl, _ in curve]) + 1e-4)
     rows: list[tuple[Trial, float, float]] = []
     for trial in trials:
@@ -217,8 +218,8 @@ def observed(
             rows.append((trial, trial.figures[name], ESTIMATED if trial.disturbed(name) else 1.0))
         elif name in trial.estimates:
             rows.append((trial, trial.estimates[name], ESTIMATED))
-        elif objective.maximize and KL in trial.figures and len(curve) > 3:
-            place = int(np.searchsorted(known, np.log(trial.figures[KL] + 1e-4)))
+        elif objective.maximize and trial.number in kls and len(curve) > 3:
+            place = int(np.searchsorted(known, np.log(kls[trial.number] + 1e-4)))
             near = curve[min(max(0, place - 1), len(curve) - 3) :][:3]
             rows.append((trial, float(np.mean([value for _, value in near])), GUESSED))
     if len(rows) > MOST_OBSERVATIONS:

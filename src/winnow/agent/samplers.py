@@ -6,6 +6,7 @@ python search.py agent=grid agent.points=3
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,8 @@ class Sampler:
     def _values(self, trial: Trial, history: History) -> list[float] | None:
         found = {**trial.figures, **({} if trial.complete else trial.estimates)}
         names = [objective.name for objective in history.objectives]
-        return [found[name] for name in names] if all(name in found for name in names) else None
+        values = [found.get(name) for name in names]
+        return values if all(value is not None and math.isfinite(value) for value in values) else None  # type: ignore[return-value]
 
 
 @dataclass

@@ -85,6 +85,10 @@ class Convergence:
 
     trials: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.trials is not None and self.trials < 1:
+            raise UserError(f"convergence={self.trials} ends the search before it begins; give 1 or more, or null")
+
     def reached(self, history: History) -> str:
         if self.trials is not None and history.since_gain >= self.trials:
             return f"converged: {history.since_gain} trials in a row have gained nothing (convergence={self.trials})"

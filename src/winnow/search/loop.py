@@ -9,12 +9,15 @@ import contextlib
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion
+import numpy as np
+
+from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion, fresh
 from winnow.search.budget import Budget, Convergence
 from winnow.search.folders import MESSAGES, Folders
 from winnow.search.history import tried_again
@@ -28,6 +31,8 @@ from winnow.search.workers import Launch, Workers
 from winnow.types import Reason, Strategy, Trial, UserError
 
 KEEP = ("front", "all", "none")
+MOST_REFUSED = 20  # proposals in a row, before the space is searched for one that is possible
+DRAWS = 500  # of a large space, for that
 WAIT_S = 2.0  # between looks at what another search is doing
 
 
@@ -64,6 +69,7 @@ class Search:
     confirm: Callable[[], None] | None = None
     convergence: Convergence = field(default_factory=Convergence)
     _again: list[Suggestion] = field(default_factory=list, init=False)
+    _refused: int = field(default=0, init=False)  # proposals in a row
 
     def __post_init__(self) -> None:
         self._trials = Folders(self.folder / "trials")
@@ -178,7 +184,9 @@ class Search:
                 "seconds": {},
             }
             self._record(self._made(proposal, outcome))
+            self._refused += 1
             return None
+        self._refused = 0
         return proposal
 
     def _suggestion(self) -> Suggestion:
@@ -192,7 +200,27 @@ class Search:
         for strategy in self._first:
             if strategy.overrides not in self.study.seen:
                 return Suggestion(strategy, "first")
+        if self._refused >= MOST_REFUSED:
+            return self._possible()
         return self.policy.ask(self.study, self.space, self.outlook)
+
+    def _possible(self) -> Suggestion:
+        """A strategy that is not refused, where the policy has proposed many that are.
+
+        Raises:
+            Exhausted: none of the whole space, or of many draws from a large one, is possible; the message says what stands against it.
+        """
+        rng = np.random.default_rng([self.study.proposals])
+        strategies = fresh(self.study, self.space, rng, DRAWS)
+        refusals = [self.outlook.refusal(strategy) for strategy in strategies]
+        for strategy, refusal in zip(strategies, refusals, strict=True):
+            if not refusal:
+                return Suggestion(
+                    strategy, "search", "drawn at random: the agent's proposals were refused one after the other"
+                )
+        causes = Counter(refusal.partition("over ")[2] or refusal for refusal in refusals)
+        told = "; ".join(f"{count:,} by {cause}" for cause, count in causes.most_common(3))
+        raise Exhausted(f"nothing that can be proposed is allowed: of {len(refusals):,} strategies are refused {told}")
 
     @functools.cached_property
     def _first(self) -> list[Strategy]:

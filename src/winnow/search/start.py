@@ -30,7 +30,7 @@ from winnow.search.opening import open_study
 from winnow.search.space import Space, read_space
 from winnow.search.study import Proposal
 from winnow.search.views import Views
-from winnow.types import LM, Loading, Slot, Strategy, UserError
+from winnow.types import LM, Loading, Run, Slot, Strategy, UserError, check_seed
 
 OF_NODE = ("cpu", "cores", "threads", "gpus")  # of the hardware: on a cluster not those of the machine that searches
 T = TypeVar("T")
@@ -82,6 +82,8 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     typed = overrides.parse(arguments)
     space = read_space(OmegaConf.to_container(config.method, resolve=True) or {}, typed.narrowed)  # type: ignore[arg-type]
     build.calibration(config)
+    check_scalars(Run, {"seed": config.seed})
+    check_seed(config.seed)
     first = first_strategies(space, config) if config.recipe is None else []
     _made(Settings, {field.name: config[field.name] for field in dataclasses.fields(Settings)})
     _made(Limits, config.limits, "limits")

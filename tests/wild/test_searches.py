@@ -1,0 +1,66 @@
+"""Searches as people set them: limits that nothing meets, seeds and numbers that mean nothing, figures that are no numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent import world
+from tests.search.test_loop import Found, outcome
+from winnow.agent.gp import GP
+from winnow.agent.policy import Policy
+from winnow.agent.samplers import NSGA2, TPE, Grid, Random
+from winnow.search.budget import Budget
+from winnow.search.study import Proposal
+
+POLICIES: dict[str, Callable[[], Policy]] = {"random": Random, "grid": Grid, "tpe": TPE, "nsga2": NSGA2, "gp": GP}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_where_everything_is_refused_the_search_ends_and_says_why(policy: str, tmp_path: Path) -> None:
+    def asked(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"refusal": "size_bytes would be about 2e6, over constraints.size_bytes=1000"} for _ in strategies]
+
+    found = Found(tmp_path, asked=asked, budget=Budget(trials=3), space=world.spacious(), policy=POLICIES[policy]())
+    found.search.run()
+    assert found.launched == ["base"]
+    assert len(found.study.trials) < 100
+    assert "nothing that can be proposed is allowed" in found.lines[-1] or "nothing" in "".join(found.lines)
+    assert any("by constraints.size_bytes=1000" in line for line in found.lines), found.lines
+
+
+def test_one_possible_strategy_among_many_is_found(tmp_path: Path) -> None:
+    def asked(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{} if s["methods"] == ["nf4"] else {"refusal": "too large"} for s in strategies]
+
+    found = Found(tmp_path, asked=asked, budget=Budget(trials=2), space=world.spacious(), policy=Grid())
+    found.search.run()
+    assert found.launched == ["base", "nf4"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_figures_that_are_no_numbers_stop_no_agent(policy: str, value: float, tmp_path: Path) -> None:
+    def launch(proposal: Proposal, worker: int) -> dict[str, Any]:
+        bad = {"accuracy": value, "size_bytes": 1e6, "kl_to_base": value}
+        plain = world.figures(proposal.strategy) | {"kl_to_base": value if proposal.number % 2 else 0.1}
+        return outcome(proposal, figures=bad if proposal.number in (2, 4) else plain)
+
+    for trials in (8, 11):  # and when it goes on
+        found = Found(tmp_path, launch, budget=Budget(trials=trials), space=world.spacious(), policy=POLICIES[policy]())
+        found.search.run()
+    assert [t.number for t in found.study.trials if t.failed] == [2, 4]
+    assert len(found.study.trials) == 11
+
+
+@pytest.mark.parametrize("setting", ["seed=-1", "seed=4294967296", "convergence=0"])
+def test_numbers_that_mean_nothing_are_refused(command: Callable[..., Any], tmp_path: Path, setting: str) -> None:
+    for script in ("search",) if setting.startswith("conv") else ("search", "compress"):
+        done = command(script, setting)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert setting in done.stderr and "give" in done.stderr
+        assert not (tmp_path / "outputs").exists()
