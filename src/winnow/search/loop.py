@@ -208,7 +208,7 @@ class Search:
         """A strategy that is not refused, where the policy has proposed many that are.
 
         Raises:
-            Exhausted: none of the whole space, or of many draws from a large one, is possible; the message says what stands against it.
+            Exhausted: none of the whole space, or of many draws from a large one, is; the message says what forbids them.
         """
         rng = np.random.default_rng([self.study.proposals])
         strategies = fresh(self.study, self.space, rng, DRAWS)

@@ -81,13 +81,8 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
 
     typed = overrides.parse(arguments)
     space = read_space(OmegaConf.to_container(config.method, resolve=True) or {}, typed.narrowed)  # type: ignore[arg-type]
-    build.calibration(config)
-    check_scalars(Run, {"seed": config.seed})
-    check_seed(config.seed)
+    _check_settings(config)
     first = first_strategies(space, config) if config.recipe is None else []
-    _made(Settings, {field.name: config[field.name] for field in dataclasses.fields(Settings)})
-    _made(Limits, config.limits, "limits")
-    _made(Racing, config.racing, "racing")
     budget = _made(Budget, config.budget, "budget")
     convergence = Convergence(config.convergence if config.recipe is None else None)
     lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
@@ -151,6 +146,16 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         study.close()
     print(front_table(study.summary()))
     print(f"report: {(folder / 'report.html').resolve()}")
+
+
+def _check_settings(config: DictConfig) -> None:
+    """Raises UserError for a setting that a trial would refuse, or that means nothing."""
+    build.calibration(config)
+    check_scalars(Run, {"seed": config.seed})
+    check_seed(config.seed)
+    _made(Settings, {field.name: config[field.name] for field in dataclasses.fields(Settings)})
+    _made(Limits, config.limits, "limits")
+    _made(Racing, config.racing, "racing")
 
 
 def _pinned(config: DictConfig, typed: overrides.Typed, lm: LM) -> tuple[DictConfig, overrides.Typed]:
