@@ -126,3 +126,8 @@ def test_calibrating_and_comparing_models_import_no_lightning() -> None:
     """Each child process of a search would pay for it, those of spaces without any training, too."""
     imports = "winnow.model.calibration, winnow.recovery.encoding, winnow.recovery.corpus, winnow.benchmark.divergence"
     assert loaded_by(imports, "torch", "lightning") == ["torch"]
+
+
+@pytest.mark.parametrize("name", options("method"))
+def test_messages_name_the_key_that_a_method_is_configured_under(name: str) -> None:
+    assert class_of(composed("compress", f"method=[{name}]").method[name])().option == f"method.{name}"

@@ -67,6 +67,7 @@ def knobs_of(stage: type | Stage) -> dict[str, Knob]:
 class Checked:
     """Base of stages: a knob out of its range is an error at construction, before anything heavy happens."""
 
+    known_as: ClassVar[str] = ""  # in conf/method, where that is not the name of the class in small letters
     preload: ClassVar[tuple[str, ...]] = ()  # slow imports, which a search's fork server makes once for all trials
     perplexity_bound: ClassVar[float] = 1.1  # at its defaults it keeps the embedded model within this ratio of its own
     aggressive: ClassVar[Mapping[str, Any]] = {}  # the knobs that compress most, for docs/methods.md
@@ -87,8 +88,12 @@ class Checked:
         return Work.streamed(plan)
 
     def __post_init__(self) -> None:
-        name = type(self).__name__.lower()
         for field_name, knob_ in knobs_of(type(self)).items():
             value = getattr(self, field_name)
             if not knob_.allows(value):
-                raise UserError(f"method.{name}.{field_name}={value} is out of range: it takes {knob_}")
+                raise UserError(f"{self.option}.{field_name}={value} is out of range: it takes {knob_}")
+
+    @property
+    def option(self) -> str:
+        """The key of its settings, for messages."""
+        return f"method.{self.known_as or type(self).__name__.lower()}"

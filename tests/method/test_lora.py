@@ -112,5 +112,5 @@ def test_targets_that_match_nothing_name_what_there_is(tiny) -> None:
     with pytest.raises(
         UserError, match=r"method\.lora\.targets: c_attn, lm_head is no linear layer.*there are down_proj.*v_proj"
     ):
-        targeted(model, ("c_attn", "q_proj", "lm_head"), "lora")
-    assert len(targeted(model, "all", "lora")) == 14
+        targeted(model, ("c_attn", "q_proj", "lm_head"), "method.lora")
+    assert len(targeted(model, "all", "method.lora")) == 14

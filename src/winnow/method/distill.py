@@ -54,10 +54,6 @@ class Distilling(Training):
     teacher: str = knob("online", choices=("online", "cached"), search=False)
     samples: int = knob(60, low=1, high=60, search=False)
 
-    @property
-    def option(self) -> str:
-        return f"method.{type(self).__name__.lower()}"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.teacher != "cached":

@@ -122,7 +122,7 @@ def adapted(model: Any, settings: Any, seed: int) -> Any:
         lora_alpha=settings.alpha or 2 * settings.rank,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
-        target_modules=targeted(model, settings.targets, type(settings).__name__.lower()),
+        target_modules=targeted(model, settings.targets, settings.option),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
@@ -152,7 +152,7 @@ def _least_norm(norm: Any, *arguments: Any, **named: Any) -> torch.Tensor:
     return found.clamp(min=_LEAST_NORM)
 
 
-def targeted(model: nn.Module, targets: str | Sequence[str], method: str) -> list[str]:
+def targeted(model: nn.Module, targets: str | Sequence[str], option: str) -> list[str]:
     """The full names of the linear layers in the blocks of `model` that are meant, by their last name or more of it."""
     from winnow.model.packing import linears
 
@@ -164,7 +164,7 @@ def targeted(model: nn.Module, targets: str | Sequence[str], method: str) -> lis
     if lost:
         there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         raise UserError(
-            f"method.{method}.targets: {', '.join(lost)} is no linear layer of the blocks; there are {there}; `all` takes them all"
+            f"{option}.targets: {', '.join(lost)} is no linear layer of the blocks; there are {there}; `all` takes them all"
         )
     return found
 

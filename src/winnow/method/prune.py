@@ -49,7 +49,7 @@ class Pruning(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        option = f"method.{self.name}"
+        option = self.option
         if self.pattern != "unstructured" and self.sparsity != 0.5:
             raise UserError(
                 f"{option}.sparsity={self.sparsity} clashes with {option}.pattern={self.pattern}, which zeroes "

@@ -41,6 +41,7 @@ class SoftPrompt(Training):
     """
 
     slot: ClassVar[Slot] = Slot.PROMPT
+    known_as: ClassVar[str] = "soft_prompt"
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
     perplexity_bound: ClassVar[float] = 1.5
     leaves_adapter: ClassVar[bool] = True

@@ -103,8 +103,8 @@ class Training(Checked):
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with; where it is made, and how often, does not matter."""
-        name, free = type(self).__name__.lower(), ("checkpoint_minutes", "tokens_per_device")
-        return {f"method.{name}.{k}": v for k, v in dataclasses.asdict(self).items() if k not in free}
+        free = ("checkpoint_minutes", "tokens_per_device")
+        return {f"{self.option}.{k}": v for k, v in dataclasses.asdict(self).items() if k not in free}
 
     def train(
         self,
@@ -127,7 +127,7 @@ class Training(Checked):
         precision = self.precision_in(run.compute_dtype)
         slow = slow_here(BFLOAT16, run.device) if precision.startswith("bf16") else ""
         if slow:
-            run.log(f"method.{type(self).__name__.lower()}.precision={self.precision}: {slow}")
+            run.log(f"{self.option}.precision={self.precision}: {slow}")
         schedule = Schedule(learning_rate, self.steps, warmup, weight_decay=weight_decay, optimizer=optimizer)
         fitted = fit(
             model,
