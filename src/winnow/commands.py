@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from winnow.hardware.lock import sharing
 from winnow.method.pipeline import compress as run_pipeline
 from winnow.model.save import remove_empty
 from winnow.recovery import devices
-from winnow.types import LM, Benchmark, Figures, Run, Stopped
+from winnow.types import LM, Benchmark, Figures, Run, Stopped, UserError
 
 if TYPE_CHECKING:
     from winnow.benchmark.samples import Sample
@@ -43,9 +44,12 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     scratch = build.scratch(cfg, output)
     curves = build.curves(cfg, output, scratch, log)
     try:
-        with _sharing(hardware.device, log, world), curves if world.first else contextlib.nullcontext():
+        alone = _alone(scratch, output) if world.first else contextlib.nullcontext()
+        with alone, _sharing(hardware.device, log, world), curves if world.first else contextlib.nullcontext():
             run = dataclasses.replace(build.run(cfg, scratch, log), curve=curves.log)
             artifact = run_pipeline(lm, stages, run, output)
+    except _Busy:
+        raise
     except BaseException:
         # a training's checkpoints stay, so that the same command goes on from them
         if world.first and not any(scratch.rglob("*.ckpt")):
@@ -147,6 +151,31 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     log(f"metrics: {output / 'metrics.json'}")
     return metrics
+
+
+class _Busy(UserError):
+    """Another process is making the same artifact."""
+
+
+@contextlib.contextmanager
+def _alone(scratch: Path, output: Path) -> Iterator[None]:
+    """Holds the scratch folder: a second process with the same command would take files from under the first one.
+
+    Raises:
+        _Busy: another process has it.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _Busy(
+                f"output={output} is being made by another process with the same settings; wait for it, or set another output="
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _silent(line: str) -> None: ...

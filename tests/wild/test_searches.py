@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 
 from tests.agent import world
 from tests.search.test_loop import Found, outcome
+from tests.test_conf import composed
+from winnow import build
 from winnow.agent.gp import GP
 from winnow.agent.policy import Policy
 from winnow.agent.samplers import NSGA2, TPE, Grid, Random
@@ -64,3 +68,18 @@ def test_numbers_that_mean_nothing_are_refused(command: Callable[..., Any], tmp_
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert setting in done.stderr and "give" in done.stderr
         assert not (tmp_path / "outputs").exists()
+
+
+def test_two_processes_do_not_make_the_same_artifact(command: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = ["method=[magnitude]", f"output={tmp_path / 'artifact'}"]
+    scratch = build.scratch(composed("compress", f"outputs={tmp_path / 'outputs'}"), tmp_path / "artifact")
+    scratch.mkdir(parents=True)
+    (scratch / "half-made").touch()
+    other = os.open(scratch, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    done = command("compress", *arguments)
+    assert done.returncode == 2 and "is being made by another process" in done.stderr, done.stderr
+    assert (scratch / "half-made").exists()
+    os.close(other)
+    assert command("compress", *arguments).returncode == 0
+    assert not (tmp_path / "outputs").exists()
