@@ -32,6 +32,11 @@ COMMAND_LINES = [
     ("compress", ["hardware=l40s_x2"], ["hardware=l40s_x2", "use hardware=cpu"]),
     (
         "compress",
+        ["method=[rtn]", "method.wanda.sparsity=0.6"],
+        ["method.wanda.sparsity: wanda is not among the methods", "method=[...,wanda]"],
+    ),
+    (
+        "compress",
         ["calibration.source=none.jsonl", "method=[wanda]"],
         ["calibration.source=none.jsonl", "no such file"],
     ),
@@ -259,3 +264,16 @@ class TestStudy:
         check_sqlite(tmp_path / "study.db")
         with sqlite3.connect(tmp_path / "study.db") as connection:
             assert connection.execute("select count(*) from studies").fetchone() == (1,)
+
+
+def test_an_error_below_a_folder_named_as_a_library_is_a_defect(tmp_path: Path) -> None:
+    from winnow.cli import is_mistake
+
+    (tmp_path / "hydra").mkdir()
+    (tmp_path / "hydra" / "mine.py").write_text("def divide():\n    return 1 / 0\n")
+    code = compile((tmp_path / "hydra" / "mine.py").read_text(), str(tmp_path / "hydra" / "mine.py"), "exec")
+    names: dict[str, object] = {}
+    exec(code, names)
+    with pytest.raises(ZeroDivisionError) as error:
+        names["divide"]()  # type: ignore[operator]
+    assert not is_mistake(error.value)

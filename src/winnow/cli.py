@@ -191,6 +191,10 @@ def unknown_key(text: str) -> str:
     """The message for `key=value` when the configuration has no such key."""
     found = re.search(r"Could not override '([^']*)'", text)
     key = found.group(1) if found else "a key"
+    group, _, name = key.partition(".")
+    method = name.partition(".")[0]
+    if group == "method" and method in options("method") and "." in name:
+        return f"{key}: {method} is not among the methods; name it in method=[...,{method}], or leave this out"
     return f"{key}: the configuration has no such key; --cfg job shows those it has (+{key}=... adds a new one)"
 
 

@@ -92,3 +92,13 @@ def test_costs_are_those_of_what_has_to_be_done() -> None:
     assert costs.seconds(other) == pytest.approx(64.0 + 10.0)
     costs.observe(made(2, ("wanda", "lora", "rtn"), {**pruned, "method.rtn.bits": 3}, reused=2, evaluate=20.0))
     assert costs.seconds(other) == pytest.approx(64.0 + 15.0)
+
+
+def test_what_is_not_kept_costs_again() -> None:
+    trial = Trial(
+        1, Strategy(("wanda",)), stages=[{"method": "wanda", "seconds": 40.0, "reused": False}], seconds={"evaluate": 2.0}
+    )
+    for cached, expected in ((True, 2.0), (False, 42.0)):
+        costs = Costs(cached)
+        costs.observe(trial)
+        assert costs.seconds(Strategy(("wanda",))) == expected

@@ -21,9 +21,14 @@ def prefixes(strategy: Strategy) -> Iterator[Prefix]:
 
 
 class Costs:
-    """Means over trials: of each method's stage, and of evaluations that came to their end."""
+    """Means over trials: of each method's stage, and of evaluations that came to their end.
 
-    def __init__(self) -> None:
+    Args:
+        cached: whether what the first stages of a pipeline made is kept for others.
+    """
+
+    def __init__(self, cached: bool = True) -> None:
+        self._cached = cached
         self._stages: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         self._evaluations = [0.0, 0]
         self._made: set[Prefix] = set()
@@ -32,7 +37,8 @@ class Costs:
         for stage in trial.stages:
             if not stage["reused"]:
                 _add(self._stages[stage["method"]], stage["seconds"])
-        self._made.update(list(prefixes(trial.strategy))[: len(trial.stages)])
+        if self._cached:
+            self._made.update(list(prefixes(trial.strategy))[: len(trial.stages)])
         if trial.complete:
             _add(self._evaluations, trial.seconds.get("evaluate", 0.0))
 

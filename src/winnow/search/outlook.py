@@ -30,16 +30,18 @@ class Forecasts:
     Args:
         ask: many strategies at once -> for each `figures` that are known, `estimates`, and a `refusal`.
         constraints: limits by figure; those that follow from the configuration are checked here.
+        cached: whether stages that trials have in common are made once.
     """
 
     def __init__(
         self,
         ask: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
         constraints: Mapping[str, float] | None = None,
+        cached: bool = True,
     ) -> None:
         self._ask, self._constraints = ask, dict(constraints or {})
         self._found: dict[tuple[str, ...], dict[str, Any]] = {}
-        self.costs = Costs()
+        self.costs = Costs(cached)
 
     def observe(self, trial: Trial) -> None:
         self.costs.observe(trial)
@@ -91,7 +93,7 @@ def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -
         except child.Failed:
             return [{} for _ in strategies]
 
-    return Forecasts(ask, constraints)
+    return Forecasts(ask, constraints, cached=bool(cfg.stage_cache_gb))
 
 
 def forecaster(
