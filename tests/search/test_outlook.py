@@ -96,7 +96,10 @@ def test_costs_are_those_of_what_has_to_be_done() -> None:
 
 def test_what_is_not_kept_costs_again() -> None:
     trial = Trial(
-        1, Strategy(("wanda",)), stages=[{"method": "wanda", "seconds": 40.0, "reused": False}], seconds={"evaluate": 2.0}
+        1,
+        Strategy(("wanda",)),
+        stages=[{"method": "wanda", "seconds": 40.0, "reused": False}],
+        seconds={"evaluate": 2.0},
     )
     for cached, expected in ((True, 2.0), (False, 42.0)):
         costs = Costs(cached)

@@ -55,7 +55,7 @@ class Replay:
             file = folder / "study.db"
             if not file.is_file():
                 raise UserError(f"agent.study={self.study}: there is no {file}; give the name or the folder of a study")
-            storage = f"sqlite:///{file}"
+            storage = storages.sqlite_url(file)
         self._recorded = recorded(storages.existing(folder.name if self.storage is None else self.study, storage))
         if not self._recorded:
             raise UserError(f"agent.study={self.study} holds no strategy to replay")

@@ -20,10 +20,11 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from winnow import grammar
 from winnow.hardware.process import end_with_parent
 from winnow.recovery.devices import HELD, TRAINING, RankLost, under_torchrun
 from winnow.types import LM, Run, Stage, UserError
@@ -112,26 +113,12 @@ def overrides(name: str, stage: Stage, start: str, lm: LM, run: Run, output: Pat
         "outputs": str(outputs.resolve()),
         "wandb.mode": "disabled",  # its curves come as lines
     }
-    return ["model=local", f"method=[{name}]", "hardware=cpu", *(f"{k}={_quoted(v)}" for k, v in settings.items())]
-
-
-def _quoted(value: Any) -> str:
-    """A value in Hydra's grammar of overrides."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{_quoted(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(_quoted(v) for v in value) + "]"
-    text = str(value)
-    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace(
-        "'", "\\'"
-    )  # its rule: backslashes double before a quote only
-    return f"'{escaped}'"
+    return [
+        "model=local",
+        f"method=[{name}]",
+        "hardware=cpu",
+        *(f"{k}={grammar.text_of(v)}" for k, v in settings.items()),
+    ]
 
 
 def environment(run: Run) -> dict[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from winnow import grammar
 from winnow.benchmark.order import FILE as ORDER
 from winnow.knobs import Knob
 from winnow.types import LM, Strategy, UserError
@@ -35,10 +36,8 @@ class Typed:
 
     def pinned(self, lm: LM) -> Typed:
         """The same with the base model where it lies now: of a GGUF file what was made of it, whatever becomes of the file."""
-        from hydra.core.override_parser.types import Quote, QuotedString
-
         values = {"model.path": str(lm.path), "model.name": lm.name}
-        added = [f"{key}={QuotedString(text, Quote.single).with_quotes()}" for key, text in values.items()]
+        added = [f"{key}={grammar.text_of(text)}" for key, text in values.items()]
         kept = [override for override in self.shared if override.split("=")[0] not in values]
         return dataclasses.replace(self, shared=(*kept, *added))
 
@@ -93,11 +92,11 @@ def command_lines(shared: Sequence[str], strategy: Strategy, folder: Path) -> tu
         folder: of the trial.
     """
     artifact = folder / "artifact"
-    compress = [*_of(COMPRESS_KEYS, shared), *strategy.overrides, f"output={artifact}"]
+    compress = [*_of(COMPRESS_KEYS, shared), *strategy.overrides, f"output={grammar.path(artifact)}"]
     loading = [o for o in _of(("model",), shared) if "." in o.split("=")[0] and not o.startswith("model.path")]
     others = [o for o in _of(EVALUATE_KEYS, shared) if not o.startswith("model")]
-    drawn = [f"benchmark.order={folder / ORDER}"] if (folder / ORDER).is_file() else []
-    evaluate = ["model=local", f"model.path={artifact}", *loading, *others, *drawn]
+    drawn = [f"benchmark.order={grammar.path(folder / ORDER)}"] if (folder / ORDER).is_file() else []
+    evaluate = ["model=local", f"model.path={grammar.path(artifact)}", *loading, *others, *drawn]
     return (
         shlex.join(["python", "compress.py", *compress]),
         shlex.join(["python", "evaluate.py", *evaluate]),

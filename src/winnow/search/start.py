@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     held = fingerprint(config, lm, machine)
 
     folder = Path(config.outputs) / config.study
-    url = str(config.storage or f"sqlite:///{folder / 'study.db'}")
+    url = str(config.storage or storage.sqlite_url(folder / "study.db"))
     if (file := storage.sqlite_file(url)) is not None:
         _make(file.parent)
     storage.claim(url, config.study)
@@ -153,6 +154,10 @@ def _check_settings(config: DictConfig) -> None:
     build.calibration(config)
     check_scalars(Run, {"seed": config.seed})
     check_seed(config.seed)
+    if re.search(r"[\x00-\x1f]|\$\{|(^|/)\.{1,2}(/|$)", str(config.study)):
+        raise UserError(
+            f"study={config.study} is no name of a folder; give one without line breaks, dots alone, and ${{"
+        )
     _made(Settings, {field.name: config[field.name] for field in dataclasses.fields(Settings)})
     _made(Limits, config.limits, "limits")
     _made(Racing, config.racing, "racing")

@@ -42,6 +42,13 @@ def sqlite_file(url: str) -> Path | None:
     return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
 
 
+def sqlite_url(file: Path) -> str:
+    """The URL of an SQLite file, whatever its path is made of."""
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+
+
 def claim(url: str, study: str) -> None:
     """Takes the lock of an SQLite file, until this process ends, however it ends; a database server needs none.
 
