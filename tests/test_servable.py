@@ -50,9 +50,9 @@ def rows_shuffled(lm: LM) -> None:
 
 
 BROKEN = {
-    pruned_without_remove: "its perplexity on plain text is",
-    not_a_number: "its logits are not finite",
-    rows_shuffled: "its perplexity on plain text is",
+    pruned_without_remove: r"its weights are not those of its configuration \(missing: .*; unexpected: .*weight_mask",
+    not_a_number: "in transformers its logits are not finite",
+    rows_shuffled: "in transformers its perplexity on plain text is",
 }
 
 
@@ -72,7 +72,7 @@ def test_what_is_broken_is_unservable(damage: Callable[[LM], None], tmp_path: Pa
     damage(lm)
     lm.model.save_pretrained(tmp_path / "artifact")
     lm.tokenizer.save_pretrained(tmp_path / "artifact")
-    with pytest.raises(Unservable, match=f"in transformers {BROKEN[damage]}") as caught:
+    with pytest.raises(Unservable, match=BROKEN[damage]) as caught:
         checked(pretrained(str(tmp_path / "artifact")))
     assert classify(caught.value) is Reason.UNSERVABLE
     assert "\n" not in str(caught.value)

@@ -51,7 +51,7 @@ SCRIPT = [
 
 
 def run(folder: Path, policy: Any, log: Any = lambda line: None, trials: int = 10, launch: Any = None) -> Study:
-    study = open_study(folder.name, f"sqlite:///{folder / 'study.db'}", OBJECTIVES, {"model": "m"})
+    study = open_study(folder.name, f"sqlite:///{folder / 'study.db'}", OBJECTIVES, {"model": {"name": "m"}})
 
     def made(proposal: Proposal, worker: int) -> dict[str, Any]:
         value = sum(map(ord, "".join(proposal.strategy.overrides)))
@@ -121,7 +121,7 @@ def test_every_decision_is_kept_and_no_key(steered: tuple[Path, Study, list[str]
 
 def test_what_it_took_is_still_known_after_a_restart(steered: tuple[Path, Study, list[str]]) -> None:
     folder, study, _ = steered
-    again = open_study(folder.name, f"sqlite:///{folder / 'study.db'}", OBJECTIVES, {"model": "m"})
+    again = open_study(folder.name, f"sqlite:///{folder / 'study.db'}", OBJECTIVES, {"model": {"name": "m"}})
     used = sum(
         sum(t.decision["tokens"][s] for s in ("input", "output")) for t in study.trials if "tokens" in t.decision
     )

@@ -156,7 +156,7 @@ def check_sqlite(path: Path) -> None:
         return
     try:
         # writable: a kill in the middle of a transaction leaves a journal, which is rolled back when the file is next opened
-        with sqlite3.connect(f"file:{path}?mode=rw", uri=True) as connection:
+        with sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True) as connection:
             verdict = connection.execute("PRAGMA quick_check").fetchone()[0]
         connection.close()
     except sqlite3.DatabaseError as error:
