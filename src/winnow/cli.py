@@ -193,7 +193,7 @@ def unknown_key(text: str) -> str:
     key = found.group(1) if found else "a key"
     group, _, name = key.partition(".")
     method = name.partition(".")[0]
-    if group == "method" and method in options("method") and "." in name:
+    if group == "method" and f"Key '{method}' is not in struct" in text and method in options("method"):
         return f"{key}: {method} is not among the methods; name it in method=[...,{method}], or leave this out"
     return f"{key}: the configuration has no such key; --cfg job shows those it has (+{key}=... adds a new one)"
 

@@ -156,7 +156,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     for split in ("train", "test"):
         (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("not json\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"train.jsonl, line 1: not JSON"):
+    with pytest.raises(UserError, match=r"train.jsonl, line 1: it is not JSON"):
         ask(True, "gsm8k", data_dir=tmp_path)
 
 

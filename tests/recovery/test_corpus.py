@@ -76,7 +76,7 @@ USER = {"role": "user", "content": "hi"}
         ({"text": None}, "line 2: its field text is no text but NoneType"),
         ({"prompt": "p", "completion": 3}, "line 2: its field completion is no text but int"),
         ({"instruction": "i", "answer": "a"}, "line 2: no text in it; it has the fields instruction, answer"),
-        (["text"], "line 2 is no JSON object"),
+        (["text"], "line 2: it is no JSON object"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -86,9 +86,9 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, row: Any, message: str) 
 
 def test_damaged_files_and_empty_ones(tmp_path: Path) -> None:
     for name, content, message in (
-        ("cut.jsonl", b'{"text": "a"}\n{"text": "b', "line 2 is not JSON"),
-        ("latin.jsonl", '{"text": "caf\u00e9"}'.encode("latin-1"), "line 1 is not UTF-8"),
-        ("latin.txt", "caf\u00e9".encode("latin-1"), "latin.txt is not UTF-8"),
+        ("cut.jsonl", b'{"text": "a"}\n{"text": "b', "line 2: it is not JSON"),
+        ("latin.jsonl", '{"text": "caf\u00e9"}'.encode("latin-1"), "line 1: it is not UTF-8"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "latin.txt, line 1: it is not UTF-8"),
         ("empty.jsonl", b"\n", "empty.jsonl is empty"),
         ("empty.txt", b"", "empty.txt is empty"),
     ):

@@ -185,15 +185,18 @@ def layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def norm_of_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Lengths [out] to divide the rows [out, in] by: a row of zeros stays one."""
+    return weight.norm(dim=1).clamp(min=_LEAST_NORM)
+
+
 def effective(layer: Any) -> torch.Tensor:
     """The weight [out, in] that a layer with its adapter stands for: `W + mask * s B A`, rows scaled by DoRA."""
     update = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight) * layer.scaling["default"]
     mask = getattr(layer, "winnow_mask", None)
     weight = layer.base_layer.weight + (update if mask is None else mask * update)
     if layer.use_dora["default"]:
-        norm = (
-            weight.norm(dim=1).clamp(min=_LEAST_NORM).detach()
-        )  # arXiv:2402.09353, section 4.3: a constant in the backward pass
+        norm = norm_of_rows(weight).detach()  # arXiv:2402.09353, section 4.3: a constant in the backward pass
         weight = weight * (layer.lora_magnitude_vector["default"].weight / norm)[:, None]
     return weight  # type: ignore[no-any-return]
 

@@ -162,9 +162,11 @@ def _sum(layer: Any) -> torch.Tensor:
     """`W + s B A` of a layer, rows scaled by DoRA, rounded to the type that the model computes in."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+    from winnow.method.lora import norm_of_rows
+
     base = layer.get_base_layer()
     dense = dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
     weight: torch.Tensor = dense.float() + layer.get_delta_weight("default").float()
     if layer.use_dora["default"]:
-        weight = weight * (layer.lora_magnitude_vector["default"].weight / weight.norm(dim=1))[:, None]
+        weight = weight * (layer.lora_magnitude_vector["default"].weight / norm_of_rows(weight))[:, None]
     return weight.to(dense.dtype)

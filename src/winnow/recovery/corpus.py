@@ -165,7 +165,9 @@ def _way_out(calibration: Calibration) -> str:
         for name, tasks in _benchmarks().items()
         for values in tasks.values()
         for split, file in (values.get("data") or {}).items()
-        if split != "test" and calibration.data_dir and (path := Path(calibration.data_dir) / file).is_file()
+        if (split == "train" or (split == "validation" and "test" in values["data"]))
+        and calibration.data_dir
+        and (path := Path(calibration.data_dir) / file).is_file()
     ]
     if local:
         return f"here is {' or '.join(local)}"

@@ -46,7 +46,8 @@ def sqlite_url(file: Path) -> str:
     """The URL of an SQLite file, whatever its path is made of."""
     from sqlalchemy.engine import URL
 
-    return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+    url: str = URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+    return url
 
 
 def claim(url: str, study: str) -> None:
