@@ -187,7 +187,8 @@ def layers(model: nn.Module) -> dict[str, Any]:
 
 def norm_of_rows(weight: torch.Tensor) -> torch.Tensor:
     """Lengths [out] to divide the rows [out, in] by: a row of zeros stays one."""
-    return weight.norm(dim=1).clamp(min=_LEAST_NORM)
+    norms: torch.Tensor = weight.norm(dim=1).clamp(min=_LEAST_NORM)
+    return norms
 
 
 def effective(layer: Any) -> torch.Tensor:
