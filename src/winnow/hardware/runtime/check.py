@@ -54,16 +54,13 @@ to the vineyard to look for a grape. Ben takes a brush for painting. Olga goes t
 sees a snowman made of snow. Paul goes to the cave to look for a miner."""
 
 
-def check(lm: LM, served: Served, base: float | None = None) -> float:
+def check(lm: LM, served: Served) -> float:
     """Its perplexity on the better of the two texts.
-
-    Args:
-        base: that of the model that it was made of; by default what the manifest says.
 
     Raises:
         Unservable: it does not work; the message says what is wrong.
     """
-    base = base or lm.manifest.get(RECORD, {}).get("base")
+    base = lm.manifest.get(RECORD, {}).get("base")
     bound = highest(served.vocab_size, base)
     what = f"{lm.path or lm.name}: in {served.name}"
     with blaming(what):
