@@ -43,21 +43,19 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     output = build.output(cfg, command, lm, stages)
     scratch = build.scratch(cfg, output)
     curves = build.curves(cfg, output, scratch, log)
-    try:
-        alone = _alone(scratch, output) if world.first else contextlib.nullcontext()
-        with alone, _sharing(hardware.device, log, world), curves if world.first else contextlib.nullcontext():
-            run = dataclasses.replace(build.run(cfg, scratch, log), curve=curves.log)
-            artifact = run_pipeline(lm, stages, run, output)
-    except _Busy:
-        raise
-    except BaseException:
-        # a training's checkpoints stay, so that the same command goes on from them
-        if world.first and not any(scratch.rglob("*.ckpt")):
-            _remove(scratch)
-        raise
-    if not world.first:
-        sys.exit(0)  # the first writes what they have all made
-    _remove(scratch)
+    with _alone(scratch, output) if world.first else contextlib.nullcontext():
+        try:
+            with _sharing(hardware.device, log, world), curves if world.first else contextlib.nullcontext():
+                run = dataclasses.replace(build.run(cfg, scratch, log), curve=curves.log)
+                artifact = run_pipeline(lm, stages, run, output)
+        except BaseException:
+            # a training's checkpoints stay, so that the same command goes on from them
+            if world.first and not any(scratch.rglob("*.ckpt")):
+                _remove(scratch)
+            raise
+        if not world.first:
+            sys.exit(0)  # the first writes what they have all made
+        _remove(scratch)
     assert artifact.path is not None
     return Path(artifact.path)
 
@@ -153,16 +151,12 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
     return metrics
 
 
-class _Busy(UserError):
-    """Another process is making the same artifact."""
-
-
 @contextlib.contextmanager
 def _alone(scratch: Path, output: Path) -> Iterator[None]:
     """Holds the scratch folder: a second process with the same command would take files from under the first one.
 
     Raises:
-        _Busy: another process has it.
+        UserError: another process has it.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -170,7 +164,7 @@ def _alone(scratch: Path, output: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _Busy(
+            raise UserError(
                 f"output={output} is being made by another process with the same settings; wait for it, or set another output="
             ) from None
         yield
