@@ -140,11 +140,9 @@ def rows_of_zeros(model: nn.Module) -> list[str]:
 
 def _keep_rows_of_zeros(model: nn.Module) -> None:
     """Lets PEFT's DoRA leave a row of zeros as it is, where it would make NaN of it."""
-    concerned = rows_of_zeros(model)
-    for name, layer in layers(model).items():
-        if name in concerned:
-            vector = layer.lora_magnitude_vector["default"]
-            vector.get_weight_norm = functools.partial(_least_norm, vector.get_weight_norm)
+    for layer in layers(model).values():
+        vector = layer.lora_magnitude_vector["default"]
+        vector.get_weight_norm = functools.partial(_least_norm, vector.get_weight_norm)
 
 
 def _least_norm(norm: Any, *arguments: Any, **named: Any) -> torch.Tensor:

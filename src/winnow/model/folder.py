@@ -7,6 +7,7 @@ hashes, copies or checks a model takes its files from here.
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,6 @@ def header_of(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no safetensors file, or shorter than its header says.
     """
-    import struct
-
     size = file.stat().st_size
     with file.open("rb") as data:
         if size < 8:
