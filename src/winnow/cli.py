@@ -12,8 +12,7 @@ import importlib.util
 import os
 import re
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from winnow.model.save import is_disk_full
+from winnow.origins import behind, raised_below
 from winnow.recovery.devices import RankLost
 from winnow.types import MissingExtra, UserError
 
@@ -130,14 +130,13 @@ def is_mistake(error: Exception) -> bool:
     """Whether the command line is to blame: our own errors, Hydra's, and whatever Hydra lets slip while it reads it."""
     if isinstance(error, UserError | HydraException | OmegaConfBaseException) or is_disk_full(error):
         return True
-    innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(innermost.is_relative_to(Path(str(package.__file__)).parent) for package in (hydra, omegaconf))
+    return any(raised_below(error, Path(str(package.__file__)).parent) for package in (hydra, omegaconf))
 
 
 def explain(error: BaseException) -> str:
     """One message for a person: what is wrong, which option it is about, and a way out."""
     ours = next(
-        (e for e in _behind(error) if isinstance(e, UserError)), None
+        (e for e in behind(error) if isinstance(e, UserError)), None
     )  # one that came up while a value was worked out
     if ours is not None:
         return str(ours)
@@ -158,13 +157,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException) and "not in struct" in text:
         return unknown_key(text)
     return message + (f" (at {key.group(1)})" if key and key.group(1) not in message else "")
-
-
-def _behind(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def options(group: str) -> list[str]:

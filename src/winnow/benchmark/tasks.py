@@ -15,6 +15,7 @@ from typing import Any
 
 from winnow.benchmark.spec import Spec, find, missing
 from winnow.model.hub import offline_if_unreachable
+from winnow.origins import behind
 from winnow.types import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -153,13 +154,12 @@ def from_hub(spec: Spec, manager: Any, name: str) -> Any:
         ) from None
 
 
-def _is_unreachable(error: BaseException | None) -> bool:
+def _is_unreachable(error: BaseException) -> bool:
     """Whether a failed download is behind it: the hub's libraries wrap that in exceptions of several kinds."""
-    while error is not None:
-        module = type(error).__module__.split(".")[0]
-        if isinstance(error, ConnectionError | TimeoutError) or module in ("httpx", "httpcore", "requests"):
+    for cause in behind(error):
+        module = type(cause).__module__.split(".")[0]
+        if isinstance(cause, ConnectionError | TimeoutError) or module in ("httpx", "httpcore", "requests"):
             return True
-        if module in ("huggingface_hub", "datasets") and not isinstance(error, ValueError | KeyError):
+        if module in ("huggingface_hub", "datasets") and not isinstance(cause, ValueError | KeyError):
             return True
-        error = error.__cause__ or error.__context__
     return False

@@ -13,7 +13,6 @@ import importlib
 import json
 import logging
 import os
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from unittest import mock
 
 from winnow.model import adapter, generation, lowrank, manifest
 from winnow.model.folder import INDEX, WEIGHTS, header_of, weight_files
-from winnow.model.hub import offline_if_unreachable
+from winnow.model.loading_errors import plain_errors
 from winnow.scalars import check_scalars
 from winnow.types import LM, Loading, MissingExtra, Unservable, UserError
 
@@ -358,75 +357,6 @@ def no_tokenizer(folder: Path) -> str:
         f"model.path={folder} holds no tokenizer ({', '.join(TOKENIZERS[:3])}, ...); "
         f"copy the tokenizer files of the model that it was made of into it"
     )
-
-
-@contextlib.contextmanager
-def plain_errors(path: str) -> Iterator[None]:
-    """Turns the hub's and the loader's errors into messages that name `model.path` and a way out."""
-    from huggingface_hub import errors
-
-    local = Path(path).is_dir()
-    try:
-        with contextlib.nullcontext() if local else offline_if_unreachable():
-            yield
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(f"model.path={path} needs a library that is not installed: {error}") from error
-    except (OSError, ValueError) as error:
-        causes = list(_causes(error))
-        status = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
-        gated = any(isinstance(cause, errors.GatedRepoError) for cause in causes)
-        unknown = not gated and any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes)
-        if gated or (status & {401, 403} and not unknown):
-            raise UserError(
-                f"model.path={path} needs a login: accept its licence on the hub and set HF_TOKEN"
-            ) from error
-        if unknown:
-            raise UserError(
-                f"model.path={path}: no such model on the hub, or it is private and needs HF_TOKEN; "
-                f"for a folder, check that it exists"
-            ) from error
-        text = str(error).replace(path, "it")  # a path may hold any word
-        if "trust_remote_code" in text:
-            raise UserError(
-                f"model.path={path} brings its own code; if you have read it and trust it, set model.trust_remote_code=true"
-            ) from error
-        if not local and "safetensors" in text and not isinstance(error, FileNotFoundError):
-            raise UserError(
-                f"model.path={path} has no safetensors weights; convert them, or set model.allow_pickle=true if you trust it"
-            ) from error
-        unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
-        if not local and (
-            any(isinstance(cause, unreachable) for cause in causes) or "connect" in text or "cached" in text
-        ):
-            raise UserError(
-                f"model.path={path} is neither a folder nor in the cache, and the hub cannot be reached "
-                f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')}); give a folder, or download it first"
-            ) from error
-        raise _unloadable(path, str(error)) from error
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        if _raised_here(error):
-            raise
-        raise _unloadable(path, f"{type(error).__name__}: {error}") from error
-
-
-def _unloadable(path: str, why: str) -> UserError:
-    kind = Unservable if Path(path).is_dir() else UserError
-    return kind(f"model.path={path} cannot be loaded: {' '.join(why.split())[:300]}")
-
-
-def _raised_here(error: BaseException) -> bool:
-    """Whether an error came up in winnow's own code: a defect, and not a file that a library cannot make sense of."""
-    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(innermost).is_relative_to(Path(__file__).resolve().parents[1])
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those behind it: libraries wrap the hub's own."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

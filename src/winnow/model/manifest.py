@@ -57,9 +57,12 @@ def hash_of(files: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
 
 
-def described(folder: Path) -> dict[str, Any]:
-    """What a manifest says of the files that lie beside it: `sizes`, `files` (the hash of each) and `sha256` of them all."""
-    files = hashes(folder)
+def described(folder: Path, files: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a manifest says of the files that lie beside it: `sizes`, `files` (the hash of each) and `sha256` of them all.
+
+    `files`: the hashes, where they are known.
+    """
+    files = files or hashes(folder)
     return {"sizes": sizes(folder), "files": files, "sha256": hash_of(files)}
 
 
@@ -100,7 +103,7 @@ def checked(folder: Path) -> dict[str, Any]:
         "it is another model, and its manifest is not used" if other else "its figures are not that artifact's"
     )
     _LOG.warning(f"{folder}: {', '.join(changed)} changed since winnow wrote the artifact; {consequence}")
-    return {} if other else {**manifest, **described(folder)}
+    return {} if other else {**manifest, **described(folder, now)}
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:

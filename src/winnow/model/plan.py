@@ -222,7 +222,8 @@ def plan_of(lm: LM) -> Plan:
     Raises:
         UserError: transformers knows no causal LM for its configuration, or there is none.
     """
-    from winnow.model.load import load_config, plain_errors
+    from winnow.model.load import load_config
+    from winnow.model.loading_errors import plain_errors
 
     config = load_config(lm)
     if lm.loading.dtype != "auto":

@@ -23,6 +23,7 @@ read come over the network, each time. A row of a file or of the hub is one of
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -230,6 +231,7 @@ def _pieces(text: str, size: int) -> Iterator[str]:
         yield piece.group().rstrip()
 
 
+@functools.cache
 def _benchmarks() -> Mapping[str, Mapping[str, Any]]:
     """The tasks of each benchmark that is one by itself, by the name of its option."""
     from omegaconf import OmegaConf
