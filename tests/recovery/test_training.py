@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from winnow.method import pipeline
-from winnow.method.lora import adapted
+from winnow.method.lora import Lora, adapted
 from winnow.method.pretrain import Pretrain
 from winnow.model.load import pretrained
 from winnow.recovery.corpus import documents
@@ -58,10 +58,7 @@ def trained(
 
 
 def lora(model: Any) -> Any:
-    class Settings:
-        rank, alpha, rslora, dora, targets = 4, 0, False, True, "all"
-
-    made = adapted(model, Settings(), 0)
+    made = adapted(model, Lora(rank=4, dora=True), 0)
     for module in made.modules():  # random numbers are drawn in each step: their state must come back too
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1

@@ -103,11 +103,8 @@ class Lora(Adapting):
         return lm.changed(merged)
 
 
-def adapted(model: Any, settings: Any, seed: int) -> Any:
+def adapted(model: Any, settings: Adapting, seed: int) -> Any:
     """`model` with fresh adapters in its linear layers, by PEFT; only they need a gradient.
-
-    Args:
-        settings: has `rank`, `alpha`, `rslora`, `dora` and `targets`.
 
     Raises:
         MissingExtra: PEFT is not installed.
