@@ -64,6 +64,12 @@ def knobs_of(stage: type | Stage) -> dict[str, Knob]:
     return {f.name: f.metadata["knob"] for f in dataclasses.fields(stage) if "knob" in f.metadata}
 
 
+# how an architecture holds a matrix: a linear layer of torch's own class, one of a stack of experts (that checkpoints hold
+# apart, or as one tensor), transposed as in GPT-2; or a linear layer of a class of its own, by that class's name
+LINEAR, EXPERT, STACKED, TRANSPOSED = "Linear", "expert", "stacked expert", "Conv1D"
+ANY = ("any",)
+
+
 class Checked:
     """Base of stages: a knob out of its range is an error at construction, before anything heavy happens."""
 
@@ -72,6 +78,7 @@ class Checked:
     perplexity_bound: ClassVar[float] = 1.1  # at its defaults it keeps the embedded model within this ratio of its own
     aggressive: ClassVar[Mapping[str, Any]] = {}  # the knobs that compress most, for docs/methods.md
     eager_because: ClassVar[str | None] = None  # why what it makes cannot be decoded from CUDA graphs, after its name
+    matrices: ClassVar[tuple[str, ...] | None] = ANY  # held in which ways it works on them; None: on none by itself
     shown_after: ClassVar[tuple[str, ...]] = ()  # the methods without which there is nothing to show of it there
     shown_with: ClassVar[
         Mapping[str, Any]

@@ -62,7 +62,7 @@ def test_it_runs_there_and_what_it_saves_works_there(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "gguf"])
 def test_patterns_survive_quantization_there(name: str, tmp_path: Path) -> None:
     made(tmp_path, wanda=CLASSES["wanda"](pattern="2:4"), **{name: stage_of(name)})
-    from winnow.model.packing import linears
+    from winnow.model.layers import linears
 
     model = on_device(tmp_path / "artifact").model
     pruned = made(tmp_path / "pruned", wanda=CLASSES["wanda"](pattern="2:4"))

@@ -18,8 +18,8 @@ from winnow.knobs import knobs_of
 from winnow.method import checkpoint, pipeline
 from winnow.method.autoround import AutoRound
 from winnow.method.rtn import RTN
+from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.packing import linears
 from winnow.model.save import save
 from winnow.nano.model import WEIGHTS
 from winnow.types import LM, MissingExtra, Run, UserError

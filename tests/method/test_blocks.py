@@ -12,10 +12,11 @@ from torch import nn
 
 from tests.method.shapes import FAMILIES, config_of
 from winnow.method import checkpoint as checkpoints
-from winnow.method.blocks import decoder_blocks, input_sums, walk_blocks
+from winnow.method.blocks import input_sums, walk_blocks
 from winnow.method.checkpoint import Checkpoint, checkpoint_of
 from winnow.method.prune import Wanda
 from winnow.method.sparsegpt import SparseGPT
+from winnow.model.layers import decoder_blocks
 from winnow.model.load import pretrained
 from winnow.types import Calibration, Run
 

@@ -27,8 +27,8 @@ from winnow.cli import options
 from winnow.method import pipeline
 from winnow.model import manifest
 from winnow.model.adapter import bare
+from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.packing import linears
 from winnow.model.plan import plan_of
 from winnow.model.save import save
 from winnow.nano.model import WEIGHTS

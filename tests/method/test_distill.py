@@ -19,8 +19,8 @@ from winnow.method.carving import carved, smaller, spaced
 from winnow.method.depth import Depth, shallower
 from winnow.method.distill import Distill
 from winnow.method.prune import Wanda
+from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.packing import linears
 from winnow.model.plan import dense_tensors, plan_of
 from winnow.model.reshape import rebuilt
 from winnow.nano.model import WEIGHTS

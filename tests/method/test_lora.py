@@ -9,8 +9,8 @@ import torch
 
 from winnow.method.lora import Lora, adapted, layers, mask_zeros, merge, targeted
 from winnow.method.prune import Wanda
+from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.packing import linears
 from winnow.types import UserError
 
 

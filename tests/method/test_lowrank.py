@@ -15,8 +15,8 @@ from winnow.method import pipeline
 from winnow.method.lora import Lora
 from winnow.method.lowrank import LowRank, best_product
 from winnow.method.rtn import RTN
+from winnow.model.layers import linears
 from winnow.model.load import load_config, pretrained
-from winnow.model.packing import linears
 from winnow.model.plan import Plan, dense_tensors
 from winnow.model.save import save
 from winnow.model.spec import spec

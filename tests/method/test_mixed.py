@@ -19,8 +19,8 @@ from winnow.method.prune import Magnitude
 from winnow.method.rtn import RTN, rtn_scale
 from winnow.model import packing
 from winnow.model.calibration import calibration_batches
+from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.packing import linears
 from winnow.model.plan import plan_of
 from winnow.model.save import save
 from winnow.nano.model import WEIGHTS

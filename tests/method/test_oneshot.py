@@ -18,8 +18,8 @@ from winnow.method import pipeline
 from winnow.method.oneshot import AWQ, FP8, GPTQ, SmoothQuant
 from winnow.method.prune import Wanda
 from winnow.method.rtn import RTN
+from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.packing import linears
 from winnow.model.plan import Plan, dense_tensors
 from winnow.model.save import save
 from winnow.nano.model import trained

@@ -14,8 +14,8 @@ from winnow.method import allocation, pipeline
 from winnow.method.masks import smallest, smallest_of_all, smallest_of_pattern
 from winnow.method.prune import Magnitude, Wanda
 from winnow.method.sparsegpt import SparseGPT
+from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.packing import linears
 from winnow.nano.model import trained
 from winnow.types import LM, UserError
 

@@ -9,8 +9,8 @@ import torch
 
 from tests.method.test_conformance import logits
 from winnow.method import pipeline
+from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.packing import linears
 from winnow.types import UserError
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.packing import linears
 from winnow.nano.model import WEIGHTS
 from winnow.recovery import targets as module
 from winnow.recovery import zeros

@@ -49,11 +49,11 @@ def byte_order_mark(name: str) -> Edit:
     return change
 
 
-def tensors(change: Callable[[Tensors], Tensors | None]) -> Edit:
+def tensors(change: Callable[[Tensors], Tensors | None], name: str = "model.safetensors") -> Edit:
     """Other weights: those that `change` returns, or those that it has changed in place."""
 
     def changed(folder: Path) -> None:
-        file = folder / "model.safetensors"
+        file = folder / name
         held = load_file(file)
         save_file({k: t.contiguous() for k, t in (change(held) or held).items()}, file, {"format": "pt"})
 

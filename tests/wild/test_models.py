@@ -16,12 +16,13 @@ from tests.wild import edits
 from tests.wild.edits import Edit, both, byte_order_mark, removed, setting, tensors, written
 from winnow.hardware.runtime import serving
 from winnow.method import pipeline
-from winnow.method.lora import Lora
+from winnow.method.lora import Lora, adapted
 from winnow.method.qlora import QLoRA
 from winnow.method.rtn import RTN
+from winnow.model import adapter
 from winnow.model.load import pretrained
 from winnow.search import start
-from winnow.types import LM, Run, UserError
+from winnow.types import LM, Run, Unservable, UserError
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -144,3 +145,33 @@ def test_decoding_is_plainly_greedy_whatever_the_model_asks_for(folder: Path, na
         assert answers(lm) == expected
     assert said == [f"decoding is greedy: {name}=2 of the model's settings are not used"]
     assert getattr(lm.model.generation_config, name) == 2  # and are saved with it
+
+
+A_OF_UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+
+ADAPTERS: dict[str, tuple[Edit, str]] = {
+    "a tensor is missing": (
+        tensors(lambda held: {k: t for k, t in held.items() if k != A_OF_UP}, "adapter/adapter_model.safetensors"),
+        f"missing: {A_OF_UP}",
+    ),
+    "a tensor too many": (
+        tensors(lambda held: {**held, "x.lora_A.weight": torch.zeros(4, 4)}, "adapter/adapter_model.safetensors"),
+        "unexpected: x.lora_A",
+    ),
+    "a tensor of another shape": (
+        tensors(lambda held: {**held, A_OF_UP: torch.zeros(4, 3)}, "adapter/adapter_model.safetensors"),
+        r"of another shape: .*\(4, 3\) for \(4, 64\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [None, *ADAPTERS])
+def test_an_adapter_is_whole_or_refused(name: str | None, folder: Path) -> None:
+    adapter.write(adapted(pretrained(str(folder)).model, Lora(rank=4), 0), folder / adapter.NAME)
+    if name is None:
+        assert adapter.is_adapted(pretrained(str(folder)).model)
+        return
+    edit, message = ADAPTERS[name]
+    edit(folder)
+    with pytest.raises(Unservable, match=f"its adapter's weights are not those of its configuration .*{message}"):
+        _ = pretrained(str(folder)).model

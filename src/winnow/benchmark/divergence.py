@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from winnow.files import whole
+from winnow.model.spec import context_of
 from winnow.types import LM, Figures, Run
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _rows(base: LM, run: Run) -> list[list[int]]:
     from winnow.recovery.corpus import documents
     from winnow.recovery.encoding import encode
 
-    context = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(base.model.config)
     # a soft prompt takes some positions of a model that is compared
     length = min(run.calibration.max_length, context * 7 // 8) if context else run.calibration.max_length
     rows: list[list[int]] = []

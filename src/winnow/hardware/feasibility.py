@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from winnow.hardware.device import Hardware
 from winnow.hardware.machine import DISK_BYTES_PER_S, Machine
 from winnow.hardware.work import Work
+from winnow.method import suits
 from winnow.model.plan import Plan, plan_of
 from winnow.report.figures import human
 from winnow.types import Calibration, Stage, UserError
@@ -111,6 +112,7 @@ def feasibility(
         raise UserError(
             f"hardware={hardware.name} is not in this machine and its memory not known; set hardware.memory_limit_bytes"
         )
+    suits.check(stages, base.tensors, base.spec.name)
     largest = max(t.numel for t in base.tensors.values())
     # every weight is looked at once, to be known as finite: a tensor at a time, its magnitudes and two masks
     loading = Work(traffic_bytes=3 * base.memory_bytes, host_bytes=4 * largest)

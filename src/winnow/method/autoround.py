@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
+from winnow.knobs import LINEAR, Checked, knob
 from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class AutoRound(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.QUANTIZE
+    matrices: ClassVar[tuple[str, ...] | None] = (LINEAR,)
     preload: ClassVar[tuple[str, ...]] = (DRIVER,)
     perplexity_bound: ClassVar[float] = 1.01
     aggressive: ClassVar[Mapping[str, Any]] = {"bits": 2, "group_size": 128}
@@ -93,7 +94,8 @@ class AutoRound(Checked):
         import torch
 
         from winnow.model.calibration import calibration_batches
-        from winnow.model.packing import attach_scheme, cast_weights, check_groups, linears
+        from winnow.model.layers import linears
+        from winnow.model.packing import attach_scheme, cast_weights, check_groups
 
         model = lm.model
         check_groups(model, self.group_size)

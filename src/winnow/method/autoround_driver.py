@@ -26,10 +26,11 @@ import torch
 import transformers.utils.logging  # noqa: F401 (before the library: it defines `warning_once`)
 from torch import nn
 
-from winnow.method.blocks import Caught, block_inputs, compute_dtype, decoder_blocks
+from winnow.method.blocks import Caught, block_inputs, compute_dtype
 from winnow.method.checkpoint import Checkpoint
+from winnow.model.layers import decoder_blocks, linears, linears_in
 from winnow.model.load import quiet
-from winnow.model.packing import cast_weights, linears, quantize_linear
+from winnow.model.packing import cast_weights, quantize_linear
 from winnow.types import LM, Run, UserError
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
@@ -84,6 +85,7 @@ def tune_blocks(lm: LM, run: Run, tuning: Tuning, rows: Sequence[torch.Tensor], 
     blocks = decoder_blocks(lm.model)
     with torch.no_grad():
         exact, caught = block_inputs(lm.model, blocks, rows, compute_dtype(lm.model, run))
+    _check_batching(lm.model, rows[0], caught[0][0])
     tuned: list[torch.Tensor] | None = None  # hidden states after the tuned blocks; `exact`: after those as they were
     if checkpoint.done:
         states = checkpoint.restore(blocks)
@@ -93,6 +95,20 @@ def tune_blocks(lm: LM, run: Run, tuning: Tuning, rows: Sequence[torch.Tensor], 
             exact, tuned = _tune(blocks[index], lm, run, tuning, exact, tuned, caught[index])
             run.log(f"autoround: block {index + 1} of {len(blocks)}")
             checkpoint.save(blocks, index + 1, [*exact, *(tuned or [])])
+
+
+def _check_batching(model: Any, row_1t: torch.Tensor, extras: Caught) -> None:
+    """Refuses blocks that are called with something whose first axis counts rows and heads together: rows are put in batches.
+
+    Raises:
+        UserError: the architecture's attention adds such biases (ALiBi).
+    """
+    for name, value in extras[1].items():
+        if isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[0] not in (1, *row_1t.shape):
+            raise UserError(
+                f"method=[autoround] tunes blocks on several rows at once, and those of {type(model).__name__} take `{name}` "
+                f"[{', '.join(map(str, value.shape))}], which belongs to one; take method=[gptq] or [rtn]"
+            )
 
 
 def _tune(
@@ -106,7 +122,7 @@ def _tune(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     """One block; returns what it puts out as it was and, where the library goes on from it, as it is now."""
     dtype, computed = lm.model.dtype, compute_dtype(lm.model, run)
-    layers = {m: n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    layers = {m: n for n, m in linears_in(block).items()}
     zeros = {linear: linear.weight == 0 for linear in layers}
     own = {module: set(vars(module)) for module in block.modules()}
     block.requires_grad_(False).to(run.device)

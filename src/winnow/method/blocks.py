@@ -19,24 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from winnow.types import Run, UserError
+from winnow.model.layers import decoder_blocks, linears_in
+from winnow.types import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from winnow.method.checkpoint import Checkpoint
-
-
-def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder blocks of a transformers causal LM.
-
-    Raises:
-        UserError: the model has no single list of blocks.
-    """
-    lists = [m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.endswith("layers")]
-    if len(lists) != 1:
-        raise UserError(f"{type(model).__name__} has {len(lists)} lists of decoder blocks; it takes exactly one")
-    return lists[0]
 
 
 Caught = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block other than the hidden states
@@ -190,6 +179,25 @@ def block_inputs(
     return hidden, caught
 
 
+@torch.no_grad()
+def puts_out_tuple(model: PreTrainedModel) -> bool:
+    """Whether the blocks put out a tuple, of which the model takes the first: as those of some architectures do."""
+    found = False
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal found
+        found = isinstance(output, tuple)
+        raise _AllCaught
+
+    handle = decoder_blocks(model)[0].register_forward_hook(see)
+    try:
+        with contextlib.suppress(_AllCaught):
+            model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return found
+
+
 class _AllCaught(Exception):
     """Ends a forward pass whose rest is of no interest."""
 
@@ -205,7 +213,7 @@ def input_sums(
     Layers that read the very same tensor, as query, key and value do, come together and share one sum. One that no token
     reaches keeps what `start` gave.
     """
-    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    linears = list(linears_in(block).values())
     leaders: dict[nn.Linear, nn.Linear] = {}  # of each layer, the first that read the same tensor
     sums: dict[nn.Linear, torch.Tensor] = {}
     latest: list[tuple[torch.Tensor, nn.Linear]] = []

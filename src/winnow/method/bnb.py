@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
+from winnow.knobs import LINEAR, TRANSPOSED, Checked, knob
 from winnow.types import LM, Calibration, MissingExtra, Run, Slot
 
 if TYPE_CHECKING:
@@ -43,16 +43,18 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from winnow.model.load import quiet
+    from winnow.model.unfused import fuse
     from winnow.recovery.devices import local_device, world
 
     scratch = run.folder / f"dense-{world().rank}"
     try:
+        fuse(lm.model)
         with quiet():
             lm.model.save_pretrained(scratch)
             model = AutoModelForCausalLM.from_pretrained(
                 scratch,
                 dtype=_half(lm.model.dtype),
-                attn_implementation=lm.loading.attention,
+                attn_implementation=lm.loading.attn_implementation,
                 quantization_config=BitsAndBytesConfig(**settings),
                 trust_remote_code=lm.loading.trust_remote_code,
                 device_map={"": local_device(run)},
@@ -94,6 +96,7 @@ class Int8(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.QUANTIZE
+    matrices: ClassVar[tuple[str, ...] | None] = (LINEAR, TRANSPOSED)
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     perplexity_bound: ClassVar[float] = 1.005
     eager_because: ClassVar[str | None] = "looks for outliers on the host at every step"
@@ -119,6 +122,7 @@ class Int8(Checked):
 @dataclass(frozen=True)
 class _FourBit(Checked):
     slot: ClassVar[Slot] = Slot.QUANTIZE
+    matrices: ClassVar[tuple[str, ...] | None] = (LINEAR, TRANSPOSED)
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     values: ClassVar[str]  # that the 16 codes stand for, as bitsandbytes calls them
 

@@ -45,10 +45,11 @@ def smaller(config: PretrainedConfig, shape: Mapping[str, int], option: str) -> 
     from winnow.model.reshape import edited
 
     for key, value in shape.items():
-        if value > getattr(config, key):
-            raise UserError(
-                f"{option}.{key}={value} is more than the model's {getattr(config, key)}; it can only shrink"
-            )
+        size = getattr(config, key, None)
+        if size is None:
+            raise UserError(f"{option}.{key}: {type(config).__name__} has no such size; leave it out")
+        if value > size:
+            raise UserError(f"{option}.{key}={value} is more than the model's {size}; it can only shrink")
     changes = {key: shape[key] for key in WIDTHS if key in shape}
     if "num_attention_heads" in shape and "num_key_value_heads" not in shape:  # as many query heads for each as before
         changes["num_key_value_heads"] = max(
@@ -57,8 +58,10 @@ def smaller(config: PretrainedConfig, shape: Mapping[str, int], option: str) -> 
     new = config
     if "num_hidden_layers" in shape:
         new = shallower(config, spaced(config.num_hidden_layers, shape["num_hidden_layers"]))
-    queries, keys = (changes.get(key, getattr(config, key)) for key in WIDTHS[2:])
-    before = config.num_attention_heads // config.num_key_value_heads
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    queries, keys = changes.get("num_attention_heads", heads), changes.get("num_key_value_heads", shared)
+    before = heads // shared
     if queries % keys or queries // keys > before:
         raise UserError(
             f"{option}: {queries} heads cannot be spread evenly over {keys} key/value heads, at most {before} each; "
@@ -87,9 +90,9 @@ def carved(model: PreTrainedModel, new: PretrainedConfig) -> PreTrainedModel:
     """
     import torch
 
-    from winnow.method.blocks import decoder_blocks
     from winnow.method.importance import norms_of
     from winnow.method.width import layers_of, narrow_block, narrow_stream, strongest_heads
+    from winnow.model.layers import decoder_blocks
     from winnow.model.reshape import rebuilt
 
     old = model.config

@@ -49,6 +49,7 @@ class Depth(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.PRUNE
+    matrices: ClassVar[tuple[str, ...] | None] = None
     perplexity_bound: ClassVar[float] = 1.1
     aggressive: ClassVar[Mapping[str, Any]] = {"share": 0.75}
 
@@ -71,8 +72,8 @@ class Depth(Checked):
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method import statistics
-        from winnow.method.blocks import decoder_blocks
         from winnow.model.calibration import calibration_batches
+        from winnow.model.layers import decoder_blocks
         from winnow.model.reshape import rebuilt
 
         blocks = decoder_blocks(lm.model)
@@ -131,7 +132,8 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
     import torch
     import torch.nn.functional as F
 
-    from winnow.method.blocks import decoder_blocks, walk_blocks
+    from winnow.method.blocks import walk_blocks
+    from winnow.model.layers import decoder_blocks
 
     count = len(decoder_blocks(model))
     tokens = sum(batch.numel() for batch in batches)
@@ -175,7 +177,7 @@ def least_missed(
     model: PreTrainedModel, batches: Sequence[torch.Tensor], starts: Sequence[int], count: int, run: Run
 ) -> list[int]:
     """The `count` blocks to drop, greedily: each time the one without which the loss over `batches` is lowest."""
-    from winnow.method.blocks import decoder_blocks
+    from winnow.model.layers import decoder_blocks
 
     dropped: list[int] = []
     for step in range(count):
@@ -200,7 +202,8 @@ def losses_without(
     """
     import torch
 
-    from winnow.method.blocks import block_inputs, compute_dtype, computing, decoder_blocks, outside_blocks
+    from winnow.method.blocks import block_inputs, compute_dtype, computing, outside_blocks
+    from winnow.model.layers import decoder_blocks
 
     blocks, device, dtype = decoder_blocks(model), run.device, compute_dtype(model, run)
     home = next(model.parameters()).device
@@ -242,8 +245,10 @@ def mean_loss(
     import torch.nn.functional as F
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
+    from winnow.model.layers import final_norm
+
     home = hidden[0].device
-    norm, head, base = model.base_model.norm.to(device), model.get_output_embeddings().to(device), model.base_model
+    norm, head, base = final_norm(model).to(device), model.get_output_embeddings().to(device), model.base_model
     states = [row for batch in hidden for row in batch.split(1)]
     rows = [row for batch in batches for row in batch.split(1)]
     total, tokens = 0.0, 0

@@ -181,6 +181,7 @@ class Distill(Distilling):
     """
 
     slot: ClassVar[Slot] = Slot.RECOVER
+    matrices: ClassVar[tuple[str, ...] | None] = None
     shown_after: ClassVar[tuple[str, ...]] = ("depth",)
     shown_with: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4, "tokens_per_batch": 2048}
 

@@ -66,7 +66,8 @@ def kept_importances(
 @torch.no_grad()
 def importances(model: PreTrainedModel, heads: int, batches: Sequence[torch.Tensor], run: Run) -> Importances:
     """Walks over the blocks of a Llama-like model with `heads` query heads; the model is left as it is."""
-    from winnow.method.blocks import decoder_blocks, walk_blocks
+    from winnow.method.blocks import walk_blocks
+    from winnow.model.layers import decoder_blocks
 
     blocks = decoder_blocks(model)
     final: Any = model.base_model.norm

@@ -53,6 +53,7 @@ class KV(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.CACHE
+    matrices: ClassVar[tuple[str, ...] | None] = None
     perplexity_bound: ClassVar[float] = 1.001  # not through the cache
     aggressive: ClassVar[dict[str, Any]] = {"bits": 2}
     eager_because: ClassVar[str | None] = "keeps its own cache"

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+from unittest import mock
 
 from winnow.knobs import knob
 from winnow.method.training import Training
@@ -113,17 +114,23 @@ def adapted(model: Any, settings: Adapting, seed: int) -> Any:
     require_peft()
     import peft
     import torch
+    from peft.utils import transformers_weight_conversion
 
+    wanted = targeted(model, settings.targets, settings.option)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
-        target_modules=targeted(model, settings.targets, settings.option),
+        target_modules=wanted,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    made = peft.get_peft_model(model, config)
+    # PEFT takes names such as experts.0.w1 for those of an older transformers, and would look for stacked experts instead
+    with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
+        made = peft.get_peft_model(model, config)
+    if lost := sorted(set(wanted) - set(layers(made.base_model.model))):
+        raise RuntimeError(f"PEFT gave no adapter to {', '.join(lost)}")
     if settings.dora:
         _keep_rows_of_zeros(made)
     return made
@@ -149,7 +156,7 @@ def _least_norm(norm: Any, *arguments: Any, **named: Any) -> torch.Tensor:
 
 def targeted(model: nn.Module, targets: str | Sequence[str], option: str) -> list[str]:
     """The full names of the linear layers in the blocks of `model` that are meant, by their last name or more of it."""
-    from winnow.model.packing import linears
+    from winnow.model.layers import linears
 
     names = sorted(linears(model))
     if targets == ALL:

@@ -83,11 +83,11 @@ class LowRank(Checked):
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch
 
-        from winnow.method.blocks import decoder_blocks, input_sums, walk_blocks
+        from winnow.method.blocks import input_sums, walk_blocks
         from winnow.model.calibration import calibration_batches
+        from winnow.model.layers import decoder_blocks, linears
         from winnow.model.lowrank import factorised
         from winnow.model.modeling_lowrank import product_in_place_of
-        from winnow.model.packing import linears
         from winnow.model.reshape import rebuilt
 
         ranks = self.ranks(lm.model.config)
@@ -123,8 +123,8 @@ class LowRank(Checked):
         Raises:
             UserError: there is no factorised form of the architecture.
         """
+        from winnow.model.layers import linears
         from winnow.model.lowrank import FAMILIES
-        from winnow.model.packing import linears
         from winnow.model.spec import on_meta
 
         if config.model_type not in FAMILIES:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
+from winnow.knobs import LINEAR, Checked, knob
 from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Mixed(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.QUANTIZE
+    matrices: ClassVar[tuple[str, ...] | None] = (LINEAR,)
     preload: ClassVar[tuple[str, ...]] = ("compressed_tensors",)
     perplexity_bound: ClassVar[float] = 1.02
     aggressive: ClassVar[Mapping[str, Any]] = {"bits": 2.25}
@@ -82,7 +83,8 @@ class Mixed(Checked):
         from winnow.method.rtn import rtn_scale
         from winnow.method.sensitivity import divergences, halves, unit_of
         from winnow.model.calibration import calibration_batches
-        from winnow.model.packing import attach_scheme, check_groups, linears, quantize_linear
+        from winnow.model.layers import linears
+        from winnow.model.packing import attach_scheme, check_groups, quantize_linear
 
         check_groups(lm.model, self.group_size)
         if getattr(lm.model.config.get_text_config(decoder=True), "num_kv_shared_layers", None):

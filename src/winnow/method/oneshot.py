@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
-from winnow.knobs import Checked, knob
+from winnow.knobs import EXPERT, LINEAR, Checked, knob
 from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from winnow.hardware.work import Work
     from winnow.model.plan import Plan, Stored
 
+_SCALES_WHAT_HAS_NO_WEIGHT = {"BloomForCausalLM"}  # the library would move scales of AWQ into its activation function
 DRIVER = "winnow.method.oneshot_driver"
 BLOCK = 128  # rows and columns of a block of FP8 weights that share a scale, and inputs of a group of activations
 
@@ -35,6 +36,7 @@ BLOCK = 128  # rows and columns of a block of FP8 weights that share a scale, an
 @dataclass(frozen=True)
 class _OneShot(Checked):
     slot: ClassVar[Slot] = Slot.QUANTIZE
+    matrices: ClassVar[tuple[str, ...] | None] = (LINEAR, EXPERT)
     preload: ClassVar[tuple[str, ...]] = (DRIVER,)
 
 
@@ -156,7 +158,8 @@ class AWQ(_Grouped):
         )
         from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
 
-        _check_known(lm.model, "awq", {*AWQ_MAPPING_REGISTRY, *AWQ_DYNAMIC_MAPPING_REGISTRY})
+        known = {*AWQ_MAPPING_REGISTRY, *AWQ_DYNAMIC_MAPPING_REGISTRY} - _SCALES_WHAT_HAS_NO_WEIGHT
+        _check_known(lm.model, "awq", known)
         smoothing = AWQModifier(mappings=get_layer_mappings_from_model(lm.model), n_grid=self.grid)
         return _calibrated(lm, run, "awq", [smoothing, QuantizationModifier(**scheme)])
 
@@ -241,7 +244,7 @@ class FP8(_OneShot):
         return plan.with_linears(change)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.model.packing import linears
+        from winnow.model.layers import linears
 
         _require_library()
         if self.scales == "block":
@@ -289,7 +292,7 @@ def _ignored(model: PreTrainedModel) -> list[str]:
     """Linear layers that are not of the decoder blocks, such as the head."""
     from torch import nn
 
-    from winnow.model.packing import linears
+    from winnow.model.layers import linears
 
     wanted = linears(model)
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in wanted]

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from winnow.method.blocks import compute_dtype, decoder_blocks
+from winnow.method.blocks import compute_dtype
+from winnow.model.layers import decoder_blocks, linears
 from winnow.model.load import quiet
-from winnow.model.packing import cast_weights, linears, round_to_grid
+from winnow.model.packing import cast_weights, round_to_grid
 from winnow.types import LM, Run, UserError
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import

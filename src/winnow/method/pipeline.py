@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.method import prefixes
+from winnow.method import prefixes, suits
 from winnow.model import adapter
 from winnow.types import LM, Run, Slot, Stage, UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 
@@ -104,6 +105,7 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
             after(lm)
         run.log(f"{name}: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(stage).items())}")  # type: ignore[call-overload]
         started = time.perf_counter()
+        before = _readied(stage, lm)
         with EnergyMeter(run.carbon_g_per_kwh) as energy:
             lm = launch.spread(name, stage, lm, run) if launch.is_spread(stage, run) else stage(lm, run)
         record: dict[str, Any] = {
@@ -116,9 +118,45 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
             **devices.together(energy, run).record(),
             **lm.manifest.pop("_notes", {}),
         }
+        if (
+            before and lm.path is None
+        ):  # in memory; what is files already is of another format, or was checked where it was made
+            suits.check_changed(name, stage, before, lm.model)
+            record |= _experts_without_tokens(name, lm, run)
         lm.manifest = {**lm.manifest, "stages": [*lm.manifest.get("stages", []), record]}
         run.log(f"{name}: done in {record['seconds']:.1f} s")
     return lm
+
+
+def _readied(stage: Stage, lm: LM) -> dict[str, torch.Tensor]:
+    """Takes the model apart for a stage that works on single matrices, else puts it together.
+
+    Returns some weights as they are before a stage that has to change them, by name.
+    """
+    from winnow.model import unfused
+
+    if stage.slot > Slot.QUANTIZE:
+        return {}
+    if getattr(stage, "matrices", None) is None:
+        unfused.fuse(lm.model)
+    else:
+        unfused.unfuse(lm.model)
+    unfused.count_tokens(lm.model)
+    return suits.sample(lm.model)
+
+
+def _experts_without_tokens(name: str, lm: LM, run: Run) -> dict[str, Any]:
+    """For the record: the experts that the calibration has not reached, which were compressed without regard to inputs."""
+    from winnow.model.unfused import unreached
+
+    without = unreached(lm.model)
+    if not without:
+        return {}
+    run.log(
+        f"{name}: the calibration sent no token to {len(without)} experts ({', '.join(without[:3])}"
+        f"{', ...' if len(without) > 3 else ''}); raise calibration.samples, or take other text with calibration.source"
+    )
+    return {"experts_without_tokens": without}
 
 
 def origin(lm: LM) -> dict[str, Any]:
@@ -171,14 +209,18 @@ def _made(
     """See `compress`; `keep` is shown what lies between two stages, and the artifact."""
     from winnow.hardware.runtime.check import tried
     from winnow.model import manifest
+    from winnow.model.plan import dense_tensors
     from winnow.model.save import save
     from winnow.recovery.devices import world
 
-    check_dense(lm, lm.model.config, stages)
+    config = lm.model.config
+    check_dense(lm, config, stages)
     check_finite(lm)
-    if is_finished(lm, lm.model.config):
+    if is_finished(lm, config):
         lm.release()
         lm = copied(lm, run.folder / f"files-{world().rank}")
+    else:
+        suits.check(stages, dense_tensors(config), type(lm.model).__name__)
     made = apply(lm, stages, run, keep)
     if not world().first:
         return made

@@ -26,6 +26,7 @@ class Pretrain(Training):
     """
 
     slot: ClassVar[Slot] = Slot.RECOVER
+    matrices: ClassVar[tuple[str, ...] | None] = None
 
     steps: int = knob(6000, low=1, high=10_000_000, search=False)
     stream: int = knob(500_000, low=1, high=1_000_000_000, search=False)

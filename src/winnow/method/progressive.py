@@ -58,6 +58,11 @@ class Progressive(Distilling):
     amount: float = knob(0.4, low=0.05, high=0.75, search_range=(0.1, 0.6))
     rounds: int = knob(3, low=1, high=20, search=False)
 
+    @property
+    def matrices(self) -> tuple[str, ...] | None:  # type: ignore[override]
+        matrices: tuple[str, ...] | None = self._pruning(self.amount).matrices
+        return matrices
+
     def predict(self, plan: Plan) -> Plan:
         made: Plan = self._pruning(self.amount).predict(plan)
         return made

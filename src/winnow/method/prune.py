@@ -91,8 +91,7 @@ class Pruning(Checked):
     ) -> dict[str, float]:
         """The share of each linear layer, by name. `batches` (of that digest) to see inputs with; None ranks by magnitude alone."""
         from winnow.method import allocation, statistics
-        from winnow.method.blocks import decoder_blocks
-        from winnow.model.packing import linears
+        from winnow.model.layers import decoder_blocks, linears
 
         names = {linear: name for name, linear in linears(lm.model).items()}
         if self.allocation == "uniform" or self.pattern != "unstructured":
@@ -134,14 +133,14 @@ class Pruning(Checked):
         self, lm: LM, run: Run, batches: Sequence[torch.Tensor] | None
     ) -> Iterator[dict[nn.Linear, torch.Tensor]]:
         """Block by block of the unpruned model, |weight|, times the norms of its inputs if there are batches."""
-        from torch import nn
 
-        from winnow.method.blocks import decoder_blocks, walk_blocks
+        from winnow.method.blocks import walk_blocks
+        from winnow.model.layers import decoder_blocks, linears_in
 
         blocks = decoder_blocks(lm.model)
         if batches is None:
             for block in blocks:
-                found = [m for m in block.modules() if isinstance(m, nn.Linear)]
+                found = linears_in(block).values()
                 yield {linear: linear.weight.data.to(run.device).abs() for linear in found}
             return
         for index, block, replay in walk_blocks(lm.model, batches, run):
@@ -172,11 +171,9 @@ class Magnitude(Pruning):
         return Work.calibrated(plan, calibration).then(ranked) if self.allocation == "owl" else ranked
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from torch import nn
 
-        from winnow.method.blocks import decoder_blocks
         from winnow.model.calibration import calibration_batches
-        from winnow.model.packing import linears
+        from winnow.model.layers import decoder_blocks, linears, linears_in
 
         names = {linear: name for name, linear in linears(lm.model).items()}
         self.check_widths({name: linear.in_features for linear, name in names.items()})
@@ -184,7 +181,7 @@ class Magnitude(Pruning):
         sparsities = self.sparsities(lm, run, batches, digest)
         blocks = decoder_blocks(lm.model)
         for index, block in enumerate(blocks):
-            for linear in [m for m in block.modules() if isinstance(m, nn.Linear)]:
+            for linear in linears_in(block).values():
                 score = linear.weight.data.to(run.device).abs()
                 mask = self.mask(score, sparsities[names[linear]], by_row=False)  # one threshold a matrix
                 linear.weight.data.masked_fill_(mask.to(linear.weight.device), 0)
@@ -204,10 +201,10 @@ class CalibratedPruning(Pruning):
         return Work.calibrated(plan, calibration, passes=2 * walks) + Work.sorted(plan)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.method.blocks import decoder_blocks, walk_blocks
+        from winnow.method.blocks import walk_blocks
         from winnow.method.checkpoint import checkpoint_of
         from winnow.model.calibration import calibration_batches
-        from winnow.model.packing import linears
+        from winnow.model.layers import decoder_blocks, linears
 
         names = {linear: name for name, linear in linears(lm.model).items()}
         self.check_widths({name: linear.in_features for linear, name in names.items()})
@@ -275,11 +272,11 @@ def input_norms(block: nn.Module, replay: Callable[[], None]) -> list[tuple[list
 
 def notes(blocks: nn.ModuleList, calibration_sha256: str | None) -> dict[str, Any]:
     """For the manifest: the calibration data, and the share of zeros in the linear layers of each block."""
-    from torch import nn
+    from winnow.model.layers import linears_in
 
     shares = []
     for block in blocks:
-        weights = [m.weight for m in block.modules() if isinstance(m, nn.Linear)]
+        weights = [m.weight for m in linears_in(block).values()]
         zeros = sum(int((weight == 0).sum()) for weight in weights)
         shares.append(round(zeros / sum(weight.numel() for weight in weights), 4))
     known = {"calibration_sha256": calibration_sha256} if calibration_sha256 else {}

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import knob
+from winnow.knobs import LINEAR, TRANSPOSED, knob
 from winnow.method.lora import Adapting
 from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
 
@@ -43,6 +43,7 @@ class QLoRA(Adapting):
     """
 
     slot: ClassVar[Slot] = Slot.ADAPT
+    matrices: ClassVar[tuple[str, ...] | None] = (LINEAR, TRANSPOSED)
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes", "peft", "winnow.recovery.fit")
     perplexity_bound: ClassVar[float] = 1.02
 
@@ -146,8 +147,8 @@ def merged(model: Any) -> Any:
     import torch
 
     from winnow.method.lora import layers
+    from winnow.model.layers import linears
     from winnow.model.load import quiet
-    from winnow.model.packing import linears
 
     with torch.no_grad(), quiet():
         weights = {name: _sum(layer) for name, layer in layers(model).items()}

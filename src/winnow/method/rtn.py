@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
+from winnow.knobs import EXPERT, LINEAR, Checked, knob
 from winnow.types import LM, Calibration, Run, Slot
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class RTN(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.QUANTIZE
+    matrices: ClassVar[tuple[str, ...] | None] = (LINEAR, EXPERT)
     preload: ClassVar[tuple[str, ...]] = ("compressed_tensors",)
     aggressive: ClassVar[Mapping[str, Any]] = {"bits": 2, "group_size": 128}
 
@@ -49,7 +50,8 @@ class RTN(Checked):
         return Work.streamed(plan).then(Work.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.model.packing import attach_scheme, linears, quantize_linear
+        from winnow.model.layers import linears
+        from winnow.model.packing import attach_scheme, quantize_linear
 
         attach_scheme(lm.model, self.bits, self.group_size)
         for linear in linears(lm.model).values():

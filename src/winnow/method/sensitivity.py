@@ -25,11 +25,11 @@ from winnow.method.blocks import (
     block_outputs,
     compute_dtype,
     computing,
-    decoder_blocks,
     outside_blocks,
+    puts_out_tuple,
 )
 from winnow.method.rtn import rtn_scale
-from winnow.model.packing import linears
+from winnow.model.layers import decoder_blocks, linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,10 +81,11 @@ def sensitivities(
     tokens = sum(batch.numel() for batch in batches)
     names = {linear: name for name, linear in linears(model).items()}
     scores: Scores = {unit_of(name): dict.fromkeys(widths, 0.0) for name in names.values()}
+    in_tuple = puts_out_tuple(model)
     with _frozen(model):
         states, caught = _forward(model, blocks, batches, device, dtype)
         with outside_blocks(model, dtype):
-            gradients = _gradients_of_head(model, blocks, batches, states.pop(), run.seed)
+            gradients = _gradients_of_head(model, blocks, batches, states.pop(), run.seed, in_tuple)
         for index in reversed(range(len(blocks))):
             block = blocks[index]
             with computing(block, device, dtype):
@@ -157,6 +158,7 @@ def _gradients_of_head(
     batches: Sequence[torch.Tensor],
     states: Sequence[torch.Tensor],
     seed: int,
+    in_tuple: bool,
 ) -> list[torch.Tensor]:
     """Of the log-likelihood of labels drawn from the predictions, with respect to what leaves the last block."""
     generator = torch.Generator().manual_seed(seed)
@@ -165,7 +167,7 @@ def _gradients_of_head(
         rows = []
         for row in range(len(ids)):  # one at a time: logits are wide
             leaf = state[row : row + 1].detach().requires_grad_()
-            logits = _logits(model, blocks, ids[row : row + 1], leaf)[0]  # [T, vocabulary]
+            logits = _logits(model, blocks, ids[row : row + 1], leaf, in_tuple)[0]  # [T, vocabulary]
             labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             rows.append(torch.autograd.grad(loss, leaf)[0])
@@ -174,12 +176,16 @@ def _gradients_of_head(
 
 
 def _logits(
-    model: PreTrainedModel, blocks: nn.ModuleList, ids_bt: torch.Tensor, hidden_bth: torch.Tensor
+    model: PreTrainedModel, blocks: nn.ModuleList, ids_bt: torch.Tensor, hidden_bth: torch.Tensor, in_tuple: bool
 ) -> torch.Tensor:
-    """Logits [rows, T, vocabulary] of what leaves the last block, by the model's own norm, head and whatever follows."""
+    """Logits [rows, T, vocabulary] of what leaves the last block, by the model's own norm, head and whatever follows.
+
+    `in_tuple`: whether its blocks put out tuples.
+    """
+    output = (hidden_bth,) if in_tuple else hidden_bth
     try:
         for block in blocks:
-            block.forward = lambda *args, **kwargs: hidden_bth  # type: ignore[method-assign]
+            block.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
         logits: torch.Tensor = model(input_ids=ids_bt, use_cache=False).logits
         return logits.float()
     finally:
@@ -216,6 +222,7 @@ def divergences(
     home = next(model.parameters()).device
     batches = [batch.to(home) for batch in batches]
     names = {linear: name for name, linear in linears(model).items()}
+    in_tuple = puts_out_tuple(model)
     hidden, caught = block_inputs(model, blocks, batches, dtype)
     states = [hidden for _ in range(1 + len(recipes))]  # of the model as it is first
     for block, extras in zip(blocks, caught, strict=True):
@@ -235,7 +242,7 @@ def divergences(
         for number, ids in enumerate(batches):
             for row in range(len(ids)):
                 base, *others = (
-                    _logits(model, blocks, ids[row : row + 1], state[number][row : row + 1]).log_softmax(-1)
+                    _logits(model, blocks, ids[row : row + 1], state[number][row : row + 1], in_tuple).log_softmax(-1)
                     for state in states
                 )
                 for which, other in enumerate(others):

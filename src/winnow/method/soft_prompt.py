@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.knobs import knob
 from winnow.method.training import Training
+from winnow.model.spec import context_of
 from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class SoftPrompt(Training):
     """
 
     slot: ClassVar[Slot] = Slot.PROMPT
+    matrices: ClassVar[tuple[str, ...] | None] = None
     known_as: ClassVar[str] = "soft_prompt"
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
     perplexity_bound: ClassVar[float] = 1.5
@@ -78,7 +80,7 @@ class SoftPrompt(Training):
 
         adapter.require_peft()
         adapter.check_alone(lm, "soft_prompt")
-        context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(lm.model.config)
         longest = min(self.max_length, (context or self.max_length + self.tokens) - self.tokens)
         if longest < 8:
             raise UserError(

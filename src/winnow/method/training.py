@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.knobs import Checked, knob
+from winnow.model.spec import context_of
 from winnow.types import LM, Calibration, Run
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Training(Checked):
         from winnow.recovery.corpus import documents
         from winnow.recovery.encoding import encode
 
-        context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(lm.model.config)
         longest = min(self.max_length, context or self.max_length)
         rows = encode(documents(calibration or run.calibration, self.documents, run.seed), lm.tokenizer, longest)
         cut = sum(1 for row in rows if row.cut)

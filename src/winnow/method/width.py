@@ -59,6 +59,7 @@ class Width(Checked):
     """
 
     slot: ClassVar[Slot] = Slot.PRUNE
+    matrices: ClassVar[tuple[str, ...] | None] = None
     perplexity_bound: ClassVar[float] = 1.1
     aggressive: ClassVar[Mapping[str, Any]] = {"mlp": 0.25, "heads": 0.25, "hidden": 0.25}
 
@@ -166,8 +167,8 @@ def layers_of(model: nn.Module) -> list[Any]:
     Raises:
         UserError: a block has other parts, whose width would not be changed with the rest.
     """
-    from winnow.method.blocks import decoder_blocks
     from winnow.method.importance import norms_of
+    from winnow.model.layers import decoder_blocks
 
     blocks = decoder_blocks(model)
     config: Any = model.config

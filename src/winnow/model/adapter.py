@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.model.folder import ADAPTER, ADAPTER_FILES
+from winnow.model.keys import check_adapter
 from winnow.types import LM, MissingExtra, UserError
 
 if TYPE_CHECKING:
@@ -61,11 +62,17 @@ def virtual_tokens(model: Any) -> int:
 
 
 def load(model: Any, folder: Path) -> Any:
-    """`model` with the adapter that lies in `folder`, in evaluation mode."""
-    require_peft()
-    from peft import PeftModel
+    """`model` with the adapter that lies in `folder`, in evaluation mode.
 
-    return served(PeftModel.from_pretrained(model, str(folder)).eval())
+    Raises:
+        Unservable: its tensors are not those that its configuration asks for; PEFT itself only warns.
+    """
+    require_peft()
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapted: Any = PeftModel.from_pretrained(model, str(folder), ignore_mismatched_sizes=True)
+    check_adapter(folder / WEIGHTS, get_peft_model_state_dict(adapted), str(folder.parent))
+    return served(adapted.eval())
 
 
 def served(model: Any) -> Any:

@@ -10,6 +10,7 @@ import itertools
 
 import torch
 
+from winnow.model.spec import context_of
 from winnow.types import LM, Run, UserError
 
 BATCH_TOKENS = 4096
@@ -33,7 +34,7 @@ def calibration_batches(lm: LM, run: Run) -> tuple[list[torch.Tensor], str]:
     key = (run.calibration, run.seed, tokenizer.name_or_path, len(tokenizer))
     if key not in _latest:
         found = documents(run.calibration, run.calibration.samples, run.seed)
-        context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(lm.model.config)
         longest = min(run.calibration.max_length, context or run.calibration.max_length)
         rows = sorted((row.ids for row in encode(found, tokenizer, longest)), key=len)
         if not rows:

@@ -14,16 +14,17 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from winnow.model import adapter, generation, lowrank, manifest
 from winnow.model.folder import INDEX, WEIGHTS, header_of, weight_files
+from winnow.model.keys import check_keys
 from winnow.model.loading_errors import plain_errors
 from winnow.scalars import check_scalars
-from winnow.types import LM, Loading, MissingExtra, Unservable, UserError
+from winnow.types import LM, Loading, MissingExtra, UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ def pretrained(
     path: str | None,
     name: str | None = None,
     dtype: str = "auto",
-    attention: str = "sdpa",
+    attention: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -205,14 +206,14 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=loading.attention,
+            attn_implementation=loading.attn_implementation,
             device_map=loading.device if loading.device != "cpu" else None,
             trust_remote_code=loading.trust_remote_code,
             use_safetensors=None if loading.allow_pickle else True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused with the rest
         )
-        _check_keys(found, path)
+        check_keys(found, path)
         generation.mend(model, path)
         if (Path(path) / "config.json").is_file():
             _decompress(model)
@@ -224,36 +225,6 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
         if beside is not None:
             model = adapter.load(model, beside)
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _check_keys(found: Mapping[str, Any], path: str) -> None:
-    """Raises Unservable where the weights are not those that the configuration asks for: transformers draws the rest at random."""
-    missing, unexpected = (sorted(map(str, found.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected"))
-    mismatched = sorted(
-        f"{name} {tuple(there)} for {tuple(wanted)}" for name, there, wanted in found.get("mismatched_keys") or ()
-    )
-    wrong = [
-        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched))
-        if names
-    ]
-    if not wrong:
-        return
-    prefix = _common_prefix(unexpected, missing)
-    way_out = f"take `{prefix}` off their names" if prefix else "copy the model again, or correct its config.json"
-    raise Unservable(
-        f"model.path={path}: its weights are not those of its configuration ({'; '.join(wrong)}); {way_out}"
-    )
-
-
-def _common_prefix(unexpected: Sequence[str], missing: Sequence[str]) -> str:
-    """What stands before all names of tensors: a wrapper's, such as `_orig_mod.` of a compiled model."""
-    for name in missing:
-        for other in unexpected[:1]:
-            prefix = other.removesuffix(name)
-            if prefix and other.endswith(name) and all(key.startswith(prefix) for key in unexpected):
-                return prefix
-    return ""
 
 
 def _decompress(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from winnow.model.layers import linears
 from winnow.types import UserError
 
 if TYPE_CHECKING:
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
 
 GROUP_SIZES = (32, 64, 128)  # that methods offer
 ROWS = 128  # of a matrix at a time: rounding and packing take several times the memory of what they work on
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the decoder blocks by name: what compression works on (not the embeddings, not the head)."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{n}."}
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
@@ -95,15 +91,16 @@ def attach_scheme(model: PreTrainedModel, bits: int | Mapping[str, int], group_s
     )
 
     check_groups(model, group_size)
+    matrices = linears(model)
     if isinstance(bits, int):
         targets = {bits: ["Linear"]}
     else:
-        targets = {width: [n for n in linears(model) if bits[n] == width] for width in sorted(set(bits.values()))}
+        targets = {width: [n for n in matrices if bits[n] == width] for width in sorted(set(bits.values()))}
     groups = {}
     for number, (width, layers) in enumerate(targets.items()):
         weights = QuantizationArgs(num_bits=width, type="int", symmetric=True, strategy="group", group_size=group_size)
         groups[f"group_{number}"] = QuantizationScheme(targets=layers, weights=weights)
-    ignored = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in linears(model)]
+    ignored = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in matrices]
     config = QuantizationConfig(config_groups=groups, ignore=ignored, format="pack-quantized")
     apply_quantization_config(model, config, show_progress=False)
     model.apply(disable_quantization)  # the weights hold quantized values themselves; no work is left for the forward

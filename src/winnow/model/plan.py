@@ -49,6 +49,8 @@ class Stored:
         memory_bytes: of what it takes when the artifact is loaded by transformers.
         linear: a weight matrix [out, in] of a decoder block: what quantization narrows.
         entries: tensors in the file.
+        block: the index of the decoder block that it belongs to, if it belongs to one.
+        holder: of a matrix: how its architecture holds it (`winnow.model.unfused`).
     """
 
     shape: tuple[int, ...]
@@ -56,6 +58,8 @@ class Stored:
     memory_bytes: int
     linear: bool = False
     entries: int = 1
+    block: int | None = None
+    holder: str = ""
 
     @property
     def numel(self) -> int:
@@ -117,7 +121,7 @@ class Plan:
     @property
     def outside_blocks(self) -> list[Stored]:
         """The tensors that belong to no decoder block: embeddings, head, last norm."""
-        return [t for name, t in self.tensors.items() if ".layers." not in f".{name}."]
+        return [t for t in self.tensors.values() if t.block is None]
 
     @property
     def disk_bytes(self) -> int:
@@ -146,11 +150,10 @@ class Plan:
     @property
     def largest_block(self) -> list[Stored]:
         """The tensors of the decoder block that takes most memory."""
-        blocks: dict[str, list[Stored]] = defaultdict(list)
-        for name, t in self.tensors.items():
-            before, _, rest = f".{name}".rpartition(".layers.")
-            if before:
-                blocks[rest.split(".")[0]].append(t)
+        blocks: dict[int, list[Stored]] = defaultdict(list)
+        for t in self.tensors.values():
+            if t.block is not None:
+                blocks[t.block].append(t)
         return max(blocks.values(), key=lambda block: sum(t.memory_bytes for t in block), default=[])
 
     @property
@@ -245,10 +248,13 @@ def plan_of(lm: LM) -> Plan:
 
 def _as_stored(plan: Plan, folder: Path) -> Plan:
     """The plan of a quantized model in a folder: what each linear weight is stored as, from the headers of the files."""
+    from winnow.model.unfused import name_in_model
+
     sizes: dict[str, list[int]] = defaultdict(list)
     layers = {name.removesuffix(".weight") for name, t in plan.tensors.items() if t.linear}
     for file in weight_files(folder):
-        for name, entry in header_of(file).items():
+        for stored_as, entry in header_of(file).items():
+            name = name_in_model(stored_as, plan.config)
             layer = next((p for p in _prefixes(name) if p in layers), None)
             if layer is not None and name != f"{layer}.bias":
                 start, end = entry["data_offsets"]
@@ -299,14 +305,27 @@ def _other_bytes(path: str | None) -> int:
 
 
 def dense_tensors(config: PretrainedConfig) -> dict[str, Stored]:
-    """The tensors of a model of this configuration, each in the configuration's dtype; tied ones once."""
-    from winnow.model.packing import linears
+    """The tensors of a model of this configuration, each in the configuration's dtype; tied ones once.
+
+    Matrices are those of the model that is taken apart (`winnow.model.unfused`), as checkpoints have them, too.
+    """
+    from winnow.model.layers import in_blocks
     from winnow.model.spec import on_meta
+    from winnow.model.unfused import holders, unfuse
 
     model: Any = on_meta(config)
-    names = {f"{name}.weight" for name in linears(model)}
+    unfuse(model)
+    held = {f"{name}.weight": holder for name, holder in holders(model).items()}
+    blocks = in_blocks(model)
     width = {"float32": 4}.get(str(getattr(config, "dtype", None)).removeprefix("torch."), 2)
     return {
-        name: Stored(tuple(p.shape), p.numel() * width, p.numel() * width, name in names)
+        name: Stored(
+            tuple(p.shape),
+            p.numel() * width,
+            p.numel() * width,
+            linear=name in held,
+            block=blocks.get(name),
+            holder=held.get(name, ""),
+        )
         for name, p in model.named_parameters()
     }

@@ -95,7 +95,7 @@ def save(lm: LM, output: Path) -> LM:
 
 
 def _write_weights(lm: LM, folder: Path) -> None:
-    from winnow.model import adapter, packing
+    from winnow.model import adapter, packing, unfused
     from winnow.model.load import quiet
 
     for name, parameter in lm.model.named_parameters():
@@ -109,6 +109,7 @@ def _write_weights(lm: LM, folder: Path) -> None:
             adapter.write(model, folder / adapter.NAME, model.dtype)
             model = adapter.taken_off(model)
         compressor = packing.pack(model) if packing.is_packable(model) else None
+        unfused.fuse(model)
         model.save_pretrained(folder)
     if compressor is not None:
         compressor.update_config(folder)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SOURCE = "estimated"  # the label of memory_to_run and memory_to_train among measured figures
 WIDTHS = (2, 3, 4, 8, 16, 32)
+UNLIMITED = 2048  # the context that forecasts reckon with where a model sets none
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SCALE_BITS = 16  # one scale a group; symmetric, so no zero point
 
@@ -36,7 +37,7 @@ class ModelSpec:
         parameters: all of them, tied ones once.
         embedding_parameters: the token embedding and, where it is not tied to it, the output head.
         linear_parameters: matrices of the decoder's blocks, which weight quantization narrows.
-        context: the longest sequence that the model takes.
+        context: the longest sequence that the model takes; `UNLIMITED` where its attention sets none (ALiBi).
         dtype: of the cache, and of what is not quantized.
         group_size: of the quantized sizes.
         size_bytes: of the weights at each bit width; below 16 bits only the linear weights are narrowed, with a 16-bit
@@ -209,7 +210,7 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=text.vocab_size,
-        context=text.max_position_embeddings,
+        context=context_of(text) or UNLIMITED,
         dtype=dtype,
         group_size=group_size,
         size_bytes={bits: _size(total, linear, groups, bits) for bits in WIDTHS},
@@ -217,6 +218,13 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
         kv_cache_bytes_per_token=len(windows) * (key + value) * _DTYPE_BYTES[dtype],
         lora_width=sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes),
     )
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model takes, or None where its attention sets none."""
+    text = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_seq_len")  # as most call it; MPT
+    return next((value for name in names if (value := getattr(text, name, None))), None)
 
 
 def on_meta(config: PretrainedConfig) -> nn.Module:

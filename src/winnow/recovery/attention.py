@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 NAME = "winnow_packed"
+# from an attention that does not go through the interface, and so cannot be told where documents begin
+NOT_TOLD = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def attention(

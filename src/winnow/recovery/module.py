@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 import torch
 
-from winnow.method.blocks import decoder_blocks
+from winnow.model.layers import decoder_blocks
 from winnow.recovery import devices
 from winnow.recovery.callbacks import WAY_OUT
 from winnow.recovery.data import fingerprint

@@ -105,7 +105,7 @@ def relative_distance(student_nh: torch.Tensor, teacher_nh: torch.Tensor) -> tor
 @contextlib.contextmanager
 def block_outputs(model: Student, batch: dict[str, Any], states: list[torch.Tensor]) -> Iterator[None]:
     """Meanwhile what each block puts out at the positions with a target, [N, H], is appended to `states`."""
-    from winnow.method.blocks import decoder_blocks
+    from winnow.model.layers import decoder_blocks
     from winnow.recovery.encoding import IGNORED
 
     chosen = batch["targets"] != IGNORED

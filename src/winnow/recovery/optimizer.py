@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from winnow.hardware.compute import BFLOAT16, fastest
+from winnow.model.layers import in_blocks
 
 
 def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
@@ -88,7 +89,8 @@ class MuonAdamW(torch.optim.Optimizer):
 def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """`adamw`, or `muon` for the matrices of the blocks with AdamW for the rest; only parameters that need a gradient."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    is_matrix = {n: p.ndim == 2 and ".layers." in n for n, p in named}
+    inside = in_blocks(model)
+    is_matrix = {n: p.ndim == 2 and n in inside for n, p in named}
     matrices = [p for n, p in named if is_matrix[n]]
     others = [p for n, p in named if not is_matrix[n]]
     if name == "muon" and matrices and others:

@@ -105,8 +105,7 @@ class Flight:
 
 def demand(model: Any, run: Run, mixed: bool, others: Sequence[nn.Module] = ()) -> Demand:
     """Counted on a causal language model of transformers, bare or wrapped by PEFT, as it will be trained."""
-    from winnow.method.blocks import decoder_blocks
-    from winnow.model.packing import linears
+    from winnow.model.layers import decoder_blocks, linears
 
     base = bare(model)
     in_blocks = [sum(p.nbytes for p in block.parameters()) for block in decoder_blocks(base)]

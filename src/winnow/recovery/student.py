@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from winnow.model.adapter import bare
-from winnow.recovery.attention import packed
+from winnow.recovery.attention import NOT_TOLD, packed
 from winnow.recovery.encoding import IGNORED
 from winnow.recovery.losses import Head, head_of
 
@@ -78,11 +78,15 @@ class Student(nn.Module):
         positions = torch.cat([torch.arange(len(x), device=device) for x in (first, second)])[None]
         bounds = torch.tensor([0, len(first), len(first) + len(second)], dtype=torch.int32, device=device)
         batch = {"position_ids": positions, "cu_seqlens": bounds, "longest": len(second)}
-        together, changed = (
-            self.head(self({"input_ids": torch.cat([x, second])[None], **batch})[0]) for x in (first, other)
-        )
         alone = torch.cat([self.whole(x[None])[0].float() for x in (first, second)])
-        self.train(was)
+        try:
+            together, changed = (
+                self.head(self({"input_ids": torch.cat([x, second])[None], **batch})[0]) for x in (first, other)
+            )
+        except NOT_TOLD:
+            return False
+        finally:
+            self.train(was)
         scale = alone.abs().max().clamp(min=1e-6)
         crossed = (together - changed)[len(first) :].abs().max()
         return bool((together - alone).abs().max() < 0.05 * scale and crossed <= 1e-5 * scale)

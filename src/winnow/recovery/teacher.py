@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from winnow.model.spec import context_of
 from winnow.recovery.student import Student
 from winnow.types import LM, UserError
 
@@ -59,7 +60,7 @@ def context(teacher: LM) -> int | None:
     """The longest sequence that a teacher reads."""
     from winnow.model.load import load_config
 
-    return getattr(load_config(teacher).get_text_config(), "max_position_embeddings", None)
+    return context_of(load_config(teacher))
 
 
 def frozen(teacher: LM, device: str) -> Student:

@@ -69,7 +69,10 @@ class _Updated(torch.autograd.Function):
                 out.view(-1, out.shape[-1]).addmm_(inner_tr, b_or.mT, alpha=scale)
                 ctx.mark_dirty(out)
                 return out
-            return torch.addmm(out.reshape(-1, out.shape[-1]), inner_tr, b_or.mT, alpha=scale).view(out.shape)
+            fresh = torch.addmm(out.reshape(-1, out.shape[-1]), inner_tr, b_or.mT, alpha=scale)
+            # a view that autograd does not know as one: some architectures write to what a layer puts out (Falcon)
+            viewed: torch.Tensor = torch.ops.aten._unsafe_view(fresh, out.shape)
+            return viewed
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]

@@ -50,7 +50,7 @@ def kept(model: nn.Module) -> Iterator[int]:
     """
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from winnow.model.packing import linears
+    from winnow.model.layers import linears
 
     found = [Zeros(linear) for linear in linears(model).values()]
     found = [zeros for zeros in found if zeros.mask.float().mean() >= SPARSE_FROM]

@@ -98,8 +98,9 @@ def unsupported_base(
     from winnow.model.load import load_config, quiet
     from winnow.types import LM, Loading
 
-    config = load_config(LM(path, loading=Loading(attention=attention, trust_remote_code=trust_remote_code)))
-    settings = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    loading = Loading(attention=attention, trust_remote_code=trust_remote_code)
+    config = load_config(LM(path, loading=loading))
+    settings = {"attn_implementation": loading.attn_implementation, "trust_remote_code": trust_remote_code}
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **settings)
         try:

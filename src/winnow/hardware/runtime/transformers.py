@@ -18,6 +18,7 @@ from winnow.hardware.footprint import PeakMemory, weights_memory_bytes
 from winnow.hardware.latency import Timing
 from winnow.model.adapter import virtual_tokens
 from winnow.model.generation import greedy
+from winnow.model.spec import context_of
 from winnow.types import LM, Unservable
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Runtime:
         self.batch_logits = (
             0 if self.model.device.type == "cpu" else MOST_LOGITS
         )  # a processor gains nothing by filling up
-        context = getattr(config, "max_position_embeddings", None)
+        context = context_of(config)
         self.context: int | None = context - virtual_tokens(self.model) if context else None
         self.runtime_mode: str | None = "graph"
         self._decoder: Decoder | None = None

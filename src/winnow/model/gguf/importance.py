@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from winnow.model.layers import linears_in
 from winnow.types import LM, Run
 
 if TYPE_CHECKING:
@@ -32,11 +33,12 @@ def collect(lm: LM, run: Run) -> tuple[dict[str, np.ndarray], str]:
 
 
 def _mean_squares(lm: LM, batches: Sequence[torch.Tensor], run: Run) -> dict[str, torch.Tensor]:
-    from winnow.method.blocks import decoder_blocks, walk_blocks
+    from winnow.method.blocks import walk_blocks
     from winnow.model.gguf.architectures import Names
+    from winnow.model.layers import decoder_blocks, linears
 
     names = Names(lm.model.config)
-    known = {module: name for name, module in lm.model.named_modules() if isinstance(module, nn.Linear)}
+    known = {module: name for name, module in linears(lm.model).items()}
     tokens = sum(batch.numel() for batch in batches)
     count = len(decoder_blocks(lm.model))
     found: dict[str, torch.Tensor] = {}
@@ -53,14 +55,14 @@ def _mean_squares(lm: LM, batches: Sequence[torch.Tensor], run: Run) -> dict[str
 @contextmanager
 def _squares(block: nn.Module) -> Iterator[dict[nn.Linear, torch.Tensor]]:
     """Sums of squares [in] of the inputs of each linear layer of a block, over all tokens that pass meanwhile."""
-    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    sums = {m: torch.zeros(m.in_features, dtype=torch.float64, device=m.weight.device) for m in linears}
+    layers = list(linears_in(block).values())
+    sums = {m: torch.zeros(m.in_features, dtype=torch.float64, device=m.weight.device) for m in layers}
 
     def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(module, nn.Linear)
         sums[module] += args[0].detach().float().square().flatten(0, -2).sum(0)
 
-    handles = [module.register_forward_pre_hook(add) for module in linears]
+    handles = [module.register_forward_pre_hook(add) for module in layers]
     try:
         yield sums
     finally:

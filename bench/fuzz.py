@@ -1,0 +1,366 @@
+"""Random models, pipelines, settings and damage: every run ends in a right artifact, or in one line that says what is wrong.
+
+    python bench/fuzz.py minutes=60 seed=1     # draws case after case; each has a seed of its own, printed with how it ended
+    python bench/fuzz.py case=17               # that one again, with all that it prints
+
+A case is one `compress.py`, run in a fork of this process. It is right where it ended
+
+- with 0: the artifact loads, its logits are those that the model in memory had, and its size is the predicted one;
+- with 2: in one message, nothing left of the artifact, no scratch folder.
+
+Anything else is a finding: a traceback, a method that changed nothing, a folder left behind, a wrong artifact.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import REPOSITORY, Result, report
+
+sys.path.insert(0, str(REPOSITORY))
+
+SIZE = 1.05  # the size that is made over that which was predicted, at most; small files are mostly headers
+CLOSE = 0.03  # logits of the artifact and of the model in memory, as a share of the largest
+SECONDS = 240  # that a case may take
+SHORT = {"steps": 2, "tokens_per_batch": 128, "max_length": 32, "iters": 2, "grid": 3, "rounds": 1, "tokens": 4}
+METHODS = (
+    *(
+        "magnitude",
+        "wanda",
+        "sparsegpt",
+        "depth",
+        "width",
+        "lowrank",
+        "progressive",
+        "lora",
+        "distill",
+        "rtn",
+        "gptq",
+        "awq",
+    ),
+    *("mixed", "autoround", "smoothquant", "fp8", "nf4", "fp4", "int8", "gguf", "qlora", "kv", "soft_prompt"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is drawn for a seed.
+
+    Attributes:
+        changes: of the family's usual configuration.
+        damage: by its name in `damages`, or `none`.
+        overrides: of `compress.py`, without the model's folder and the output.
+    """
+
+    seed: int
+    family: str
+    changes: Mapping[str, Any]
+    damage: str
+    overrides: tuple[str, ...]
+
+
+def drawn(seed: int) -> Case:
+    from tests.wild.architectures import ARCHITECTURES
+
+    rng = random.Random(seed)
+    usual = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "mixtral", "qwen3_moe")
+    family = rng.choice(usual) if rng.random() < 0.7 else rng.choice(list(ARCHITECTURES))
+    damage = rng.choice(list(damages())) if rng.random() < 0.3 else "none"
+    return Case(seed, family, _shape(rng, ARCHITECTURES[family]), damage, tuple(_pipeline(rng)))
+
+
+def _shape(rng: random.Random, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Odd sizes, for families whose configuration has the usual names."""
+    if "intermediate_size" not in usual or rng.random() < 0.2:
+        return {}
+    head, heads = rng.choice((16, 24, 32, 64)), rng.choice((1, 2, 3, 4, 6))
+    changes: dict[str, Any] = {
+        "hidden_size": head * heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([n for n in range(1, heads + 1) if heads % n == 0]),
+        "intermediate_size": rng.choice((33, 64, 96, 100, 128, 200, 256)),
+        "num_hidden_layers": rng.choice((1, 2, 3)),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "max_position_embeddings": rng.choice((48, 128, 512)),
+    }
+    if "head_dim" in usual:
+        changes["head_dim"] = rng.choice((head, 32))
+    if "layer_types" in usual:
+        changes["layer_types"] = [rng.choice(("sliding_attention", "full_attention")) for _ in range(3)]
+        changes["layer_types"] = changes["layer_types"][: changes["num_hidden_layers"]]
+    for name in ("attention_bias", "mlp_bias"):
+        if rng.random() < 0.2:
+            changes[name] = True
+    return changes
+
+
+def _pipeline(rng: random.Random) -> list[str]:
+    """One to three methods, mostly in a right order, with knobs from the ranges that they state, mostly."""
+    from winnow import build
+    from winnow.knobs import knobs_of
+
+    classes = {name: build.target_of(_node(name)) for name in METHODS}
+    chosen = rng.sample(METHODS, rng.choice((1, 1, 1, 2, 2, 3)))
+    if rng.random() < 0.9:
+        chosen.sort(key=lambda name: classes[name].slot)
+        chosen = [n for i, n in enumerate(chosen) if i == 0 or classes[n].slot != classes[chosen[i - 1]].slot]
+    overrides = [f"method=[{','.join(chosen)}]"]
+    for name in chosen:
+        fields = classes[name].__dataclass_fields__
+        overrides += [f"method.{name}.{field}={value}" for field, value in SHORT.items() if field in fields]
+        for field, knob in knobs_of(classes[name]).items():
+            if field in SHORT or rng.random() < 0.6:
+                continue
+            value = rng.choice(knob.choices) if knob.choices else _number(rng, knob)
+            overrides.append(f"method.{name}.{field}={str(value).lower() if isinstance(value, bool) else value}")
+    if rng.random() < 0.1:
+        overrides.append(f"seed={rng.choice((-1, 0, 7, 2**32 - 1, 2**32))}")
+    if rng.random() < 0.2:
+        overrides.append(f"model.dtype={rng.choice(('float32', 'bfloat16', 'float16'))}")
+    if rng.random() < 0.2:
+        overrides.append(f"hardware.dtype={rng.choice(('float32', 'bfloat16'))}")
+    return overrides
+
+
+def _number(rng: random.Random, knob: Any) -> float | int:
+    low, high = knob.search_range or (knob.low, knob.high)
+    value = rng.uniform(low, high)
+    return round(value) if isinstance(low, int) and isinstance(high, int) else round(value, 4)
+
+
+def _node(name: str) -> str:
+    from omegaconf import OmegaConf
+
+    from winnow.cli import CONF
+
+    return str(OmegaConf.load(CONF / "method" / f"{name}.yaml")["_target_"])
+
+
+@functools.cache
+def damages() -> dict[str, Callable[[Path, random.Random], None]]:
+    from tests.wild import edits
+
+    def settled(edit: Callable[[Path], None]) -> Callable[[Path, random.Random], None]:
+        return lambda folder, rng: edit(folder)
+
+    def weights(change: Callable[[dict[str, Any], random.Random], None]) -> Callable[[Path, random.Random], None]:
+        def apply(folder: Path, rng: random.Random) -> None:
+            edits.tensors(lambda held: change(held, rng))(folder)
+
+        return apply
+
+    def drop(held: dict[str, Any], rng: random.Random) -> None:
+        del held[rng.choice(sorted(held))]
+
+    def rename(held: dict[str, Any], rng: random.Random) -> None:
+        name = rng.choice(sorted(held))
+        held[name + "_"] = held.pop(name)
+
+    def prefix(held: dict[str, Any], rng: random.Random) -> None:
+        for name in list(held):
+            held[f"_orig_mod.{name}"] = held.pop(name)
+
+    def nan(held: dict[str, Any], rng: random.Random) -> None:
+        tensor = held[rng.choice(sorted(held))]
+        tensor.view(-1)[rng.randrange(tensor.numel())] = float("nan")
+
+    def bytes_of(name: str) -> Callable[[Path, random.Random], None]:
+        def apply(folder: Path, rng: random.Random) -> None:
+            file = folder / name
+            held = bytearray(file.read_bytes())
+            held[rng.randrange(min(len(held), 2000))] ^= 1 << rng.randrange(8)
+            file.write_bytes(held)
+
+        return apply
+
+    def cut(name: str) -> Callable[[Path, random.Random], None]:
+        def apply(folder: Path, rng: random.Random) -> None:
+            held = (folder / name).read_bytes()
+            (folder / name).write_bytes(held[: rng.randrange(len(held))])
+
+        return apply
+
+    def key_of(name: str) -> Callable[[Path, random.Random], None]:
+        def apply(folder: Path, rng: random.Random) -> None:
+            held = json.loads((folder / name).read_text(encoding="utf-8"))
+            key = rng.choice(sorted(held))
+            held[key] = rng.choice((None, -1, 10**6, "x", [], 0.5))
+            (folder / name).write_text(json.dumps(held), encoding="utf-8")
+
+        return apply
+
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "generation_config.json")
+    return {
+        "a tensor dropped": weights(drop),
+        "a tensor renamed": weights(rename),
+        "all names prefixed": weights(prefix),
+        "a NaN": weights(nan),
+        **{f"a bit of {name}": bytes_of(name) for name in names},
+        **{f"{name} cut": cut(name) for name in names},
+        **{f"{name} removed": settled(edits.removed(name)) for name in names},
+        **{f"a BOM before {name}": settled(edits.byte_order_mark(name)) for name in names if name.endswith("json")},
+        **{f"a value of {name}": key_of(name) for name in names if name.endswith("config.json")},
+        "an index left over": settled(edits.written("model.safetensors.index.json", '{"weight_map": {"a": "b"}}')),
+        "other files beside": settled(edits.written("checkpoint-5/optimizer.pt", b"\0" * 10_000)),
+        "Latin-1 in the chat template": settled(edits.written("chat_template.jinja", "caf\xe9".encode("latin-1"))),
+    }
+
+
+def attempt(case: Case, folder: Path, said: Path) -> None:
+    """In a fork: makes the model, damages it, compresses it, looks at what came of it; ends the process with the exit code.
+
+    200: there is no such model. 3 and more: a finding, which is the last line of `said`.
+    """
+    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from tests.wild.architectures import random_model
+
+    base, output = folder / "base", folder / "artifact"
+    try:
+        random_model(case.family, base, **case.changes)
+    except Exception:
+        traceback.print_exc()
+        os._exit(200)
+    if case.damage != "none":
+        try:
+            damages()[case.damage](base, random.Random(case.seed))
+        except FileNotFoundError:
+            os._exit(200)
+    code = _compressed(case, base, output, seen := [])  # type: ignore[var-annotated]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    print()
+    if code == 0:
+        finding = _wrong(output, base, case, seen)
+    else:
+        left = [p.name for p in folder.iterdir() if p.name not in ("base", "outputs", "said.txt")]
+        left += [str(p) for p in (folder / "outputs").rglob("*") if p.is_file() and "cache" not in p.parts]
+        finding = f"left behind: {left}" if left else ""
+        if code != 2:
+            finding = f"exit code {code}, a traceback"
+    if finding:
+        print(finding, flush=True)
+        os._exit(3)
+    os._exit(code)
+
+
+def _compressed(case: Case, base: Path, output: Path, seen: list[Any]) -> int:
+    """`compress.py` in this process; its exit code."""
+    import runpy
+
+    from tests.method.test_conformance import look_before_saving
+
+    sys.argv = ["compress.py", "model=local", f"model.path={base}", *case.overrides, f"output={output}"]
+    sys.argv += [f"outputs={output.parent / 'outputs'}", "calibration.source=nano", "calibration.samples=4"]
+    sys.argv += ["calibration.max_length=64", "hydra.run.dir=.", "hydra.output_subdir=null", "hydra.job.chdir=false"]
+    sys.argv += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    try:
+        with look_before_saving(seen):
+            runpy.run_path(str(REPOSITORY / "compress.py"), run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _wrong(output: Path, base: Path, case: Case, seen: list[Any]) -> str:
+    """What is wrong with an artifact; empty where it is right."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from tests.method.test_conformance import logits
+
+    from winnow import build
+    from winnow.cli import CONF
+    from winnow.model import manifest
+    from winnow.model.load import pretrained
+    from winnow.model.plan import plan_of
+
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("compress", ["model=local", f"model.path={base}", *case.overrides])
+        lm = build.model(cfg)
+        plan = plan_of(lm)
+        for stage in build.stages(cfg).values():
+            plan = stage.predict(plan)
+        size = manifest.sizes(output)["size_bytes"]
+        if abs(size - plan.disk_bytes) > max(plan.disk_bytes * (SIZE - 1), 20_000):
+            return f"{size:,} bytes, predicted were {plan.disk_bytes:,}"
+        if not json.loads((output / manifest.NAME).read_text(encoding="utf-8"))["runtimes"]:
+            return "no runtime serves it"
+        if seen and not list(output.glob("*.gguf")):
+            loaded, expected = logits(pretrained(str(output), dtype=lm.loading.dtype)), seen[-1]
+            off, scale = (loaded - expected).abs().max().item(), expected.abs().max().item()
+            if not off <= CLOSE * scale:
+                return f"logits differ by {off:.3g} of {scale:.3g}"
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def run(case: Case, show: bool = False) -> tuple[str, str]:
+    """How a case ended, in a word, and what it said last."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    said = folder / "said.txt"
+    process = multiprocessing.get_context("fork").Process(target=attempt, args=(case, folder, said))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    text = said.read_text(encoding="utf-8", errors="replace") if said.is_file() else ""
+    shutil.rmtree(folder, ignore_errors=True)
+    if show:
+        print(text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    last = " | ".join(lines[-1:])
+    ends = {0: "made", 2: "refused", 200: "no such model", -9: "FINDING: out of time"}
+    return ends.get(process.exitcode or 0, f"FINDING: {process.exitcode}"), last
+
+
+def main(options: Mapping[str, str]) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+
+    if "case" in options:
+        case = drawn(int(options["case"]))
+        print(case)
+        print(*run(case, show=True))
+        return
+    number = int(options.get("seed", "0")) * 100_000
+    until, ends, findings = time.monotonic() + 60 * float(options.get("minutes", "60")), collections.Counter[str](), []
+    while time.monotonic() < until:
+        case = drawn(number)
+        end, last = run(case)
+        ends[end.partition(":")[0]] += 1
+        print(f"{case.seed} {end} | {case.family} {case.damage} {' '.join(case.overrides)} | {last[:300]}", flush=True)
+        if end.startswith("FINDING"):
+            findings.append(case.seed)
+        number += 1
+    print(dict(ends), "findings:", findings)
+    with contextlib.suppress(ZeroDivisionError):
+        report("fuzz", [Result("runs", sum(ends.values()), 1, "higher"), Result("findings", len(findings), 0, "lower")])
+
+
+if __name__ == "__main__":
+    main(dict(argument.split("=", 1) for argument in sys.argv[1:]))

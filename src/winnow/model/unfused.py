@@ -1,0 +1,204 @@
+"""Every matrix of the decoder blocks as a linear layer of its own, while methods work on it; put together again when saved.
+
+transformers keeps the experts of a layer as one stacked parameter, and GPT-2's matrices transposed (`Conv1D`): methods that
+look for linear layers would pass over both. `unfuse` takes them apart, `fuse` is its inverse; the model computes the same.
+
+    unfuse(model); linears(model)["model.layers.0.mlp.experts.3.w1"]; fuse(model)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from winnow.knobs import EXPERT, STACKED, TRANSPOSED
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the checkpoints of an architecture call the three matrices of an expert.
+
+    Attributes:
+        apart: whether checkpoints hold each expert's matrices by themselves, so that each can be stored packed.
+    """
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    apart: bool = False
+
+    @property
+    def matrices(self) -> tuple[str, str, str]:
+        return self.gate, self.up, self.down
+
+
+class Expert(nn.Module):
+    """The three matrices of an expert, [intermediate, hidden] twice and [hidden, intermediate]."""
+
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, names: Names) -> None:
+        super().__init__()
+        self.names = names
+        for name, weight in zip((names.gate, names.up), gate_up.chunk(2), strict=True):
+            self.add_module(name, _linear(weight))
+        self.add_module(names.down, _linear(down))
+
+    @property
+    def matrices(self) -> list[nn.Linear]:
+        return [getattr(self, name) for name in self.names.matrices]
+
+
+class Experts(nn.ModuleList):
+    """Stands in for transformers' module of stacked experts.
+
+    Attributes:
+        tokens: that each expert has seen since it was set to 0.
+    """
+
+    def __init__(self, stacked: Any, names: Names) -> None:
+        gate_up, down = stacked.gate_up_proj.data, stacked.down_proj.data
+        super().__init__(Expert(gate_up[index], down[index], names) for index in range(len(down)))
+        self.num_experts = len(down)
+        self.tokens = [0] * len(down)
+        stacked.gate_up_proj = stacked.down_proj = None
+        self.stacked = (stacked,)  # in a tuple: no module of this one
+
+    @property
+    def each(self) -> list[Expert]:
+        return [module for module in self if isinstance(module, Expert)]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Of tokens [N, hidden], each sent to `top_k_index` [N, k] with `top_k_weights` [N, k]."""
+        output = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self.each):
+            place, token = top_k_index.T.eq(index).nonzero(as_tuple=True)
+            self.tokens[index] += len(token)
+            if not len(token):
+                continue
+            gate, up, down = expert.matrices
+            states = hidden_states[token]
+            product = down(self.stacked[0]._apply_gate(torch.cat([gate(states), up(states)], dim=-1)))
+            output.index_add_(0, token, (product * top_k_weights[token, place, None]).to(output.dtype))
+        return output
+
+    def together(self) -> nn.Module:
+        """transformers' own module again, with these weights."""
+        stacked: Any = self.stacked[0]
+        parts = [[m.weight.data for m in expert.matrices] for expert in self.each]
+        stacked.gate_up_proj = nn.Parameter(torch.stack([torch.cat([gate, up]) for gate, up, _ in parts]))
+        stacked.down_proj = nn.Parameter(torch.stack([down for _, _, down in parts]))
+        return stacked  # type: ignore[no-any-return]
+
+
+class Untransposed(nn.Linear):
+    """Stands in for a `Conv1D`, which holds its matrix as [in, out]."""
+
+
+def unfuse(model: Any) -> None:
+    """Takes apart what lies in the decoder blocks, in place; the parameters share the memory of those that were."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = names_of(model.config)
+    for path, module in list(model.named_modules()):
+        if is_stacked(module):
+            model.set_submodule(path, Experts(module, names))
+        elif isinstance(module, Conv1D):
+            model.set_submodule(path, _linear(module.weight.data.T, module.bias, Untransposed))
+
+
+def fuse(model: nn.Module) -> None:
+    """The inverse of `unfuse`, in place. What is stored packed stays apart."""
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Experts) and not any(getattr(m, "quantization_scheme", None) for m in module.modules()):
+            model.set_submodule(path, module.together())
+        elif isinstance(module, Untransposed):
+            with torch.device("meta"):
+                whole = Conv1D(module.out_features, module.in_features)
+            whole.weight, whole.bias = nn.Parameter(module.weight.data.T.contiguous()), module.bias
+            model.set_submodule(path, whole)
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether it is a module of stacked experts, in the layout that most architectures share."""
+    usual = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    flags = all(getattr(module, name, None) is value for name, value in usual.items())
+    return flags and all(_is_stack(getattr(module, name, None)) for name in ("gate_up_proj", "down_proj"))
+
+
+def _is_stack(parameter: object) -> bool:
+    return isinstance(parameter, nn.Parameter) and parameter.ndim == 3
+
+
+def holders(model: nn.Module) -> dict[str, str]:
+    """For the name of each matrix of an unfused model, how its architecture holds it."""
+    from winnow.model.layers import linears
+
+    matrices = linears(model)
+    found = {n: TRANSPOSED if isinstance(m, Untransposed) else type(m).__name__ for n, m in matrices.items()}
+    for path, module in model.named_modules():
+        if isinstance(module, Expert):
+            kind = EXPERT if module.names.apart else STACKED
+            found |= dict.fromkeys((f"{path}.{name}" for name in module.names.matrices), kind)
+    return found
+
+
+def unreached(model: nn.Module) -> list[str]:
+    """The experts that no token was sent to, of the layers to which some were."""
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, Experts) and any(m.tokens)]
+    return [f"{path}.{index}" for path, m in layers for index, tokens in enumerate(m.tokens) if not tokens]
+
+
+def count_tokens(model: nn.Module) -> None:
+    """Starts to count at 0."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.tokens = [0] * module.num_experts
+
+
+def names_of(config: Any) -> Names:
+    """As transformers' own table has them, by which it reads checkpoints."""
+    sources = {
+        target: [source.split(".")[-2] for source in entry.source_patterns]
+        for entry in _conversions(config)
+        for target in entry.target_patterns
+        if all(".experts.*." in f".{source}" for source in entry.source_patterns)
+    }
+    both = next((names for target, names in sources.items() if target.endswith("experts.gate_up_proj")), [])
+    down = next((names for target, names in sources.items() if target.endswith("experts.down_proj")), [])
+    if len(both) == 2 and len(down) == 1:
+        return Names(both[0], both[1], down[0], apart=True)
+    return Names()
+
+
+def name_in_model(name: str, config: Any) -> str:
+    """What the unfused model calls a tensor that its checkpoints call `name`."""
+    from transformers.core_model_loading import WeightRenaming
+
+    for entry in _conversions(config):
+        if isinstance(entry, WeightRenaming):
+            for pattern, target in zip(entry.source_patterns, entry.target_patterns, strict=True):
+                name = re.sub(pattern, target, name)
+    return name
+
+
+def _conversions(config: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    kinds = dict.fromkeys((config.model_type, config.get_text_config(decoder=True).model_type))
+    return [entry for kind in kinds for entry in get_checkpoint_conversion_mapping(kind) or []]
+
+
+def _linear(weight: torch.Tensor, bias: nn.Parameter | None = None, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    with torch.device("meta"):
+        linear = kind(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=True)
+    if bias is not None:
+        linear.bias = bias
+    return linear
