@@ -18,6 +18,7 @@ from winnow.agent.portfolio import Portfolio
 from winnow.agent.samplers import NSGA2, TPE, Grid, Random
 from winnow.search import overrides
 from winnow.search.budget import Budget, Convergence
+from winnow.search.opening import open_study
 from winnow.search.space import Space, read_space
 from winnow.types import Reason, Strategy
 
@@ -160,3 +161,18 @@ def test_a_proposal_that_is_not_in_the_space_is_refused_and_not_run(tmp_path: Pa
     assert found.launched == ["base", "rtn(bits=3, group_size=32)"]
     refused = [t.message for t in found.study.trials if t.reason is Reason.INFEASIBLE]
     assert refused == ["method mixed is not searched over", "method.rtn.bits=2 is not searched over, only one of 3, 4"]
+
+
+def test_two_searches_with_different_spaces_share_a_study(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    one, other = (open_study("shared", url, world.OBJECTIVES, {"model": {}}) for _ in range(2))
+    strategy = Strategy(("rtn",), {"method.rtn.bits": 3, "method.rtn.group_size": 64})
+    assert one.reserve(Suggestion(strategy, "grid"), space_of("rtn", FEW))
+    assert other.reserve(Suggestion(strategy, "grid"), space_of("rtn nf4"))  # it has not seen the first one's trial yet
+    names = [sorted(trial.params) for trial in other._study.trials]
+    assert names[0] == ["method.rtn.bits", "method.rtn.group_size", "slot.quantize"]
+    assert len(names[1]) == 3 and "slot.quantize#2" not in names[1]  # the value is one that the name can hold
+    assert other.reserve(Suggestion(Strategy(("nf4",)), "grid"), space_of("rtn nf4"))
+    assert "slot.quantize#2" in other._study.trials[2].params
+    for study in (one, other):
+        study.close()
