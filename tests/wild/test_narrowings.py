@@ -30,7 +30,7 @@ from winnow.search.space import Space, read_space
 from winnow.search.start import first_strategies
 from winnow.types import Strategy, Trial, UserError
 
-SEEDS = range(8)
+SEEDS = range(6)
 
 
 @functools.cache
@@ -163,7 +163,7 @@ def test_every_strategy_of_a_space_can_be_tried(seed: int, tmp_path: Path) -> No
         assert strategy_of(as_proposal(strategy)["methods"], space)[1] == []
         made(strategy)
     study.close()
-    if seed % 4:  # composing takes longer than all the rest
+    if seed:  # composing takes longer than all the rest
         return
     longest = max((s.strategy for s in found), key=lambda s: len(s.knobs))
     cfg = composed("search", *overrides.parse(arguments).of_trial(longest))

@@ -148,7 +148,7 @@ class Search:
             self.log(
                 f"search: going on with study {self.study.name}: {len(self.study.trials)} trials are finished{more}"
             )
-        if changed or left_out:
+        if (changed and self.study.trials) or left_out:
             outside = sum(not self.space.holds(trial.strategy) for trial in self.study.trials)
             more = f", and {left_out} that were cut off do not run again" if left_out else ""
             self.log(
