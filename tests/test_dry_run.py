@@ -14,6 +14,7 @@ from tests.peak import measured_peak, predicted_peak
 from tests.test_conf import composed
 from winnow.cli import options
 from winnow.hardware.machine import Machine
+from winnow.knobs import Knob
 from winnow.report.dry_run import compress_table, forecast, search_table
 from winnow.search.loop import Budget
 from winnow.search.space import read_space
@@ -159,7 +160,7 @@ def test_a_method_that_cannot_be_applied_is_a_row_with_its_reason(tiny: Path) ->
     cfg = composed("search", "model=local", f"model.path={tiny}", "method=[rtn]")
     from omegaconf import OmegaConf
 
-    space = read_space(OmegaConf.to_container(cfg.method), {"method.rtn.group_size": [64, 128]})  # type: ignore[arg-type]
+    space = read_space(OmegaConf.to_container(cfg.method), {"method.rtn.group_size": Knob(choices=(64, 128))})  # type: ignore[arg-type]
     cfg.method.rtn.group_size = 128
     table = search_table(cfg, space, Budget(3))
     assert cells(table, "rtn(bits=4, group_size=128)")[-1] == "no"

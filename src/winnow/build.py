@@ -89,13 +89,19 @@ def _defined_in_winnow(target: str) -> bool:
     return getattr(found, "__module__", "").startswith("winnow.")
 
 
+def methods(cfg: DictConfig) -> dict[str, Any]:
+    """The configurations of the methods that are chosen, by name.
+
+    An experiment also configures methods that `method=[...]` then leaves out: what it says of them is not used.
+    """
+    return {str(name): node for name, node in (cfg.method or {}).items() if node is not None and "_target_" in node}
+
+
 def stages(cfg: DictConfig) -> dict[str, Stage]:
     """The stages of `cfg.method` by name, in their order, with the order of slots checked."""
     from winnow.method.pipeline import check_order
 
-    made = {
-        str(name): instantiate(node, f"method.{name}") for name, node in (cfg.method or {}).items() if node is not None
-    }
+    made = {name: instantiate(node, f"method.{name}") for name, node in methods(cfg).items()}
     check_order(made)
     return made
 

@@ -31,6 +31,13 @@ def path(value: object) -> str:
     """A path or a name, quoted where it must be: most need not."""
     text = str(value)
     plain = (
-        _PLAIN.fullmatch(text) and text.lower() not in _WORDS and not re.fullmatch(r"[-+\d._e:]+", text, re.IGNORECASE)
+        _PLAIN.fullmatch(text) and text.lower() not in _WORDS and not re.fullmatch(r"[-+\d._e]+", text, re.IGNORECASE)
     )
     return text if plain else text_of(text)
+
+
+def short(value: Any) -> str:
+    """A value as it must be written, its text quoted only where it must be."""
+    if isinstance(value, str):
+        return path(value)
+    return text_of(value) if value is None or isinstance(value, Mapping | list | tuple) else str(value)

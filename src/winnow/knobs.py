@@ -27,14 +27,19 @@ class Knob:
     when: Mapping[str, Any] = field(default_factory=dict)  # searched over only if these other knobs have these values
     search_range: tuple[float, float] | None = None  # narrower than what is allowed
     searched: tuple[Any, ...] = ()  # of the choices, those to search over; all if none are named
+    integer: bool = False  # `knobs_of` reads it from the field's annotation
 
     def allows(self, value: Any) -> bool:
         if self.choices:
-            return value in self.choices
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number:
+            return any(same(value, choice) for choice in self.choices)
+        if not is_number(value) or (self.integer and not float(value).is_integer()):
             return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    @property
+    def described(self) -> str:
+        """What it takes, for messages."""
+        return f"whole numbers {self}" if self.integer and not self.choices else str(self)
 
     def __str__(self) -> str:
         return f"one of {', '.join(map(str, self.choices))}" if self.choices else f"from {self.low:g} to {self.high:g}"
@@ -61,7 +66,21 @@ def knobs_of(stage: type | Stage) -> dict[str, Knob]:
     """The knobs of a stage's class, by field name, in the order of definition."""
     if not dataclasses.is_dataclass(stage):
         raise TypeError(f"{stage} is not a dataclass")
-    return {f.name: f.metadata["knob"] for f in dataclasses.fields(stage) if "knob" in f.metadata}
+    return {
+        f.name: dataclasses.replace(f.metadata["knob"], integer=f.type in ("int", int))
+        for f in dataclasses.fields(stage)
+        if "knob" in f.metadata
+    }
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def same(value: Any, other: Any) -> bool:
+    """Whether two values are equal and of one kind: 3.0 is 3, but true is not 1."""
+    return (type(value) is type(other) or (is_number(value) and is_number(other))) and bool(value == other)
 
 
 # how an architecture holds a matrix: a linear layer of torch's own class, one of a stack of experts (that checkpoints hold
@@ -98,7 +117,7 @@ class Checked:
         for field_name, knob_ in knobs_of(type(self)).items():
             value = getattr(self, field_name)
             if not knob_.allows(value):
-                raise UserError(f"{self.option}.{field_name}={value} is out of range: it takes {knob_}")
+                raise UserError(f"{self.option}.{field_name}={value} is out of range: it takes {knob_.described}")
 
     @property
     def option(self) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from winnow.grammar import short
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -280,7 +282,8 @@ class Strategy:
 
     @functools.cached_property
     def overrides(self) -> tuple[str, ...]:
-        return (f"method=[{','.join(self.methods)}]", *(f"{key}={value}" for key, value in sorted(self.knobs.items())))
+        knobs = (f"{key}={short(value)}" for key, value in sorted(self.knobs.items()))
+        return (f"method=[{','.join(self.methods)}]", *knobs)
 
     def __str__(self) -> str:
         """Short, for tables: `wanda(sparsity=0.5) + rtn(bits=4, group_size=64)`; `base` without methods."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from winnow.agent.policy import Policy, Suggestion
+from winnow.knobs import Knob
 from winnow.search.costs import Costs
 from winnow.search.history import History
 from winnow.search.objectives import KNOWN
@@ -29,7 +30,8 @@ def spacious() -> Space:
 def narrow() -> Space:
     """30 strategies."""
     fixed = {"method.wanda.pattern": "unstructured", "method.wanda.allocation": "uniform"}
-    chosen = {"method.wanda.sparsity": [0.3, 0.6], "method.rtn.group_size": [32, 128], "method.rtn.bits": [2, 3, 4, 8]}
+    choices = {"method.wanda.sparsity": (0.3, 0.6), "method.rtn.group_size": (32, 128), "method.rtn.bits": (2, 3, 4, 8)}
+    chosen = {key: Knob(choices=values) for key, values in choices.items()}
     return read_space({name: METHODS[name] for name in ("wanda", "rtn", "nf4")}, fixed | chosen)
 
 

@@ -62,7 +62,8 @@ class Bandit:
 
     def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
         rng = np.random.default_rng([self.seed, history.proposals])
-        taken = {t.number: tuple(chosen(space, t.strategy).items()) for t in recent(history) if not t.failed}
+        told = [t for t in recent(history) if not t.failed and space.holds(t.strategy)]
+        taken = {t.number: tuple(chosen(space, t.strategy).items()) for t in told}
         rates = Rates.of(history, taken, self.memory)
         slots = [(slot, [NONE, *(m.name for m in methods)]) for slot, methods in space.slots()]
         drawn = {(slot.name, name): rates.drawn((slot.name, name), rng) for slot, names in slots for name in names}

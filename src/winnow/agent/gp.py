@@ -61,7 +61,7 @@ class GP:
         """
         rng = np.random.default_rng([self.seed, history.proposals])
         candidates = self._candidates(history, space, rng)
-        if not self.is_ready(history):
+        if not self.is_ready(history, space):
             order, gains = rng.permutation(len(candidates)), None
         else:
             gains = self.gains(history, space, outlook, candidates)
@@ -85,10 +85,11 @@ class GP:
         found = itertools.islice((s for s in turned if s.overrides not in history.seen), 3 * self.pool // 4)
         return list({s.overrides: s for s in [*fresh(history, space, rng, self.pool // 4, near=1.0), *found]}.values())
 
-    def is_ready(self, history: History) -> bool:
-        """Whether the processes count: there are as many complete trials as `startup` says."""
+    def is_ready(self, history: History, space: Space) -> bool:
+        """Whether the processes count: there are as many complete trials of the space as `startup` says."""
         needed = max(2, self.startup)
-        return len(list(itertools.islice((t for t in history.trials if t.complete), needed))) == needed
+        known = (t for t in considered(history) if t.complete and space.holds(t.strategy))
+        return len(list(itertools.islice(known, needed))) == needed
 
     def gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
         """The expected improvement of each [candidates], as a share of all that could be dominated."""
@@ -106,7 +107,8 @@ class GP:
                 means[:, column] = np.log(missing(objective, np.array(known, dtype=float), top))
                 continue
             if objective.name not in now.processes:
-                trials, values, noise = observed(objective, now.told, history.front)
+                told = [trial for trial in now.told if space.holds(trial.strategy)]  # others have no features here
+                trials, values, noise = observed(objective, told, history.front)
                 x = self._features(space, [t.strategy for t in trials])
                 y = np.log(missing(objective, values, top))
                 now.processes[objective.name] = self._process(objective.name, x, y, noise)

@@ -26,7 +26,7 @@ class Judge(Protocol):
 
     def gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray: ...
 
-    def is_ready(self, history: History) -> bool: ...
+    def is_ready(self, history: History, space: Space) -> bool: ...
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Portfolio:
     ) -> Suggestion:
         record: dict[str, Any] = {**found.record, "agent": name, "shares": {k: round(v, 4) for k, v in shares.items()}}
         judge, policy = next(((n, p) for n, p in self.agents.items() if isinstance(p, Judge)), (None, None))
-        if judge is None or judge == name or not isinstance(policy, Judge) or not policy.is_ready(history):
+        if judge is None or judge == name or not isinstance(policy, Judge) or not policy.is_ready(history, space):
             return replace(found, record=record)
         own = self.agents[judge].ask(history, space, outlook)
         record["instead"] = list(own.strategy.overrides)

@@ -67,14 +67,16 @@ class Replay:
             Exhausted: there is no other.
         """
         for number, suggestion in self._recorded:
-            if suggestion.strategy.overrides in history.seen or number in self._skipped:
+            if number in self._skipped:
                 continue
             strategy, objections = strategy_of(as_proposal(suggestion.strategy)["methods"], space)
             if strategy is None:
                 self._skipped.add(number)
                 self.log(f"search: trial {number} of {self.study} is skipped: it is not in this space: {objections[0]}")
                 continue
+            if strategy.overrides in history.seen:
+                continue
             record = {"agent": "replay", "study": str(self.study), "trial": number, "recorded": dict(suggestion.record)}
             why = str(suggestion.record.get("why") or "")
-            return Suggestion(suggestion.strategy, suggestion.by, why, suggestion.expected_gain, record)
+            return Suggestion(strategy, suggestion.by, why, suggestion.expected_gain, record)
         raise Exhausted(f"all that {self.study} holds was replayed")

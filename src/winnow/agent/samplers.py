@@ -55,7 +55,8 @@ class Grid:
 
 @dataclass
 class Sampler:
-    """A sampler of Optuna, which works on a study of its own in memory: the finished trials of the history, and its drafts.
+    """A sampler of Optuna, which works on a study of its own in memory: the finished trials of the history that are of the
+    space, and its drafts.
 
     A trial that was stopped counts there as complete with its estimates, since samplers know no more of it than that.
     """
@@ -102,7 +103,7 @@ class Sampler:
 
         known, new = distributions(space), []
         for trial in history.trials[self._told :]:
-            if (values := self._values(trial, history)) is not None:
+            if space.holds(trial.strategy) and (values := self._values(trial, history)) is not None:
                 chosen = space.parameters(trial.strategy)
                 mine = {name: known[name] for name in chosen}
                 notes = trial.decision.get(NOTES)

@@ -167,21 +167,15 @@ def search_table(cfg: DictConfig, space: Space, budget: Budget) -> str:
 
 def variants(method: Method, cfg: DictConfig) -> list[Strategy]:
     """The method at its defaults, at each choice (or both ends) of its main knob, and where it compresses most."""
-    defaults = method.defaults(functools.partial(OmegaConf.select, cfg))
+    every = {d.key: d.nearest(OmegaConf.select(cfg, d.key)) for d in method.dimensions}
     changes: list[dict[str, Any]] = [{}]
     for main in method.dimensions[:1]:
         changes += [{main.key: value} for value in main.grid(_ENDS)]
     most = build.target_of(cfg.method[method.name]["_target_"]).aggressive
     prefix = f"method.{method.name}."
     allowed = {d.key: d for d in method.dimensions}
-    changes.append(
-        {
-            prefix + k: v
-            for k, v in most.items()
-            if prefix + k in allowed and (not allowed[prefix + k].choices or v in allowed[prefix + k].choices)
-        }
-    )
-    found = [Strategy((method.name,), defaults | change) for change in changes]
+    changes.append({prefix + k: v for k, v in most.items() if prefix + k in allowed and allowed[prefix + k].holds(v)})
+    found = [Strategy((method.name,), method.knobs({**every, **change})) for change in changes]
     return list({s.overrides: s for s in found}.values())
 
 

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 from winnow.types import Strategy, Trial
 
-Prefix = tuple[tuple[str, tuple[tuple[str, object], ...]], ...]
+Prefix = tuple[tuple[str, tuple[str, ...]], ...]
 UNKNOWN_S = 1.0  # of a stage that was never seen: as good as free, so that it is tried
 
 
 def prefixes(strategy: Strategy) -> Iterator[Prefix]:
     """The first stages with their knobs: one of them, two, and so on to all."""
-    found: list[tuple[str, tuple[tuple[str, object], ...]]] = []
+    found: list[tuple[str, tuple[str, ...]]] = []
     for method in strategy.methods:
         own = f"method.{method}."
-        found.append((method, tuple(sorted((k, v) for k, v in strategy.knobs.items() if k.startswith(own)))))
+        found.append((method, tuple(o for o in strategy.overrides if o.startswith(own))))
         yield tuple(found)
 
 

@@ -30,7 +30,7 @@ def settle(
     config: DictConfig, hardware: Hardware, here: bool, typed: Typed, lm: LM, log: Callable[[str], None]
 ) -> tuple[Hardware, Typed]:
     """The hardware and the command line of every trial of the search that `config` describes; see `settled` and `told`."""
-    hardware = settled(hardware, here, config.method or {}, lm, log)
+    hardware = settled(hardware, here, build.methods(config), lm, log)
     if slow := slow_here(hardware.compute_dtype, hardware.device) if here else "":
         log(f"{DTYPE}={hardware.dtype}: {slow}")
     if not here:

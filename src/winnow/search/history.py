@@ -77,6 +77,10 @@ class History:
         is_base = not trial.strategy.methods
         return tried_again(trial) or (is_base and "retried" not in trial.decision and bool(self.disturbed(trial)))
 
+    def counts(self, trial: Trial) -> bool:
+        """Whether a trial was really run, and is not run once more."""
+        return trial.reason is not Reason.INFEASIBLE and not self.runs_again(trial)
+
     def breaks(self, trial: Trial) -> list[str]:
         """The constraints that a trial breaks, in words."""
         return broken(trial.figures, self.limits, self.base.figures if self.base else None)
@@ -104,7 +108,7 @@ class History:
         self.seen.add(trial.strategy.overrides)
         self.trials.append(trial)
         again = self.runs_again(trial)
-        if trial.reason is not Reason.INFEASIBLE and not again:
+        if self.counts(trial):
             self.run_trials += 1
             self.since_gain += 1
         self.energy_wh += trial.energy.get("wh", 0.0)

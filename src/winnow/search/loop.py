@@ -137,20 +137,30 @@ class Search:
             self.outlook.observe(trial)
             if self.study.runs_again(trial) and trial.number not in again:
                 self._retry(trial)
+        changed = self.study.enter(self.space)
+        left_out = self._leave_out()
         if self.study.base is None and not self.study.running:
             self.study.seen.discard(
                 Strategy().overrides
             )  # it failed, and whoever starts again has done something about it
         if before or lost:
-            more = f"; {lost} that were cut off will run again" if lost else ""
+            more = f"; {lost - left_out} that were cut off will run again" if lost > left_out else ""
             self.log(
                 f"search: going on with study {self.study.name}: {len(self.study.trials)} trials are finished{more}"
+            )
+        if (changed and self.study.trials) or left_out:
+            outside = sum(not self.space.holds(trial.strategy) for trial in self.study.trials)
+            more = f", and {left_out} that were cut off do not run again" if left_out else ""
+            self.log(
+                f"search: the space is another one now: {outside} of the finished trials lie outside it and keep their place "
+                f"on the front{more}"
             )
 
     def _look(self) -> None:
         """What other searches have done meanwhile, and what those that have died left behind."""
         news = self.study.refresh()
         lost = self._take_over()
+        lost -= self._leave_out()
         if lost:
             self.log(f"search: another search has ended; {lost} of its trials will run again")
         for trial in [*news, *self.study.refresh()]:
@@ -166,13 +176,21 @@ class Search:
             self._trials.cancel(number)  # a node may still work on it, or get to it later
         return len(lost)
 
+    def _leave_out(self) -> int:
+        """Takes out of what is to run again all that is not in the space any more; how many those are."""
+        kept = [suggestion for suggestion in self._again if not self.space.objection(suggestion.strategy)]
+        dropped, self._again = len(self._again) - len(kept), kept
+        return dropped
+
     def _next(self) -> Proposal | None:
         """What to try now; None where it was refused, which costs nothing and is written down, or another search was faster."""
         suggestion = self._suggestion()
         proposal = self.study.reserve(suggestion, self.space)
         if proposal is None:
             return None
-        refusal = self.outlook.refusal(suggestion.strategy) if suggestion.strategy.methods else ""
+        refusal = self.space.objection(suggestion.strategy)
+        if suggestion.strategy.methods and not refusal:
+            refusal = self.outlook.refusal(suggestion.strategy)
         self._trials.clear(proposal.number)  # of an earlier study of this name
         self._trials.keep_messages(proposal.number, suggestion.messages)
         if refusal:

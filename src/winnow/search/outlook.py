@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -107,14 +108,15 @@ def forecaster(
 
     cfg = OmegaConf.create(settings)
     base = base_of(cfg)
-    plain: dict[str, Any] = {str(name): build.instantiate(cfg.method[name], f"method.{name}") for name in cfg.method}
+    # a strategy holds all that is not a method's default
+    plain: dict[str, Any] = {name: build.target_of(node["_target_"])() for name, node in build.methods(cfg).items()}
     # this process lives beside the trials: CUDA, once started here, would take memory of each GPU
     machine = base.machine(list(plain.values()), without)
 
     @functools.lru_cache(maxsize=10_000)
-    def stage(name: str, knobs: tuple[tuple[str, Any], ...]) -> Stage:
+    def stage(name: str, knobs: str) -> Stage:
         # Hydra would take longer to make it than all the rest; what a stage refuses, it refuses here, too
-        made: Stage = dataclasses.replace(plain[name], **dict(knobs))
+        made: Stage = dataclasses.replace(plain[name], **json.loads(knobs))
         return made
 
     def answer(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,8 +127,8 @@ def forecaster(
             stages = {}
             for name in methods:
                 own = f"method.{name}."
-                mine = tuple(sorted((k.removeprefix(own), v) for k, v in knobs.items() if k.startswith(own)))
-                stages[name] = stage(name, mine)
+                mine = {k.removeprefix(own): v for k, v in sorted(knobs.items()) if k.startswith(own)}
+                stages[name] = stage(name, json.dumps(mine))
             check_order(stages)
             found = base.feasibility(stages, machine)
         except UserError as error:

@@ -23,7 +23,7 @@ class Typed:
     """The command line of a search, parsed.
 
     Attributes:
-        narrowed: knobs by key: a fixed value, a list of choices, or an interval as a `Knob`.
+        narrowed: settings of methods by key: a fixed value, or what is to be searched over as a `Knob`.
         shared: overrides of every trial, as typed.
     """
 
@@ -70,15 +70,20 @@ def parse(arguments: Sequence[str]) -> Typed:
         elif isinstance(value, IntervalSweep):
             narrowed[key] = Knob(low=value.start, high=value.end)
         elif isinstance(value, RangeSweep | ChoiceSweep):
-            narrowed[key] = list(override.sweep_iterator(transformer=lambda v: _plain(v)))
+            given = tuple(override.sweep_iterator(transformer=lambda v: _plain(v)))
+            if not given:
+                raise UserError(f"{override.input_line}: no values are left to choose from")
+            narrowed[key] = Knob(choices=given)
+        elif isinstance(value, Glob) or override.is_delete():
+            raise UserError(f"{override.input_line}: give values, e.g. {key}=choice(A,B), or leave it out")
         else:
             narrowed[key] = value
     return Typed(narrowed, tuple(shared))
 
 
 def _plain(value: Any) -> Any:
-    """The value of a choice: unquoted strings and numbers as themselves."""
-    return getattr(value, "text", value)
+    """The value of a choice: unquoted strings as themselves, numbers of a range without what their sums round off."""
+    return float(f"{value:.12g}") if isinstance(value, float) else getattr(value, "text", value)
 
 
 def _of(keys: Iterable[str], overrides: Iterable[str]) -> list[str]:

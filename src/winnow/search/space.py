@@ -6,68 +6,52 @@ Narrowed on the command line with Hydra's own sweep grammar: `method.rtn.bits=ch
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
+from winnow import grammar
 from winnow.build import target_of
-from winnow.knobs import Knob, knobs_of
+from winnow.knobs import Knob, knobs_of, same
+from winnow.search.dimension import Dimension, Suggest, narrowed, searched
 from winnow.types import Slot, Strategy, UserError
 
 NONE = "none"  # the choice of no method for a slot
 
 
 @dataclass(frozen=True)
-class Dimension:
-    """One knob to search over: `choices`, or numbers from `low` to `high`; `when` names what it depends on."""
-
-    key: str  # method.<name>.<knob>
-    choices: tuple[Any, ...] = ()
-    low: float = 0.0
-    high: float = 0.0
-    log: bool = False
-    integer: bool = False
-    when: Mapping[str, Any] = field(default_factory=dict)  # full key -> value
-
-    def grid(self, points: int) -> list[Any]:
-        """The choices, or `points` values spread evenly (in the logarithm, for a log scale)."""
-        if self.choices:
-            return list(self.choices)
-        if points == 1 or self.low == self.high:
-            return [self._rounded((self.low + self.high) / 2)]
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        values = [low + (high - low) * i / (points - 1) for i in range(points)]
-        return list(dict.fromkeys(self._rounded(math.exp(v) if self.log else v) for v in values))
-
-    def _rounded(self, value: float) -> float | int:
-        return round(value) if self.integer else float(f"{value:.6g}")
-
-
-@dataclass(frozen=True)
 class Method:
+    """A method of the space.
+
+    Attributes:
+        fixed: settings that every strategy with the method has, by full key: those that are not searched over and are not the
+            method's own defaults.
+        idle: by full key, what a knob must be where it does not count.
+    """
+
     name: str
     slot: Slot
     dimensions: tuple[Dimension, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    idle: Mapping[str, Any] = field(default_factory=dict)
+
+    def counting(self, values: Mapping[str, Any]) -> list[Dimension]:
+        """The knobs that count, given the values of others by full key."""
+        return [d for d in self.dimensions if all(same(values.get(k, v), v) for k, v in d.when.items())]
+
+    def knobs(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings of a strategy with the method: of `values` those that count, and what is the same in all strategies."""
+        count = {d.key for d in self.counting(values)}
+        idle = {key: value for key, value in self.idle.items() if key not in count}
+        return {key: value for key, value in values.items() if key in count} | idle | dict(self.fixed)
 
     def defaults(self, configured: Callable[[str], Any]) -> dict[str, Any]:
-        """Each knob at its configured value, or at the first choice where the space leaves that value out."""
-        values = {d.key: configured(d.key) for d in self.dimensions}
-        return {
-            d.key: values[d.key] if not d.choices or values[d.key] in d.choices else d.choices[0]
-            for d in self.dimensions
-            if all(values.get(k, v) == v for k, v in d.when.items())
-        }
-
-
-class Suggest(Protocol):
-    """What a strategy is drawn with; Optuna's `Trial` is one."""
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+        """Each knob at its configured value, or where the space leaves that out at the nearest one that it has."""
+        return self.knobs({d.key: d.nearest(configured(d.key)) for d in self.dimensions})
 
 
 @dataclass(frozen=True)
@@ -98,11 +82,10 @@ class Space:
             if name == NONE:
                 continue
             chosen.append(name)
-            own: dict[str, Any] = {}
-            for dimension in sorted(self.method(name).dimensions, key=lambda d: bool(d.when)):
-                if all(own.get(key) == value for key, value in dimension.when.items() if key in own):
-                    own[dimension.key] = _suggest(suggest, dimension)
-            knobs |= own
+            method = self.method(name)
+            own = {d.key: d.draw(suggest) for d in method.dimensions if not d.when}
+            own |= {d.key: d.draw(suggest) for d in method.counting(own) if d.when}
+            knobs |= method.knobs(own)
         return Strategy(tuple(chosen), knobs)
 
     def all(self, points: int) -> Iterator[Strategy]:
@@ -116,12 +99,12 @@ class Space:
         found = []
         for method in methods:
             free = [d for d in method.dimensions if not d.when]
-            bound = [d for d in method.dimensions if d.when]
             for values in itertools.product(*(d.grid(points) for d in free)):
                 own = {d.key: v for d, v in zip(free, values, strict=True)}
-                active = [d for d in bound if all(own.get(k, v) == v for k, v in d.when.items())]
+                active = [d for d in method.counting(own) if d.when]
                 for more in itertools.product(*(d.grid(points) for d in active)):
-                    found.append((method.name, own | {d.key: v for d, v in zip(active, more, strict=True)}))
+                    knobs = own | {d.key: v for d, v in zip(active, more, strict=True)}
+                    found.append((method.name, method.knobs(knobs)))
         return found
 
     def size(self) -> int | None:
@@ -131,25 +114,54 @@ class Space:
         return math.prod(1 + len(self._variants(group, 1)) for _, group in self.slots())
 
     def parameters(self, strategy: Strategy) -> dict[str, Any]:
-        """The named choices that make `draw` return this strategy; knobs it does not set are left to the sampler."""
-        chosen = {self.method(name).slot: name for name in strategy.methods}
-        return {slot_key(slot): chosen.get(slot, NONE) for slot, _ in self.slots()} | dict(strategy.knobs)
+        """The named choices that make `draw` return this strategy; what it does not set, or the space has not, is left out."""
+        known = [self._named[name] for name in strategy.methods if name in self._named]
+        chosen = {slot_key(method.slot): method.name for method in known}
+        if len(known) == len(strategy.methods):
+            chosen = {slot_key(slot): NONE for slot, _ in self.slots()} | chosen
+        counting = {d.key: d for method in known for d in method.counting(strategy.knobs)}
+        return chosen | {k: v for k, v in strategy.knobs.items() if k in counting and counting[k].holds(v)}
+
+    def objection(self, strategy: Strategy) -> str:
+        """Why a strategy cannot be tried in this space; empty where it can. Settings that are not searched over are its own."""
+        missing = [name for name in strategy.methods if name not in self._named]
+        if missing:
+            return f"method {missing[0]} is not searched over"
+        methods = [self._named[name] for name in strategy.methods]
+        slots = [method.slot for method in methods]
+        if slots != sorted(set(slots)):
+            return "its methods are not one a slot in the order of slots"
+        for method in methods:
+            for d in method.counting(strategy.knobs):
+                if d.key in strategy.knobs and not d.holds(strategy.knobs[d.key]):
+                    return f"{d.key}={strategy.knobs[d.key]} is not searched over, only {d}"
+            for key, value in method.fixed.items():
+                if strategy.knobs.get(key) != value:
+                    return f"{key} is not {value}, as it is in all of this space"
+        return ""
+
+    def holds(self, strategy: Strategy) -> bool:
+        """Whether all of a strategy is of this space, so that a trial of it tells of others there."""
+        known = {key for method in self.methods for key in (*(d.key for d in method.dimensions), *method.fixed)}
+        return not self.objection(strategy) and strategy.knobs.keys() <= known
+
+    def described(self) -> dict[str, Any]:
+        """What is searched over, as plain JSON: two spaces with the same strategies have the same description."""
+        return {
+            method.name: {d.key: str(d) for d in method.dimensions}
+            | {key: grammar.short(value) for key, value in method.fixed.items()}
+            for method in sorted(self.methods, key=lambda method: method.name)
+        }
 
 
 def distributions(space: Space) -> dict[str, Any]:
     """Those that Optuna draws the parameters of strategies from, by name (`Space.parameters`)."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import CategoricalDistribution
 
     found: dict[str, Any] = {}
     for slot, methods in space.slots():
         found[slot_key(slot)] = CategoricalDistribution([NONE, *(m.name for m in methods)])
-        for d in (d for method in methods for d in method.dimensions):
-            if d.choices:
-                found[d.key] = CategoricalDistribution(list(d.choices))
-            elif d.integer:
-                found[d.key] = IntDistribution(int(d.low), int(d.high), log=d.log)
-            else:
-                found[d.key] = FloatDistribution(d.low, d.high, log=d.log)
+        found |= {d.key: d.distribution() for method in methods for d in method.dimensions}
     return found
 
 
@@ -157,71 +169,77 @@ def slot_key(slot: Slot) -> str:
     return f"slot.{slot.name.lower()}"
 
 
-def _suggest(suggest: Suggest, d: Dimension) -> Any:
-    if d.choices:
-        return suggest.suggest_categorical(d.key, list(d.choices))
-    if d.integer:
-        return suggest.suggest_int(d.key, int(d.low), int(d.high), log=d.log)
-    return float(f"{suggest.suggest_float(d.key, d.low, d.high, log=d.log):.6g}")
-
-
-def read_space(methods: Mapping[str, Mapping[str, Any]], narrowed: Mapping[str, Any]) -> Space:
+def read_space(methods: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> Space:
     """The space over `methods` (the composed `cfg.method`), with the user's narrowings.
 
     Args:
         methods: by name, each with its `_target_`.
-        narrowed: by full key, a value (fixed), a list (choices), or a `Knob` with `low` and `high`.
+        given: by full key, a fixed value, or a `Knob` with choices or with `low` and `high`.
 
     Raises:
-        UserError: a narrowing outside what the knob allows, of an unknown knob, or nothing left to search.
+        UserError: a narrowing outside what the knob allows, of an unknown setting, or nothing left to search.
     """
-    found, used = [], set()
-    for name, node in methods.items():
-        stage = target_of(node["_target_"])
-        prefix = f"method.{name}."
-        dimensions = []
-        for knob_name, knob in knobs_of(stage).items():
-            key = prefix + knob_name
-            if key in narrowed:
-                used.add(key)
-                dimension = _narrow(key, knob, narrowed[key])
-            elif knob.search:
-                low, high = knob.search_range or (knob.low or 0.0, knob.high or 0.0)
-                dimension = Dimension(
-                    key, knob.searched or knob.choices, low, high, knob.log, isinstance(node.get(knob_name), int)
-                )
-            else:
-                continue
-            dimensions.append(replace(dimension, when={prefix + k: v for k, v in knob.when.items()}))
-        fixed = {d.key: d.choices[0] for d in dimensions if len(d.choices) == 1}
-        # a knob that depends on another which is fixed elsewhere can never be reached
-        dimensions = [d for d in dimensions if all(fixed.get(k, v) == v for k, v in d.when.items())]
-        found.append(Method(name, stage.slot, tuple(dimensions)))
-    unknown = sorted(set(narrowed) - used)
-    if unknown:
-        raise UserError(f"{unknown[0]}: there is no such knob in this space; see --cfg job for those there are")
-    if not found:
+    for key in given:
+        name = key.split(".")[1]
+        if name not in methods and methods:
+            raise UserError(
+                f"{key}: {name} is not among the methods; name it in method=[...,{name}], or leave this out"
+            )
+    if not methods:
         raise UserError(
             "the space is empty: method=[] leaves nothing to search; give some methods, e.g. method=[rtn,nf4]"
         )
-    return Space(tuple(found))
+    return Space(tuple(_read_method(name, node, given) for name, node in methods.items()))
 
 
-def _narrow(key: str, knob: Knob, value: Any) -> Dimension:
-    if isinstance(value, Knob):
-        low, high = value.low or 0.0, value.high or 0.0
-        if not knob.choices:
-            if not (knob.allows(low) and knob.allows(high)):
-                raise UserError(f"{key}=interval({low:g},{high:g}) is out of range: it takes {knob}")
-            return Dimension(key, (), low, high, knob.log)
-        inside = tuple(c for c in knob.choices if isinstance(c, int | float) and low <= c <= high)
-        if not inside:
-            raise UserError(f"{key}=interval({low:g},{high:g}) leaves nothing: it takes {knob}")
-        return Dimension(key, inside)
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    if not values:
-        raise UserError(f"{key}: no values are left to choose from")
-    for one in values:
-        if not knob.allows(one):
-            raise UserError(f"{key}={one} is out of range: it takes {knob}")
-    return Dimension(key, tuple(values))
+def _read_method(name: str, node: Mapping[str, Any], given: Mapping[str, Any]) -> Method:
+    stage, prefix = target_of(node["_target_"]), f"method.{name}."
+    knobs = knobs_of(stage)
+    defaults = {f.name: f.default for f in dataclasses.fields(stage)}
+    configured = {**defaults, **{key: value for key, value in node.items() if key in defaults}}
+    for key in (key for key in given if key.split(".")[1] == name):
+        setting, _, inner = key.removeprefix(prefix).partition(".")
+        if setting not in defaults:
+            raise UserError(f"{key}: there is no such knob; {name} has {', '.join(defaults) or 'none'}")
+        if setting not in knobs and isinstance(given[key], Knob):
+            raise UserError(f"{key} cannot be searched over; give one value, and run one search for each")
+        if not inner and not isinstance(given[key], Knob):  # else the configuration has the whole of it
+            configured[setting] = given[key]
+    found = []
+    for setting, knob in knobs.items():
+        key = prefix + setting
+        if key in given or knob.search:
+            dimension = narrowed(key, knob, given[key]) if key in given else searched(key, knob)
+            found.append(replace(dimension, when={prefix + k: v for k, v in knob.when.items()}))
+    values = {prefix + k: v for k, v in configured.items()}
+    changed = {prefix + k: v for k, v in defaults.items() if configured[k] != v}
+    dimensions = _reachable(found, values, {k for k, v in given.items() if k in changed or isinstance(v, Knob)})
+    kept, conditional = {d.key for d in dimensions}, {d.key for d in found if d.when}
+    return Method(
+        name,
+        stage.slot,
+        tuple(dimensions),
+        # a method may refuse a knob that does not count: there it has its default, whatever it is configured as
+        fixed={k: default if k in conditional else values[k] for k, default in changed.items() if k not in kept},
+        idle={k: default for k, default in changed.items() if k in kept & conditional},
+    )
+
+
+def _reachable(dimensions: list[Dimension], configured: Mapping[str, Any], wanted: set[str]) -> list[Dimension]:
+    """The knobs that count for some choice of the others.
+
+    Raises:
+        UserError: one that is wanted never counts.
+    """
+    possible = {key: (value,) for key, value in configured.items()} | {d.key: d.choices for d in dimensions}
+    found = []
+    for d in dimensions:
+        never = [k for k, v in d.when.items() if possible.get(k) and not any(same(v, one) for one in possible[k])]
+        if not never:
+            found.append(d)
+        elif d.key in wanted:
+            other = f"{never[0]}={d.when[never[0]]}"
+            raise UserError(
+                f"{d.key} counts only with {other}, which is not searched over; leave it out, or add {other}"
+            )
+    return found

@@ -81,8 +81,9 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     from winnow.report.table import front_table
 
     typed = overrides.parse(arguments)
-    space = read_space(OmegaConf.to_container(config.method, resolve=True) or {}, typed.narrowed)  # type: ignore[arg-type]
+    space = read_space({name: _plain(node) for name, node in build.methods(config).items()}, typed.narrowed)
     _check_settings(config)
+    _check_fixed(config, space)
     first = first_strategies(space, config) if config.recipe is None else []
     budget = _made(Budget, config.budget, "budget")
     convergence = Convergence(config.convergence if config.recipe is None else None)
@@ -163,6 +164,16 @@ def _check_settings(config: DictConfig) -> None:
     _made(Racing, config.racing, "racing")
 
 
+def _check_fixed(config: DictConfig, space: Space) -> None:
+    """Raises UserError for a setting of a method that all its trials would have, and refuse."""
+    for method in (method for method in space.methods if method.fixed):
+        prefix = f"method.{method.name}."
+        knobs = method.defaults(functools.partial(OmegaConf.select, config))
+        settings = {key.removeprefix(prefix): value for key, value in knobs.items()}
+        node = {"_target_": config.method[method.name]._target_, **settings}
+        build.instantiate(OmegaConf.create(node), prefix.strip("."))
+
+
 def _pinned(config: DictConfig, typed: overrides.Typed, lm: LM) -> tuple[DictConfig, overrides.Typed]:
     """The settings with the base model where it lies now, if that is elsewhere than they say: all trials begin with it."""
     given = config.model.get("path")
@@ -174,7 +185,7 @@ def _pinned(config: DictConfig, typed: overrides.Typed, lm: LM) -> tuple[DictCon
 
 
 def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def _made(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from winnow.agent.policy import Suggestion
 from winnow.search import pareto, storage
+from winnow.search.columns import Columns
 from winnow.search.history import History
 from winnow.search.records import strategy_from, strategy_json, trial_from_json, trial_json
 from winnow.search.space import Space, distributions
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 # attributes of a trial in the storage; each costs statements, so what is written together is one
 _PROPOSAL, _RECORD, _LOST = "proposal", "record", "lost"
-_CONFIRMED = "confirmed"
+_CONFIRMED, _SPACE = "confirmed", "space"  # of the study
 _BEAT, _WITHDRAWN = "beat", "withdrawn"  # of searches that share a study
 
 
@@ -69,6 +70,7 @@ class Study(History):
         self._settled: set[int] = set()
         self._news: list[Trial] = []
         self._silence = storage.Silence()
+        self._columns = Columns()
         self._look()
         self._news.clear()
         self._abandoned = self._lost()
@@ -84,25 +86,15 @@ class Study(History):
 
         None where another search has just begun with the same strategy: of two the one with the lower number keeps it.
         """
-        import optuna
-
-        chosen, known = space.parameters(suggestion.strategy), distributions(space)
         decision = {"why": suggestion.why, "expected_gain": suggestion.expected_gain, **suggestion.record}
-        template = optuna.trial.create_trial(
-            state=optuna.trial.TrialState.RUNNING,
-            params=chosen,
-            distributions={name: known[name] for name in chosen},
-            user_attrs={
-                _PROPOSAL: {
-                    "by": suggestion.by,
-                    "strategy": strategy_json(suggestion.strategy),
-                    "decision": decision,
-                    "owner": storage.signature() if self._url else None,
-                }
-            },
-        )
+        proposal = {
+            "by": suggestion.by,
+            "strategy": strategy_json(suggestion.strategy),
+            "decision": decision,
+            "owner": storage.signature() if self._url else None,
+        }
         with self._reached():
-            identity = self._study._storage.create_new_trial(self._study._study_id, template)
+            identity = self._store(space.parameters(suggestion.strategy), distributions(space), {_PROPOSAL: proposal})
             number = self._study._storage.get_trial_number_from_id(identity)
             self._ids[number] = identity
             if self._url and (first := self._faster(number, suggestion.strategy)) is not None:
@@ -113,6 +105,41 @@ class Study(History):
                 return None
         self.begin(number, suggestion.strategy, suggestion.record)
         return Proposal(number, suggestion)
+
+    def _store(self, parameters: Mapping[str, Any], wanted: Mapping[str, Any], attributes: Mapping[str, Any]) -> int:
+        """Makes a running trial in the storage, and returns its identity there."""
+        import optuna
+
+        for last in (False, True):
+            values, known = self._columns.of(parameters, wanted)
+            template = optuna.trial.create_trial(
+                state=optuna.trial.TrialState.RUNNING, params=values, distributions=known, user_attrs=dict(attributes)
+            )
+            try:
+                identity: int = self._study._storage.create_new_trial(self._study._study_id, template)
+            except ValueError:
+                if last:
+                    raise
+                for frozen in self._study.get_trials(deepcopy=False):  # another search has just taken one of the names
+                    self._columns.learn(frozen.distributions)
+            else:
+                self._columns.learn(known)
+                return identity
+        raise AssertionError
+
+    def enter(self, space: Space) -> bool:
+        """Notes which space is searched from now on; True where trials of another one came before.
+
+        Only trials since then count for `since_gain`: nothing is known yet of what the space has gained.
+        """
+        with self._reached():
+            held, now = self._study.user_attrs.get(_SPACE), space.described()
+            changed = held is not None and held["space"] != now
+            if held is None or changed:
+                held = {"space": now, "from": 1 + max((t.number for t in self.trials), default=-1) if changed else 0}
+                self._study.set_user_attr(_SPACE, held)
+        self.since_gain = min(self.since_gain, sum(self.counts(t) for t in self.trials if t.number >= held["from"]))
+        return changed
 
     def record(self, trial: Trial) -> bool:
         """Makes a trial finished; False where another search has taken it for lost, and its outcome comes too late."""
@@ -194,6 +221,7 @@ class Study(History):
                 continue
             new = number not in self._others
             if new:
+                self._columns.learn(frozen.distributions)
                 self.proposals += 1
                 self.spend(held.get(_PROPOSAL, {}).get("decision", {}))
             if frozen.state.is_finished() or _PROPOSAL not in held:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from winnow.search.space import Dimension, Space
+from winnow.search.dimension import Dimension
+from winnow.search.space import Space
 from winnow.types import Strategy
 
 NO_METHOD = -1

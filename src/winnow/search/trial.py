@@ -109,7 +109,7 @@ class _Cancelled:
 
 def preloads(cfg: DictConfig) -> list[str]:
     """Modules that the stages of `cfg.method` and the benchmark want imported once, in the fork server."""
-    users = [build.target_of(node["_target_"]) for node in [*(cfg.method or {}).values(), cfg.benchmark]]
+    users = [build.target_of(node["_target_"]) for node in [*build.methods(cfg).values(), cfg.benchmark]]
     return sorted({module for user in users for module in user.preload})
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from winnow.agent.llm.critic import clean
 from winnow.agent.llm.schema import as_proposal
 from winnow.agent.policy import Suggestion
+from winnow.search.dimension import Dimension
 from winnow.search.history import History
-from winnow.search.space import Dimension, Space
+from winnow.search.space import Space
 from winnow.types import Strategy, Trial
 
 MOST = {"front": 16, "gaps": 2, "knobs": 30, "failures": 8, "running": 8, "rejected": 8}  # entries of each
@@ -112,12 +113,12 @@ def knobs(history: History, complete: Sequence[Trial], space: Space) -> list[dic
     Of ranges the steps are taken together, upwards, with the mean of where they begin and end.
     """
     dimensions = {d.key: d for m in space.methods for d in m.dimensions}
-    groups: dict[tuple[str, Any], list[tuple[Any, Trial]]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[str, ...]], list[tuple[Any, Trial]]] = defaultdict(list)
     for trial in complete:
         items = sorted(trial.strategy.knobs.items())
         for place, (key, value) in enumerate(items):
             if key in dimensions:
-                rest = (trial.strategy.methods, tuple(items[:place] + items[place + 1 :]))
+                rest = Strategy(trial.strategy.methods, dict(items[:place] + items[place + 1 :])).overrides
                 groups[key, rest].append((value, trial))
     steps: Steps = defaultdict(list)
     for (key, _), members in groups.items():

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from winnow.agent.llm.schema import active
 from winnow.agent.policy import Outlook
+from winnow.knobs import is_number, same
+from winnow.search.dimension import Dimension
 from winnow.search.history import History
-from winnow.search.space import Dimension, Method, Space
+from winnow.search.space import Method, Space
 from winnow.types import Strategy
 
 REASON_CHARACTERS = 600
@@ -68,7 +69,7 @@ def read(node: Any, space: Space) -> tuple[Idea | None, list[str]]:
     reason, confidence = node.get("reason", ""), node.get("confidence")
     if not isinstance(reason, str):
         objections.append("reason must be a string.")
-    if confidence is not None and not (_is_number(confidence) and 0 <= confidence <= 1):
+    if confidence is not None and not (is_number(confidence) and 0 <= confidence <= 1):
         objections.append(f"confidence must be a number from 0 to 1, not {_quoted(confidence)}.")
     strategy, more = strategy_of(node.get("methods"), space)
     objections += more
@@ -100,7 +101,7 @@ def strategy_of(nodes: Any, space: Space) -> tuple[Strategy | None, list[str]]:
         objections += more
         objections += _out_of_order(chosen, method)
         chosen.append(method)
-        knobs |= values
+        knobs |= method.knobs(values)
     return (None if objections else Strategy(tuple(m.name for m in chosen), knobs)), objections
 
 
@@ -140,15 +141,20 @@ def _knobs(method: Method, given: Any) -> tuple[dict[str, Any], list[str]]:
     prefix = f"method.{method.name}."
     own = {d.key.removeprefix(prefix): d for d in method.dimensions}
     objections, values = [], {}
+    count = {d.key for d in method.counting({prefix + str(name): value for name, value in given.items()})}
+    everywhere = {**method.idle, **method.fixed}
     for name, value in given.items():
+        key = f"{prefix}{name}"
+        if key not in count and same(everywhere.get(key, _MISSING), value):
+            continue  # every strategy with the method has it so
         if name not in own:
             has = f"it has {', '.join(own)}" if own else "it has none"
             objections.append(f"{method.name} has no knob {_quoted(name)}; {has}.")
-        elif (found := _value(own[name], value)) is _MISSING:
+        elif not own[name].holds(value):
             objections.append(f"{method.name}.{name} must be {_described(own[name])}, not {_quoted(value)}.")
         else:
-            values[prefix + name] = found
-    wanted = {d.key for d in active(method, values)}
+            values[prefix + name] = own[name].nearest(value)
+    wanted = {d.key for d in method.counting(values)}
     for name, dimension in own.items():
         if dimension.key in wanted and name not in given:
             objections.append(f"{method.name}.{name} is missing; it is {_described(dimension)}.")
@@ -158,30 +164,11 @@ def _knobs(method: Method, given: Any) -> tuple[dict[str, Any], list[str]]:
     return values, objections
 
 
-def _value(dimension: Dimension, given: Any) -> Any:
-    """The value as the space has it, `_MISSING` if it has none like it. Types are strict: true is not 1, nor is "4" 4."""
-    if dimension.choices:
-        for choice in dimension.choices:
-            alike = type(choice) is type(given) or (_is_number(choice) and _is_number(given))
-            if alike and choice == given:
-                return choice
-        return _MISSING
-    if not _is_number(given) or not dimension.low <= given <= dimension.high:  # NaN is neither
-        return _MISSING
-    if dimension.integer:
-        return int(given) if given == int(given) else _MISSING
-    return min(dimension.high, max(dimension.low, float(f"{float(given):.6g}")))
-
-
 def _described(dimension: Dimension) -> str:
     if dimension.choices:
         return f"one of {', '.join(json.dumps(choice) for choice in dimension.choices)}"
     kind = "a whole number" if dimension.integer else "a number"
     return f"{kind} from {dimension.low:g} to {dimension.high:g}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _quoted(value: Any) -> str:

@@ -7,10 +7,11 @@ object of its own in which every knob is required and nothing may be added. So t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from winnow.search.space import Dimension, Method, Space
+from winnow.search.dimension import Dimension
+from winnow.search.space import Method, Space
 from winnow.types import Strategy
 
 
@@ -48,7 +49,7 @@ def variants(method: Method) -> list[dict[str, dict[str, Any]]]:
     cases: dict[tuple[Any, ...], dict[str, list[Any]]] = {}
     for values in itertools.product(*(parent.choices for parent in parents)):
         given = {parent.key: value for parent, value in zip(parents, values, strict=True)}
-        keys = tuple(d.key for d in active(method, given))
+        keys = tuple(d.key for d in method.counting(given))
         # cases of one parent with the same knobs are one; those of several need not be all the combinations of their values
         case = cases.setdefault(keys if len(parents) < 2 else (keys, values), {key: [] for key in given})
         for key, value in given.items():
@@ -60,11 +61,6 @@ def variants(method: Method) -> list[dict[str, dict[str, Any]]]:
         }
         for case, found in cases.items()
     ]
-
-
-def active(method: Method, values: Mapping[str, Any]) -> list[Dimension]:
-    """The knobs that count, given the values of others by full key."""
-    return [d for d in method.dimensions if all(values.get(key, value) == value for key, value in d.when.items())]
 
 
 def as_proposal(strategy: Strategy) -> dict[str, Any]:
