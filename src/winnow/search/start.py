@@ -120,6 +120,10 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     def run_trial(proposal: Proposal, worker: int) -> dict[str, Any]:
         return launching.run(proposal.number, typed.of_trial(proposal.strategy), devices[worker])
 
+    def run_confirmation(proposal: Proposal, worker: int) -> dict[str, Any]:
+        lines = [*typed.of_trial(proposal.strategy), *confirm.overrides(proposal.number)]
+        return launching.run(proposal.number, lines, devices[worker])
+
     tracker = _tracker(config, folder)
     run = Search(
         study=study,
@@ -137,7 +141,9 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         keep=config.keep,
         workers=config.workers,
         convergence=convergence,
-        confirm=functools.partial(confirm.confirm, study, config, folder, say) if config.confirm else None,
+        confirm=functools.partial(confirm.confirm, study, run_confirmation, config.workers, folder, say)
+        if config.confirm
+        else None,
     )
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's way of asking
     say(f"search: {len(space.methods)} methods, objectives {', '.join(o.name for o in wanted)}; study in {folder}")
