@@ -108,7 +108,11 @@ class Job:
             found = child.call(
                 "winnow.search.job:estimated", times, child.Limits(ESTIMATE_S), self._log, self.folder / "log.txt"
             )
-        except child.Failed:  # codecarbon is not installed, say
+        except (
+            child.Ended,
+            OSError,
+            EOFError,
+        ):  # codecarbon is not installed, or the fork server was ended with the search
             return 0.0
         return float(found["wh"])
 

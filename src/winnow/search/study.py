@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # attributes of a trial in the storage; each costs statements, so what is written together is one
 _PROPOSAL, _RECORD, _LOST = "proposal", "record", "lost"
 _CONFIRMED = "confirmed"
+_HOME = "home"  # where the files of the trials lie
 _ENERGY = "energy"  # of confirmations, and of trials that came to nothing
 _BEAT, _WITHDRAWN = "beat", "withdrawn"  # of searches that share a study
 
@@ -139,6 +140,16 @@ class Study(History):
             held = self._study.user_attrs.get(_CONFIRMED, {})  # other searches confirm, too
             self.confirmed |= {int(other): found for other, found in held.items()} | {number: dict(figures)}
             self._study.set_user_attr(_CONFIRMED, {str(n): kept for n, kept in self.confirmed.items()})
+
+    @property
+    def home(self) -> Mapping[str, Any] | None:
+        """What the folder of its trials is known by (`winnow.search.outputs`); None before the first search has said so."""
+        with self._reached():
+            return self._study.user_attrs.get(_HOME)  # type: ignore[no-any-return]
+
+    def move_in(self, home: Mapping[str, Any]) -> None:
+        with self._reached():
+            self._study.set_user_attr(_HOME, dict(home))
 
     def pay(self, energy: Mapping[str, float]) -> None:
         """Counts the energy of work that is in no finished trial."""

@@ -1,5 +1,6 @@
 """One trial: compress in a child process, load the artifact back and evaluate it in another, and say how it went.
 
+The confirmation of a trial is a job of the same kind, in a folder below the trial's.
 Two children, because memory is measured: what compressing held must not count for what serving holds.
 """
 
@@ -48,7 +49,8 @@ def run(
         child.Cancelled: the search is over, or has given this job up; there is no outcome.
     """
     number = (folder.parent if cfg.get(CONFIRMING) else folder).name
-    job = Job(cfg, number, folder, log, dict(environment or {}))
+    say = (lambda line: None) if cfg.get(CONFIRMING) else log  # the search itself says how a confirmation went
+    job = Job(cfg, number, folder, say, dict(environment or {}))
     if job.cancelled():  # it has waited in a cluster's queue, say
         raise child.Cancelled(f"{folder} is no longer wanted")
     child.start_server(preloads(cfg))
