@@ -107,6 +107,9 @@ class _Server:
 
         # torch then counts GPUs through NVML and not through the driver, which would spoil CUDA in every fork
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        # a child is told how this process starts others, and must know that way: it does not know the one of joblib's workers
+        if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+            multiprocessing.set_start_method("forkserver", force=True)
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(self.modules))
         forkserver.ensure_running()
 
