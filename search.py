@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
     hydra = HydraConfig.get()
     folder, environment = Path(hydra.runtime.output_dir), dict(hydra.job.env_set)
-    return trial.run(cfg, hydra.overrides.task, folder, say, environment)
+    return trial.run_elsewhere(cfg, hydra.overrides.task, folder, say, environment)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,15 @@ def test_the_same_command_goes_on_and_another_benchmark_is_refused(outputs: Path
     assert "benchmark.num_fewshot: null there, 1 here" in other.stderr
     assert "study=NAME" in other.stderr
     assert (outputs / "small" / "study.db").read_bytes() == before
+
+
+def test_another_machine_that_does_not_share_the_outputs_of_a_study_is_refused(outputs: Path, tmp_path: Path) -> None:
+    shutil.copy(outputs / "small" / "study.db", tmp_path)
+    storage = f"storage=sqlite:///{tmp_path / 'study.db'}"
+    ended = run("search.py", *SEARCH, storage, f"outputs={tmp_path / 'own'}", "budget.trials=6")
+    assert ended.returncode == 2
+    assert f"outputs={tmp_path / 'own'}: " in ended.stderr and "study=NAME" in ended.stderr
+    assert "Traceback" not in ended.stderr and not (tmp_path / "own").exists()
 
 
 def test_ctrl_c_ends_it_soon_and_it_goes_on_later(tmp_path: Path) -> None:

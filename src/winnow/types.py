@@ -391,3 +391,7 @@ class Summary:
     front: tuple[int, ...]  # numbers of the non-dominated complete trials
     hypervolume: tuple[float, ...]  # after each of `trials`, relative to the reference point
     confirmed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # scores on items the search did not use
+    unconfirmed: Mapping[int, str] = field(default_factory=dict)  # why some of the front have none
+    energy: Mapping[str, float] = field(
+        default_factory=dict
+    )  # `wh` and `co2_g` of all that was done; else that of the trials

@@ -132,7 +132,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def answers(**answers: Any) -> GpuCounters:
         always = {"nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetHandleByUUID": "handle"}
         monkeypatch.setitem(sys.modules, "pynvml", Nvml(**always, **answers))
-        monkeypatch.setattr(counters, "visible_gpus", lambda: (Gpu("H200", "GPU-1", 1),))
+        monkeypatch.setattr(counters, "used_gpus", lambda *_: (Gpu("H200", "GPU-1", 1),))
         (found,) = counters.read("cuda", since_epoch_s=1.0).gpus
         return found
 
@@ -210,7 +210,7 @@ def test_marked_figures_keep_where_they_come_from(
     folder: Path, hardware: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("codecarbon")
-    monkeypatch.setattr(meters, "Watch", lambda device: Recorded(0.4, 0.0))  # latency, then energy
+    monkeypatch.setattr(meters, "Watch", lambda *_: Recorded(0.4, 0.0))  # latency, then energy
     lines: list[str] = []
     watched = replace(hardware, watch=True, retry_seconds=0)
     figures = Meters(watched)(LM(folder), Run(tmp_path, log=lines.append))

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from winnow.hardware import energy, latency
-from winnow.hardware.device import Hardware
+from winnow.hardware.device import Gpu, Hardware
 from winnow.hardware.energy import EnergyMeter
 from winnow.hardware.latency import Timing
 from winnow.hardware.meters import Meters
@@ -135,10 +136,11 @@ def test_energy_is_metered_over_tokens_or_time_and_one_update_of_the_counter(
         asked.append(1)
         return Timing(0.1, 0.2)
 
-    def counter() -> list[int]:
+    def counter(gpus: Sequence[Gpu]) -> list[int]:
         return [len(asked) // updates * 3_600_000]  # mJ: a Wh an update
 
     monkeypatch.setattr(energy, "gpu_counters_mj", counter)
+    monkeypatch.setattr(energy, "used_gpus", lambda *_: (Gpu("g", "GPU-a", 8),))
     meters = Meters(dataclasses.replace(hardware, device="cuda", energy_tokens=tokens, energy_seconds=seconds))
     figures = meters.energy(request)
     assert len(asked) == requests
@@ -201,7 +203,7 @@ def test_the_processors_share_follows_the_time_it_worked() -> None:
         busy(seconds)
         spent.append(tracker.stop_task("work").cpu_energy)
     assert idle.cpu_energy <= spent[0]
-    if energy._read(tracker, idle, "cpu")[1] == "estimated":  # a counter sees the rest of the machine, too
+    if not energy._host(tracker, idle)[1]:  # a counter sees the rest of the machine, too
         assert spent[1] / spent[0] == pytest.approx(3, rel=0.25)
 
 

@@ -23,7 +23,7 @@ from winnow.cli import command, say
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Stands for `trial.run`, in whatever process the launcher has chosen."""
     from tests.search import workers
-    from winnow.search import child, trial
+    from winnow.search import child, job, trial
 
     hydra = HydraConfig.get()
     own = Path(hydra.runtime.output_dir)
@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     figures = workers.work(overrides, 0.1, str(own.parent.parent / "started.jsonl"), say)
     deadline = time.monotonic() + (cfg.get("seconds", 0) if "method=[]" not in overrides else 0)
     while time.monotonic() < deadline:
-        if (own / trial.STOP).exists():
+        if (own / job.STOP).exists():
             raise child.Cancelled("nobody waits")
         time.sleep(0.05)
     outcome = {"figures": figures, "sources": {}, "reason": None, "message": "", "seconds": {}, "overrides": overrides}

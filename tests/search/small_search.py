@@ -16,7 +16,7 @@ from typing import Any
 
 from winnow.agent.samplers import TPE
 from winnow.cli import INTERRUPTED
-from winnow.search import child, loop, start, storage, trial
+from winnow.search import child, job, loop, start, storage, trial
 from winnow.search.budget import Budget
 from winnow.search.loop import Search
 from winnow.search.opening import open_study
@@ -71,7 +71,7 @@ def main(
             child.Limits(),
             print,
             own / "log.txt",
-            cancelled=(own / trial.STOP).exists,
+            cancelled=(own / job.STOP).exists,
         )
         outcome = {
             "figures": figures,

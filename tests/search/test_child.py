@@ -47,7 +47,11 @@ if __name__ == "__main__":
 
 
 def run_python(program: Path, *arguments: str) -> dict[str, Any]:
-    environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = {
+        **os.environ,
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}",
+    }
     line = [sys.executable, str(program), *arguments]
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -95,6 +99,13 @@ def test_without_anything_that_starts_cuda_the_server_is_left_as_it_is(tmp_path:
     (tmp_path / "program.py").write_text(CALLS)
     seen = run_python(tmp_path / "program.py", str(tmp_path / "log"), "colorsys")
     assert seen["log"] == [] and seen["method"] == "forkserver" and "colorsys" in seen["imported"]
+
+
+def test_a_worker_of_joblib_can_start_children(tmp_path: Path) -> None:
+    pytest.importorskip("joblib")
+    begin = "import multiprocessing, joblib.externals.loky\nif __name__ == '__main__':\n    multiprocessing.set_start_method('loky')\n"
+    (tmp_path / "program.py").write_text(begin + CALLS)
+    assert run_python(tmp_path / "program.py", str(tmp_path / "log"))["method"] == "forkserver"
 
 
 def test_the_fork_server_imports_what_methods_and_benchmark_name() -> None:

@@ -20,12 +20,13 @@ from winnow.agent.samplers import TPE
 from winnow.hardware.device import Gpu, Hardware
 from winnow.search import launching
 from winnow.search.budget import Budget
+from winnow.search.job import STOP
 from winnow.search.loop import Search
 from winnow.search.opening import open_study
 from winnow.search.outlook import Forecasts
 from winnow.search.space import read_space
 from winnow.search.study import Proposal
-from winnow.search.trial import STOP, failure
+from winnow.search.trial import failure
 from winnow.search.views import Views
 from winnow.types import Reason, Strategy, UserError
 

@@ -76,3 +76,19 @@ def cuda(log: Any) -> dict[str, Any]:
         "bad_fork": torch.cuda._is_in_bad_fork(),
         "imported": imported,
     }
+
+
+def burn(settings: dict[str, Any], end: str, log: Any) -> dict[str, Any]:
+    """A step of a job that works for a moment, and then comes to this end."""
+    until = time.process_time() + 0.3
+    while time.process_time() < until:
+        sum(range(10_000))
+    log("burnt")
+    if end == "killed":
+        time.sleep(2.2)  # until it was looked at
+        os.kill(os.getpid(), signal.SIGKILL)
+    if end == "hangs":
+        time.sleep(600)
+    if end == "fails":
+        raise ValueError("half way")
+    return {"figures": 1}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from winnow.hardware.device import visible_gpus
+from winnow.hardware.device import used_gpus
 
 NS, US = 1e-9, 1e-6
 SLOWDOWNS = {  # NVML API reference, nvmlClocksEventReasons; a power cap and an idle GPU are not among them: both are normal
@@ -65,11 +65,11 @@ class Counters:
     gpus: tuple[GpuCounters, ...] = ()
 
 
-def read(device: str, since_epoch_s: float | None = None, root: Path = Path("/")) -> Counters:
+def read(device: str, since_epoch_s: float | None = None, root: Path = Path("/"), devices: int = 1) -> Counters:
     """The counters now.
 
     Args:
-        device: `cuda` also reads those of the visible GPUs.
+        device, devices: those of `hardware` that the work runs on: what others do on further GPUs does not disturb it.
         since_epoch_s: when the processes' use of the GPUs begins to count; None leaves it out.
         root: of the file system in which `proc` and `sys` lie.
     """
@@ -83,7 +83,7 @@ def read(device: str, since_epoch_s: float | None = None, root: Path = Path("/")
         throttled_s=_throttled(root),
         stolen_s=stolen,
         busy_s=busy,
-        gpus=_gpus(since_epoch_s) if device == "cuda" else (),
+        gpus=_gpus(since_epoch_s, devices) if device == "cuda" else (),
     )
 
 
@@ -149,12 +149,12 @@ def _cores(root: Path) -> tuple[dict[str, float] | None, float | None]:
     return (stolen, busy) if stolen else (None, None)
 
 
-def _gpus(since_epoch_s: float | None) -> tuple[GpuCounters, ...]:
+def _gpus(since_epoch_s: float | None, devices: int) -> tuple[GpuCounters, ...]:
     try:
         import pynvml
     except ImportError:
         return ()
-    gpus = visible_gpus()
+    gpus = used_gpus("cuda", devices)
     if not gpus:
         return ()
     try:

@@ -8,8 +8,10 @@ forked any more, and trials are forks. GPUs are asked about through NVML instead
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,20 @@ WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; what codecarbon, too, takes for an 
 
 @dataclass(frozen=True)
 class Gpu:
+    """One board.
+
+    Attributes:
+        capability: of CUDA's; None where the driver does not say.
+        index: NVML's number of it among all of the machine, whatever CUDA_VISIBLE_DEVICES says; None where NVML is not asked.
+        slices: the UUIDs of its MIG slices.
+    """
+
     name: str
     uuid: str
     memory_bytes: int
-    capability: tuple[int, int] | None = None  # of CUDA's; None where the driver does not say
+    capability: tuple[int, int] | None = None
+    index: int | None = None
+    slices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,7 @@ class Hardware:
             return self.memory_limit_bytes
         if self.device == "cpu":
             return physical_memory_bytes()
-        return min((gpu.memory_bytes for gpu in visible_gpus()[: self.devices]), default=0)
+        return min((gpu.memory_bytes for gpu in used_gpus("cuda", self.devices)), default=0)
 
     def fingerprint(self) -> dict[str, Any]:
         """What figures depend on: those of hardware with another fingerprint are not comparable."""
@@ -164,7 +176,7 @@ class Hardware:
             "cpu": cpu_model(),
             "cores": available_cores(),
             "threads": self.threads or available_cores(),
-            "gpus": [gpu.name for gpu in visible_gpus()[: self.devices]] if self.device == "cuda" else [],
+            "gpus": [gpu.name for gpu in used_gpus(self.device, self.devices)],
             **{key: getattr(self, key) for key in workload},
         }
 
@@ -198,11 +210,25 @@ def physical_memory_bytes() -> int:
     return total
 
 
-def visible_gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs that this process may use, in NVML's order (by PCI bus), as CUDA_VISIBLE_DEVICES narrows them.
+def used_gpus(device: str, devices: int, environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
+    """The boards that work with `hardware.device` and `hardware.devices` runs on: of the visible ones CUDA takes the first.
+
+    None of them for a processor. A board counts once, however many slices of it are visible.
+    """
+    if device != "cuda":
+        return ()
+    return tuple({gpu.uuid: gpu for gpu in visible_gpus(environment)[:devices]}.values())
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs that a process may use, in NVML's order (by PCI bus), as CUDA_VISIBLE_DEVICES narrows them.
 
     Without NVML's Python bindings torch is asked, which starts CUDA in this process.
+
+    Args:
+        environment: the variables of that process.
     """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
     try:
         import pynvml
     except ImportError:
@@ -219,12 +245,14 @@ def visible_gpus() -> tuple[Gpu, ...]:
                 pynvml.nvmlDeviceGetUUID(h),
                 int(pynvml.nvmlDeviceGetMemoryInfo(h).total),
                 _capability(h),
+                index,
+                _slices(h) if "MIG-" in (visible or "") else (),
             )
-            for h in handles
+            for index, h in enumerate(handles)
         ]
     finally:
         pynvml.nvmlShutdown()
-    return tuple(narrowed(found, os.environ.get("CUDA_VISIBLE_DEVICES")))
+    return tuple(narrowed(found, visible))
 
 
 def _capability(handle: Any) -> tuple[int, int] | None:
@@ -237,10 +265,25 @@ def _capability(handle: Any) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def _slices(handle: Any) -> tuple[str, ...]:
+    """Source: NVML API reference, "Multi Instance GPU Management"; a board has fewer slices than places for them."""
+    import pynvml
+
+    found = []
+    try:
+        for place in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+            with contextlib.suppress(pynvml.NVMLError):
+                found.append(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)))
+    except pynvml.NVMLError:
+        pass  # a board, or a driver, without MIG
+    return tuple(found)
+
+
 def narrowed(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
     """The GPUs that a value of CUDA_VISIBLE_DEVICES leaves: indices or UUID prefixes, up to the first invalid one.
 
-    Source: CUDA C++ Programming Guide, "CUDA Environment Variables". A MIG slice counts as its GPU, which NVML meters.
+    Source: CUDA C++ Programming Guide, "CUDA Environment Variables". A MIG slice, by its own UUID or as `MIG-<GPU>/<instance>/
+    <instance>`, counts as its GPU, which NVML meters.
     """
     if visible is None:
         return gpus
@@ -250,7 +293,8 @@ def narrowed(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
         if entry.isdigit():
             matching = gpus[int(entry) : int(entry) + 1]
         else:
-            matching = [gpu for gpu in gpus if entry and gpu.uuid.startswith(entry)]
+            board = entry.removeprefix("MIG-").partition("/")[0] if entry.startswith("MIG-GPU-") else entry
+            matching = [gpu for gpu in gpus if board and any(u.startswith(board) for u in (gpu.uuid, *gpu.slices))]
             matching = matching or (gpus if entry.startswith("MIG-") and len(gpus) == 1 else [])
         if len(matching) != 1:
             break

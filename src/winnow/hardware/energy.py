@@ -17,11 +17,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from winnow.hardware.device import WORLD_AVERAGE_G_PER_KWH, visible_gpus
+from winnow.hardware.device import WORLD_AVERAGE_G_PER_KWH, Gpu, used_gpus
 from winnow.types import MissingExtra
 
 _COUNTERS = ("intel_rapl", "windows_emi")  # codecarbon's modes that read counters; AMD's processors have RAPL too
@@ -41,13 +43,13 @@ class Energy:
 
 
 class EnergyMeter:
-    """Context manager around the work to meter; the `Energy` that it gives is filled in when the work is over.
+    """Context manager around the work to meter; the `Energy` that it gives is filled in when the work is over, or has failed.
 
     Args:
         carbon_g_per_kwh: grams of CO2 equivalent per kWh.
+        device, devices: those of `hardware` that the work runs on; no other GPU of the machine counts.
+        host: whether processor and memory count beside GPUs; without it they do only where the GPUs have no counters.
         required: without codecarbon, raise instead of giving 0 from source `none`.
-        device: `cuda`: by the counters of the GPUs alone, if they have any; `cpu`: without the GPUs of the machine;
-            None: everything that codecarbon sees, for work that may use any of it.
 
     Raises:
         MissingExtra: on entering, if `required` and nothing can meter.
@@ -56,24 +58,28 @@ class EnergyMeter:
     def __init__(
         self,
         carbon_g_per_kwh: float = WORLD_AVERAGE_G_PER_KWH,
+        device: str = "cpu",
+        devices: int = 1,
+        host: bool = True,
         required: bool = False,
-        device: str | None = None,
     ) -> None:
         self.carbon_g_per_kwh = carbon_g_per_kwh
+        self.device, self.devices = device, devices
+        self.host = host
         self.required = required
-        self.device = device
         self.energy = Energy()
         self._tracker: Any = None
-        self._gpus: list[int] | None = None
+        self._counters: EnergyCounters | None = None
 
     def __enter__(self) -> Energy:
-        if self.device == "cuda":
-            self._gpus = gpu_counters_mj()
-            if self._gpus is not None:
-                return self.energy
+        self._counters = EnergyCounters.read(self.device, self.devices)
+        if self._counters is not None and not self.host:
+            return self.energy
         try:
             detect()
-            self._tracker = _tracker(self.carbon_g_per_kwh)
+            # where the counters below say what the GPUs took, codecarbon's figure for them is not used
+            gpus = used_gpus(self.device, self.devices) if self._counters is None else ()
+            self._tracker = _tracker(self.carbon_g_per_kwh, [gpu.index for gpu in gpus if gpu.index is not None])
         except ImportError:
             if self.required:
                 raise MissingExtra("codecarbon", "energy") from None
@@ -84,33 +90,73 @@ class EnergyMeter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._gpus is not None:
-            now = gpu_counters_mj()
-            if now is not None:
-                spent_mj = sum(after - before for before, after in zip(self._gpus, now, strict=True))
-                self._fill(spent_mj / 1000 / _J_PER_WH, "counter")
-        elif self._tracker is not None:
-            data = self._tracker.stop_task("work")
-            if data is not None:
-                self._fill(*_read(self._tracker, data, self.device))
+        parts: list[tuple[float, bool]] = []  # Wh, and whether a counter says so
+        if self._counters is not None and (spent_wh := self._counters.spent_wh()) is not None:
+            parts.append((spent_wh, True))
+        if self._tracker is not None and (data := self._tracker.stop_task("work")) is not None:
+            parts.append(_host(self._tracker, data))
+            if self.device == "cuda" and self._counters is None:
+                parts.append((1000 * data.gpu_energy, False))
+        if parts:
+            self.energy.wh = sum(wh for wh, _ in parts)
+            self.energy.co2_g = self.energy.wh / 1000 * self.carbon_g_per_kwh
+            self.energy.source = "counter" if all(counted for _, counted in parts) else "estimated"
         if self.required and error is None and self.energy.source == "none":
             raise RuntimeError("the energy meter was started and read nothing")
 
     def counted(self) -> bool:
         """Whether what meters has had news since the work began: NVML's counters stand still between two updates."""
-        return self._gpus is None or gpu_counters_mj() != self._gpus
-
-    def _fill(self, wh: float, source: str) -> None:
-        self.energy.wh = wh
-        self.energy.co2_g = wh / 1000 * self.carbon_g_per_kwh
-        self.energy.source = source
+        return self._counters is None or self._counters.spent_wh() != 0
 
 
-def prepare(device: str) -> None:
+@dataclass(frozen=True)
+class EnergyCounters:
+    """What the energy counters of some GPUs said at a moment."""
+
+    gpus: tuple[Gpu, ...]
+    used_mj: tuple[int, ...]
+
+    @classmethod
+    def read(cls, device: str, devices: int, environment: Mapping[str, str] = os.environ) -> EnergyCounters | None:
+        """Those of the GPUs that work on `device` and `devices` in such an environment runs on; None where there are none."""
+        try:
+            import pynvml  # noqa: F401  (without it torch would be asked for the GPUs, and start CUDA)
+        except ImportError:
+            return None
+        gpus = used_gpus(device, devices, environment)
+        used_mj = gpu_counters_mj(gpus)
+        return None if used_mj is None else cls(gpus, tuple(used_mj))
+
+    def spent_wh(self) -> float | None:
+        """What they have used since; None where they no longer answer."""
+        now = gpu_counters_mj(self.gpus)
+        return None if now is None else (sum(now) - sum(self.used_mj)) / 1000 / _J_PER_WH
+
+
+def prepare(device: str, devices: int) -> None:
     """Does what the first meter of a process would take seconds for, before the work begins."""
-    if device != "cuda" or gpu_counters_mj() is None:
+    if EnergyCounters.read(device, devices) is None:
         with contextlib.suppress(ImportError):
             detect()
+
+
+def estimated_wh(cpu_seconds: float, seconds: float) -> float:
+    """What processor and memory took for work that was not metered, by the same power model, from the times that it took.
+
+    Raises:
+        ImportError: codecarbon is not installed.
+    """
+    detect()
+    tracker = _tracker(WORLD_AVERAGE_G_PER_KWH)
+    tracker.start_task("none")
+    tracker.stop_task("none")
+    joules = 0.0
+    for part in tracker._hardware:
+        if type(part).__name__ == "CPU":
+            joules += (part._tdp or 0.0) * cpu_seconds / part._cpu_count
+        elif type(part).__name__ == "RAM":
+            joules += part.total_power().W * seconds
+    return joules / _J_PER_WH
 
 
 @functools.cache
@@ -125,7 +171,8 @@ def detect() -> None:
     _tracker(WORLD_AVERAGE_G_PER_KWH).get_detected_hardware()
 
 
-def _tracker(carbon_g_per_kwh: float) -> Any:
+def _tracker(carbon_g_per_kwh: float, gpus: Sequence[int] = ()) -> Any:
+    """`gpus`: NVML's numbers of those that count; none is as codecarbon finds them."""
     from codecarbon import OfflineEmissionsTracker
 
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
@@ -140,38 +187,32 @@ def _tracker(carbon_g_per_kwh: float) -> Any:
         allow_multiple_runs=True,
         tracking_mode="process",
         rapl_include_dram=True,
+        gpu_ids=list(gpus) or None,
     )
 
 
-def _read(tracker: Any, data: Any, device: str | None) -> tuple[float, str]:
-    """Wh and their source, from codecarbon's record of a task, in kWh.
+def _host(tracker: Any, data: Any) -> tuple[float, bool]:
+    """Wh of processor and memory from codecarbon's record of a task, in kWh; and whether a counter says so.
 
     Where counters cover what was used, only they count. codecarbon's memory model, some 10 W at any load, would make up
     much of a figure that says `counter`.
     """
     processors = [part for part in tracker._hardware if type(part).__name__ == "CPU"]
     counted = bool(processors) and all(getattr(part, "_mode", "") in _COUNTERS for part in processors)
-    if device == "cpu":
-        kwh = data.cpu_energy if counted else data.cpu_energy + data.ram_energy
-        return 1000 * kwh, "counter" if counted else "estimated"
-    has_gpus = any(type(part).__name__ == "GPU" for part in tracker._hardware)
-    if counted and (not has_gpus or gpu_counters_mj() is not None):
-        return 1000 * (data.cpu_energy + data.gpu_energy), "counter"
-    return 1000 * data.energy_consumed, "estimated"
+    return 1000 * (data.cpu_energy if counted else data.cpu_energy + data.ram_energy), counted
 
 
-def gpu_counters_mj() -> list[int] | None:
-    """The energy in mJ that each visible GPU has used since its driver was loaded (Volta and later).
+def gpu_counters_mj(gpus: Sequence[Gpu]) -> list[int] | None:
+    """The energy in mJ that each GPU has used since its driver was loaded (Volta and later).
 
     None where there is no GPU, or one without a counter. It is the whole board's, whoever uses it.
     Source: NVML API reference, nvmlDeviceGetTotalEnergyConsumption.
     """
+    if not gpus:
+        return None
     try:
         import pynvml
     except ImportError:
-        return None
-    gpus = visible_gpus()
-    if not gpus:
         return None
     try:
         pynvml.nvmlInit()

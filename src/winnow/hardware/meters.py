@@ -8,12 +8,13 @@ model takes about 4 s with `hardware=cpu`.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from winnow.hardware import in_turn, latency
+from winnow.hardware import counters, in_turn, latency
 from winnow.hardware.device import Hardware
 from winnow.hardware.disturbance import Disturbance, Repeater, Watch
 from winnow.hardware.energy import EnergyMeter, prepare
@@ -56,8 +57,11 @@ class Meters:
                 request = self.request(served, run.seed)
                 self.warm_up(request, until)
                 figures.merge(self.memory(served, request))
-                repeater = Repeater(Watch(hardware.device) if hardware.watch else None, hardware.retry_seconds, run.log)
-                prepare(hardware.device)  # finding out what the machine is would look like a disturbance
+                watch = Watch(hardware.device, functools.partial(counters.read, devices=hardware.devices))
+                repeater = Repeater(watch if hardware.watch else None, hardware.retry_seconds, run.log)
+                prepare(
+                    hardware.device, hardware.devices
+                )  # finding out what the machine is would look like a disturbance
                 peak_bytes = figures["peak_memory_bytes"]
                 with in_turn.opened(self.base, served, peak_bytes, hardware, run.log) as other:
                     theirs = self.request(other, run.seed) if other is not None else None
@@ -100,7 +104,7 @@ class Meters:
         """Energy and CO2 of 1,000 output tokens, their share of reading the prompts included."""
         hardware = self.hardware
         tokens_a_request = hardware.latency_batch_size * hardware.output_tokens
-        meter = EnergyMeter(hardware.carbon_g_per_kwh, required=True, device=hardware.device)
+        meter = EnergyMeter(hardware.carbon_g_per_kwh, hardware.device, hardware.devices, host=False, required=True)
         tokens = 0
         with meter as energy:
             started = time.perf_counter()

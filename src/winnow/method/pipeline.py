@@ -106,7 +106,7 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
         run.log(f"{name}: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(stage).items())}")  # type: ignore[call-overload]
         started = time.perf_counter()
         before = _readied(stage, lm)
-        with EnergyMeter(run.carbon_g_per_kwh) as energy:
+        with EnergyMeter(run.carbon_g_per_kwh, run.device, run.devices) as energy:
             lm = launch.spread(name, stage, lm, run) if launch.is_spread(stage, run) else stage(lm, run)
         record: dict[str, Any] = {
             "method": name,

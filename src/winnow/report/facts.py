@@ -118,10 +118,12 @@ ENERGY = "energy_wh_per_1k_tokens"
 
 def payback(summary: Summary) -> str:
     """What the search itself has taken, and after how many served tokens the best saver of those that keep the score repays it."""
-    wh = sum(trial.energy.get("wh", 0.0) for trial in summary.trials)
+    wh, co2_g = (
+        summary.energy.get(name, sum(trial.energy.get(name, 0.0) for trial in summary.trials))
+        for name in ("wh", "co2_g")
+    )
     if not wh:
         return ""
-    co2_g = sum(trial.energy.get("co2_g", 0.0) for trial in summary.trials)
     text = f"The search took {wh:,.3g} Wh ({co2_g:,.3g} g CO2)"
     base, best = base_of(summary), best_kept(summary, ENERGY)
     if base is None or best is None or ENERGY not in base.figures or base.disturbed(ENERGY):

@@ -157,6 +157,8 @@ def _details(trial: Trial, summary: Summary, axes: Sequence[Axis], luck: str) ->
     if rows:
         note = f"<p>Luck: {escape(luck)}.</p>" if luck else ""
         parts.append(_block("On fresh items", f'<table class="figures">{"".join(rows)}</table>{note}'))
+    elif why := summary.unconfirmed.get(trial.number, ""):
+        parts.append(_block("On fresh items", f"<p>Not confirmed: {escape(plain_lines(why))}</p>"))
     if trial.estimates:
         parts.append(_block("Estimates when it was stopped", _estimates(trial, axes)))
     if trial.seconds:

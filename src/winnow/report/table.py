@@ -59,7 +59,12 @@ def front_table(summary: Summary) -> str:
         rows.append(row)
     if repaid := payback(summary):
         lines.append(repaid)
-    notes = [f"* trial {number}: luck: {why}" for number, why in lucky.items()]
+    notes = [
+        f"trial {t.number}: not confirmed: {unconfirmed(summary, t)}"
+        for t in front_of(summary)
+        if unconfirmed(summary, t)
+    ]
+    notes += [f"* trial {number}: luck: {why}" for number, why in lucky.items()]
     if any(mark(t, axis.name) for t in (*front_of(summary), *([base] if base else [])) for axis in axes):
         notes.append(DISTURBED_LEGEND)
     return "\n".join([*lines, "", *aligned(rows, [side or ">" for _, side in heads]), *notes])
@@ -72,6 +77,11 @@ def luck_of(summary: Summary) -> dict[int, str]:
     front = front_of(summary)
     found = {trial.number: luck(trial, front, summary.confirmed, summary.objectives) for trial in front}
     return {number: why for number, why in found.items() if why}
+
+
+def unconfirmed(summary: Summary, trial: Trial) -> str:
+    """Why a trial of the front has no scores on items that the search did not use, in one line; empty where nothing failed."""
+    return plain(summary.unconfirmed.get(trial.number, "").strip().rpartition("\n")[2])
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> list[str]:
@@ -151,6 +161,8 @@ def front_json(summary: Summary) -> dict[str, Any]:
         entry = trial_json(trial)
         if trial.number in summary.confirmed:
             entry |= {"confirmed": finite(summary.confirmed[trial.number]), "luck": lucky.get(trial.number, "")}
+        elif why := unconfirmed(summary, trial):
+            entry["unconfirmed"] = why
         if base is not None:
             shares = {o.name: ratio(trial.figures.get(o.name), base.figures.get(o.name)) for o in summary.objectives}
             entry["relative_to_base"] = shares

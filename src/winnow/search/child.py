@@ -35,10 +35,23 @@ PRELOAD = (
     "lm_eval",
 )  # for every trial; the first knows how to import torch and transformers quickly
 _POLL_S = 0.25
+_LOOK_S = 2.0  # between looks at what a child has used
 _BOOKS = threading.Lock()  # multiprocessing keeps account of children in a way that is not made for several threads
 
 
-class Failed(Exception):
+class Ended(Exception):
+    """The child has no result.
+
+    Attributes:
+        seconds: that it took.
+        cpu_seconds: of processor time, its children's included, by the last look at it.
+    """
+
+    seconds = 0.0
+    cpu_seconds = 0.0
+
+
+class Failed(Ended):
     """The child did not finish; why, in a word and in words."""
 
     def __init__(self, reason: Reason, message: str) -> None:
@@ -46,7 +59,7 @@ class Failed(Exception):
         self.reason, self.message = reason, message
 
 
-class Cancelled(Exception):
+class Cancelled(Ended):
     """The child was ended because nobody waits for its result any more."""
 
 
@@ -54,6 +67,16 @@ class Cancelled(Exception):
 class Limits:
     seconds: float | None = None
     memory_bytes: int | None = None  # resident, of the child and its children
+
+    def check(self, seconds: float, resident_bytes: int) -> None:
+        """Raises Failed if a child that has taken so much is over one of them."""
+        if self.seconds and seconds > self.seconds:
+            raise Failed(Reason.TIMEOUT, f"took longer than {self.seconds:.0f} s")
+        if self.memory_bytes and resident_bytes > self.memory_bytes:
+            raise Failed(
+                Reason.OUT_OF_MEMORY,
+                f"held {resident_bytes / 2**30:.2f} GiB, over the limit of {self.memory_bytes / 2**30:.2f} GiB",
+            )
 
 
 class _Server:
@@ -84,6 +107,9 @@ class _Server:
 
         # torch then counts GPUs through NVML and not through the driver, which would spoil CUDA in every fork
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        # a child is told how this process starts others, and must know that way: it does not know the one of joblib's workers
+        if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+            multiprocessing.set_start_method("forkserver", force=True)
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(self.modules))
         forkserver.ensure_running()
 
@@ -179,6 +205,7 @@ def call(
         process.start()
     theirs.close()
     started = time.monotonic()
+    resident_bytes, cpu_seconds, next_look = 0, 0.0, started
     try:
         while True:
             for ready in wait([ours, process.sentinel], timeout=_POLL_S):
@@ -198,13 +225,13 @@ def call(
                     raise _death(process.exitcode, output)
             if cancelled():
                 raise Cancelled(f"{function} was ended")
-            if limits.seconds and time.monotonic() - started > limits.seconds:
-                raise Failed(Reason.TIMEOUT, f"took longer than {limits.seconds:.0f} s")
-            if limits.memory_bytes and (used := _resident_bytes(process.pid)) > limits.memory_bytes:
-                raise Failed(
-                    Reason.OUT_OF_MEMORY,
-                    f"held {used / 2**30:.2f} GiB, over the limit of {limits.memory_bytes / 2**30:.2f} GiB",
-                )
+            if limits.memory_bytes or time.monotonic() >= next_look:
+                resident_bytes, used_s = _usage(process.pid)
+                cpu_seconds, next_look = max(cpu_seconds, used_s), time.monotonic() + _LOOK_S
+            limits.check(time.monotonic() - started, resident_bytes)
+    except Ended as ended:
+        ended.seconds, ended.cpu_seconds = time.monotonic() - started, cpu_seconds
+        raise
     finally:
         _kill(process)
         ours.close()
@@ -248,6 +275,13 @@ class Service:
         _kill(self._process)
 
 
+def named(function: str) -> Callable[..., Any]:
+    """The function of a name ("module:name")."""
+    module, _, name = function.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
 def _begin() -> None:
     os.setpgid(0, 0)
     end_with_parent()
@@ -269,8 +303,7 @@ def _serve(connection: Connection, function: str, arguments: dict[str, Any], out
                 os._exit(0)
             try:
                 if answer is None:
-                    module, _, name = function.partition(":")
-                    answer = getattr(importlib.import_module(module), name)(**arguments)
+                    answer = named(function)(**arguments)
                 connection.send(("answer", answer(question)))  # type: ignore[misc]
             except BaseException as error:
                 traceback.print_exc()
@@ -288,9 +321,7 @@ def _main(
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
         try:
-            module, _, name = function.partition(":")
-            found = getattr(importlib.import_module(module), name)
-            result = found(**arguments, log=lambda line: connection.send(("log", line)))
+            result = named(function)(**arguments, log=lambda line: connection.send(("log", line)))
             connection.send(("result", result))
         except BaseException as error:
             traceback.print_exc()
@@ -348,14 +379,16 @@ def _join(process: Any, timeout: float | None = None) -> None:
         process.join(timeout=0)
 
 
-def _resident_bytes(pid: int | None) -> int:
+def _usage(pid: int | None) -> tuple[int, float]:
+    """Resident bytes of a process and its children now, and the processor time in s that they and their ended children used."""
     import psutil
 
-    total = 0
+    resident_bytes, cpu_seconds = 0, 0.0
     try:
         parent = psutil.Process(pid)
         for one in [parent, *parent.children(recursive=True)]:
-            total += one.memory_info().rss
+            resident_bytes += one.memory_info().rss
+            cpu_seconds += sum(one.cpu_times()[:4])  # user, system, and those of children that it has waited for
     except psutil.NoSuchProcess:
         pass
-    return total
+    return resident_bytes, cpu_seconds

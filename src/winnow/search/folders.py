@@ -11,19 +11,26 @@ from typing import Any
 
 from winnow.files import write_json
 from winnow.search.history import History
+from winnow.search.job import STOP, read_spent
 from winnow.search.objectives import KL
-from winnow.search.trial import RIVALS, STOP
+from winnow.search.trial import RIVALS
 
 MESSAGES = "messages.json"  # what was said with a language model to come to the strategy
 LATEST = 64  # complete trials that a new one is told of, beside the front
 
 
 class Folders:
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    """Those of trials, or those of one name that lie `below` them."""
+
+    def __init__(self, root: Path, below: str = "") -> None:
+        self._root, self._below = root, below
 
     def of(self, number: int) -> Path:
-        return self._root / str(number)
+        return self._root / str(number) / self._below
+
+    def spent(self, number: int) -> Mapping[str, float]:
+        """The energy of a job that was cancelled, as far as it could still say so."""
+        return read_spent(self.of(number))
 
     def prepare(self, number: int, history: History, model: str | None = None) -> None:
         """Tells a trial what the base model's has found, whom it has to beat, and who can tell it which items matter.

@@ -34,7 +34,7 @@ class History:
         proposals: how many there were: a seed that moves on with each.
         run_trials: finished ones that were really run: those refused beforehand cost nothing, and two attempts count once.
         since_gain: of these, how many have ended since one came onto the front.
-        energy_wh, co2_g: that they took.
+        energy_wh, co2_g: that they took, and confirmations, and trials that came to nothing.
         tokens, usd: that language models took for the proposals.
         rejected: proposals that a person has turned down.
     """
@@ -98,6 +98,11 @@ class History:
             self.tokens += int(used.get("input", 0)) + int(used.get("output", 0))
             self.usd += float(record.get("usd") or 0.0)
 
+    def use(self, energy: Mapping[str, float]) -> None:
+        """Counts the energy of a trial, or of other work for it."""
+        self.energy_wh += energy.get("wh", 0.0)
+        self.co2_g += energy.get("co2_g", 0.0)
+
     def forget(self, number: int) -> None:
         """A proposal that came to nothing, and may be made again."""
         self.seen.discard(self.running.pop(number).overrides)
@@ -111,8 +116,7 @@ class History:
         if self.counts(trial):
             self.run_trials += 1
             self.since_gain += 1
-        self.energy_wh += trial.energy.get("wh", 0.0)
-        self.co2_g += trial.energy.get("co2_g", 0.0)
+        self.use(trial.energy)
         self.gains[trial.number] = 0.0
         if trial.complete and not again and not self.breaks(trial):
             self.gains[trial.number] = self._gain(trial)

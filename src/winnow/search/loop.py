@@ -172,6 +172,7 @@ class Search:
         lost, again = self.study.recover(self._finished)
         self._again.extend(again)
         for number in lost:
+            self.study.pay(self._trials.spent(number))
             self._trials.clear(number, kept=MESSAGES)  # the trial that repeats it names it
             self._trials.cancel(number)  # a node may still work on it, or get to it later
         return len(lost)

@@ -21,7 +21,7 @@ from winnow.agent.recipe import read_recipe
 from winnow.cli import say
 from winnow.files import write_json
 from winnow.scalars import check_scalars
-from winnow.search import child, confirm, decoding, outlook, overrides, storage, trial
+from winnow.search import child, confirm, decoding, outlook, outputs, overrides, storage, trial
 from winnow.search.budget import Budget, Convergence
 from winnow.search.gates import Racing
 from winnow.search.launching import Launching, shares
@@ -110,16 +110,21 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     folder = Path(config.outputs) / config.study
     url = str(config.storage or storage.sqlite_url(folder / "study.db"))
     if (file := storage.sqlite_file(url)) is not None:
-        _make(file.parent)
+        outputs.make(file.parent)
     storage.claim(url, config.study)
     study = open_study(config.study, url, wanted, held, limits)
-    _make(folder)
+    outputs.claim(study, folder)
     _write_spec(folder, lm)
     logging.getLogger("hydra").setLevel(logging.WARNING)
     launching.prepare(config.workers)
 
     def run_trial(proposal: Proposal, worker: int) -> dict[str, Any]:
+        outputs.check(study, folder)  # a disk may be gone, or another search have begun elsewhere at the same moment
         return launching.run(proposal.number, typed.of_trial(proposal.strategy), devices[worker])
+
+    def run_confirmation(proposal: Proposal, worker: int) -> dict[str, Any]:
+        lines = [*typed.of_trial(proposal.strategy), *confirm.overrides(proposal.number)]
+        return launching.run(proposal.number, lines, devices[worker])
 
     tracker = _tracker(config, folder)
     run = Search(
@@ -138,7 +143,9 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         keep=config.keep,
         workers=config.workers,
         convergence=convergence,
-        confirm=functools.partial(confirm.confirm, study, config, folder, say) if config.confirm else None,
+        confirm=functools.partial(confirm.confirm, study, run_confirmation, config.workers, folder, say)
+        if config.confirm
+        else None,
     )
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm's way of asking
     say(f"search: {len(space.methods)} methods, objectives {', '.join(o.name for o in wanted)}; study in {folder}")
@@ -252,15 +259,6 @@ def _shared(config: DictConfig, typed: Sequence[str]) -> list[str]:
     chosen = [f"{group}={choices[group]}" for group in ("model", "benchmark", "hardware") if group not in groups]
     held_back = [f"benchmark.held_back={config.confirm}"] if config.confirm else []
     return [*chosen, *typed, *held_back]
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"outputs={folder.parent}: cannot write there ({error.strerror}); choose another place"
-        ) from error
 
 
 def _write_spec(folder: Path, lm: LM) -> None:

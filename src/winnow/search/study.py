@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 # attributes of a trial in the storage; each costs statements, so what is written together is one
 _PROPOSAL, _RECORD, _LOST = "proposal", "record", "lost"
-_CONFIRMED, _SPACE = "confirmed", "space"  # of the study
+# attributes of the study: scores on items that the search did not use, and which space was searched since when
+_CONFIRMED, _SPACE = "confirmed", "space"
+_HOME = "home"  # where the files of the trials lie
+_ENERGY = "energy"  # of confirmations, and of trials that came to nothing
 _BEAT, _WITHDRAWN = "beat", "withdrawn"  # of searches that share a study
 
 
@@ -65,6 +68,8 @@ class Study(History):
         self.confirmed: dict[int, dict[str, float]] = {
             int(number): figures for number, figures in study.user_attrs.get(_CONFIRMED, {}).items()
         }
+        self.unconfirmed: dict[int, str] = {}  # why some of the front could not be scored on them, by number
+        self.use(study.user_attrs.get(_ENERGY, {}))
         self._ids: dict[int, int] = {}  # of this search's unfinished trials, in the storage, by number
         self._others: dict[int, optuna.trial.FrozenTrial] = {}  # unfinished ones of other searches, alive or dead
         self._settled: set[int] = set()
@@ -159,8 +164,30 @@ class Study(History):
 
     def confirm(self, number: int, figures: Mapping[str, float]) -> None:
         """Keeps what a trial scored on items that the search did not use."""
-        self.confirmed[number] = dict(figures)
-        self._study.set_user_attr(_CONFIRMED, {str(n): kept for n, kept in self.confirmed.items()})
+        with self._reached():
+            held = self._study.user_attrs.get(_CONFIRMED, {})  # other searches confirm, too
+            self.confirmed |= {int(other): found for other, found in held.items()} | {number: dict(figures)}
+            self._study.set_user_attr(_CONFIRMED, {str(n): kept for n, kept in self.confirmed.items()})
+
+    @property
+    def home(self) -> Mapping[str, Any] | None:
+        """What the folder of its trials is known by (`winnow.search.outputs`); None before the first search has said so."""
+        with self._reached():
+            return self._study.user_attrs.get(_HOME)  # type: ignore[no-any-return]
+
+    def move_in(self, home: Mapping[str, Any]) -> None:
+        with self._reached():
+            self._study.set_user_attr(_HOME, dict(home))
+
+    def pay(self, energy: Mapping[str, float]) -> None:
+        """Counts the energy of work that is in no finished trial."""
+        if energy:
+            self.use(energy)
+            with self._reached():
+                held = self._study.user_attrs.get(_ENERGY, {})
+                self._study.set_user_attr(
+                    _ENERGY, {name: held.get(name, 0.0) + energy.get(name, 0.0) for name in ("wh", "co2_g")}
+                )
 
     def _tell(self, identity: int, trial: Trial) -> None:
         from optuna.trial import TrialState
@@ -308,6 +335,8 @@ class Study(History):
             front=self.front,
             hypervolume=pareto.hypervolume_series(trials, self.objectives),
             confirmed=self.confirmed,
+            unconfirmed=self.unconfirmed,
+            energy={"wh": self.energy_wh, "co2_g": self.co2_g},
         )
 
 

@@ -1,5 +1,6 @@
 """One trial: compress in a child process, load the artifact back and evaluate it in another, and say how it went.
 
+The confirmation of a trial is a job of the same kind, in a folder below the trial's.
 Two children, because memory is measured: what compressing held must not count for what serving holds.
 """
 
@@ -7,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from winnow import build
 from winnow.files import whole
 from winnow.model import manifest
 from winnow.search import child
+from winnow.search.job import Job
 from winnow.types import Reason, UserError
 
 OUTCOME = "outcome.json"
 RIVALS = (
     "rivals.json"  # in a trial's folder: what the base model is, its figures, those of each trial on the front then
 )
-STOP = "stop"  # a file there, put by the search: nobody waits for this trial any more
-LOOK_S = 1.0  # between looks for it
+CONFIRMING = "confirming"  # the key that makes a job the confirmation of a trial, in a folder below that one's
 
 
 def run(
@@ -36,75 +37,75 @@ def run(
     log: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Runs the trial that `cfg` describes; its outcome is written to `folder/outcome.json` in one piece, and returned.
+    """Runs the job that `cfg` describes: a trial, or the confirmation of one (`winnow.search.confirm`).
 
-    The outcome holds `overrides` (to know the trial again), `figures`, `sources`, `seconds`, `reason` and `message`.
+    Its outcome is written to `folder/outcome.json` in one piece, and returned. It holds `overrides` (to know the trial again),
+    `figures`, `sources`, `seconds`, `energy`, `reason` and `message`.
 
     Args:
         environment: variables for the processes that do the work.
 
     Raises:
-        child.Cancelled: the search is over, or has given this trial up; there is no outcome.
+        child.Cancelled: the search is over, or has given this job up; there is no outcome.
     """
-    started = time.perf_counter()
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    cancelled = _Cancelled(folder)
-    if cancelled():  # it has waited in a cluster's queue, say
+    number = (folder.parent if cfg.get(CONFIRMING) else folder).name
+    say = (lambda line: None) if cfg.get(CONFIRMING) else log  # the search itself says how a confirmation went
+    job = Job(cfg, number, folder, say, dict(environment or {}))
+    if job.cancelled():  # it has waited in a cluster's queue, say
         raise child.Cancelled(f"{folder} is no longer wanted")
     child.start_server(preloads(cfg))
-    say = (lambda line: log(f"[{folder.name}] {line}")) if settings["workers"] > 1 else log  # whose line it is
-    limits = child.Limits(60 * cfg.limits.minutes if cfg.limits.minutes else None, cfg.limits.memory_bytes)
-    artifact, metrics = folder / "artifact", folder / "metrics"
-    for leftover in (artifact, metrics):  # where a cluster starts a job once more
-        shutil.rmtree(leftover, ignore_errors=True)
     outcome: dict[str, Any] = {"figures": {}, "sources": {}, "reason": None, "message": "", "stages": []}
-    energy: dict[str, float] = {}
-    seconds: dict[str, float] = {}
     try:
-        for step, target in (("compress", artifact), ("evaluate", metrics)):
-            step_started = time.perf_counter()
-            left = limits.seconds and max(1.0, limits.seconds - (step_started - started))
-            result = child.call(
-                f"winnow.search.trial:{step}",
-                {"settings": settings, "output": str(target), "artifact": str(artifact)},
-                child.Limits(left, limits.memory_bytes),
-                say,
-                folder / "log.txt",
-                environment,
-                cancelled,
-            )
-            seconds[step] = result["seconds"]
-            energy = {name: energy.get(name, 0.0) + used for name, used in result["energy"].items()}
-            if step == "compress":
-                shutil.copyfile(artifact / manifest.NAME, folder / manifest.NAME)  # stays when the weights go
-                outcome["stages"] = _stages(manifest.read(artifact))
-            else:
-                for path in list(metrics.iterdir()):
-                    path.replace(folder / path.name)
-                metrics.rmdir()
-                seconds |= result["parts"]
-                outcome |= {"figures": result["figures"], "sources": result["sources"], **result["stopped"]}
+        for part in _confirmed(job) if cfg.get(CONFIRMING) else _tried(job):
+            outcome |= part
     except child.Failed as failed:
         outcome |= {"reason": failed.reason.value, "message": failed.message, "figures": {}, "sources": {}}
-    seconds["total"] = round(time.perf_counter() - started, 3)
-    outcome |= {"seconds": seconds, "energy": energy}
-    outcome["overrides"] = list(overrides)
+    except child.Cancelled:
+        job.leave_spent()
+        raise
+    outcome |= {"seconds": job.all_seconds(), "energy": job.energy, "overrides": list(overrides)}
     write_outcome(folder, outcome)
     return outcome
 
 
-class _Cancelled:
-    """Whether the search has put its sign into the folder of a trial, or has removed the folder."""
+def run_elsewhere(
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    folder: Path,
+    log: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The job that a launcher has brought to some machine, which has to see the folder of the study there."""
+    if not ((folder.parent if cfg.get(CONFIRMING) else folder) / RIVALS).is_file():
+        return failure(
+            Reason.INVALID,
+            f"outputs={cfg.outputs}: {platform.node()}, where a job of this search runs, does not find the study's files in "
+            f"{folder.parent}; give outputs=FOLDER on a disk that all machines share",
+        )
+    return run(cfg, overrides, folder, log, environment)
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._next = folder, 0.0
 
-    def __call__(self) -> bool:
-        if time.monotonic() < self._next:
-            return False
-        self._next = time.monotonic() + LOOK_S
-        return (self._folder / STOP).exists() or not self._folder.exists()
+def _tried(job: Job) -> Iterator[dict[str, Any]]:
+    """Compresses and evaluates; what each adds to the outcome."""
+    artifact, metrics = job.folder / "artifact", job.folder / "metrics"
+    for leftover in (artifact, metrics):  # where a cluster starts a job once more
+        shutil.rmtree(leftover, ignore_errors=True)
+    arguments = {"artifact": str(artifact)}
+    job.step("compress", "winnow.search.trial:compress", arguments | {"output": str(artifact)})
+    shutil.copyfile(artifact / manifest.NAME, job.folder / manifest.NAME)  # stays when the weights go
+    yield {"stages": _stages(manifest.read(artifact))}
+    result = job.step("evaluate", "winnow.search.trial:evaluate", arguments | {"output": str(metrics)})
+    for path in list(metrics.iterdir()):
+        path.replace(job.folder / path.name)
+    metrics.rmdir()
+    job.seconds |= result["parts"]
+    yield {"figures": result["figures"], "sources": result["sources"], **result["stopped"]}
+
+
+def _confirmed(job: Job) -> Iterator[dict[str, Any]]:
+    """Scores the artifact of the trial in whose folder this one lies."""
+    arguments = {"artifact": str(job.folder.parent / "artifact"), "output": str(job.folder / "metrics")}
+    yield {"figures": job.step("confirm", "winnow.search.confirm:score", arguments)}
 
 
 def preloads(cfg: DictConfig) -> list[str]:
@@ -113,17 +114,15 @@ def preloads(cfg: DictConfig) -> list[str]:
     return sorted({module for user in users for module in user.preload})
 
 
-def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:
+def compress(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> None:
     """In the child: `compress.py`'s work."""
     from winnow import commands
 
     # W&B sees the whole study (`winnow.report.tracking`), not the curves of each trial
     quiet = {**settings["wandb"], "mode": "disabled"}
-    with _Cost(settings) as cost:
-        cfg = OmegaConf.create({**settings, "output": output, "wandb": quiet})
-        _check_base(cfg, Path(output).parent)
-        commands.compress(cfg, log)
-    return cost.record()
+    cfg = OmegaConf.create({**settings, "output": output, "wandb": quiet})
+    _check_base(cfg, Path(output).parent)
+    commands.compress(cfg, log)
 
 
 def _check_base(cfg: DictConfig, folder: Path) -> None:
@@ -145,36 +144,13 @@ def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable
 
     model = {**settings["model"], "_target_": "winnow.model.load.pretrained", "path": artifact}
     gates = Gates(OmegaConf.create(settings), Path(output).parent, log)
-    with _Cost(settings) as cost:
-        metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log, gates)
+    metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log, gates)
     return {
         "figures": metrics["figures"],
         "sources": metrics["sources"],
         "stopped": metrics.get("stopped", {}),
         "parts": metrics["seconds"],
-        **cost.record(),
     }
-
-
-class _Cost:
-    """Time and energy of a block."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        from winnow.hardware.energy import EnergyMeter
-
-        self._meter = EnergyMeter(settings["hardware"]["carbon_g_per_kwh"])
-
-    def __enter__(self) -> _Cost:
-        self._started = time.perf_counter()
-        self._energy = self._meter.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._meter.__exit__(*error)
-        self.seconds = round(time.perf_counter() - self._started, 3)
-
-    def record(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "energy": {"wh": self._energy.wh, "co2_g": self._energy.co2_g}}
 
 
 def _stages(held: Mapping[str, Any]) -> list[dict[str, Any]]:
