@@ -29,8 +29,9 @@ from winnow.search.loop import KEEP, Search
 from winnow.search.objectives import constraints, objectives
 from winnow.search.opening import open_study
 from winnow.search.space import Space, read_space
-from winnow.search.study import Proposal
+from winnow.search.study import Proposal, Study
 from winnow.search.views import Views
+from winnow.search.workers import Launch
 from winnow.types import LM, Loading, Run, Slot, Strategy, UserError, check_seed
 
 OF_NODE = ("cpu", "cores", "threads", "gpus")  # of the hardware: on a cluster not those of the machine that searches
@@ -118,14 +119,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     logging.getLogger("hydra").setLevel(logging.WARNING)
     launching.prepare(config.workers)
 
-    def run_trial(proposal: Proposal, worker: int) -> dict[str, Any]:
-        outputs.check(study, folder)  # a disk may be gone, or another search have begun elsewhere at the same moment
-        return launching.run(proposal.number, typed.of_trial(proposal.strategy), devices[worker])
-
-    def run_confirmation(proposal: Proposal, worker: int) -> dict[str, Any]:
-        lines = [*typed.of_trial(proposal.strategy), *confirm.overrides(proposal.number)]
-        return launching.run(proposal.number, lines, devices[worker])
-
+    run_trial, run_confirmation = _jobs(study, folder, typed, launching, devices)
     tracker = _tracker(config, folder)
     run = Search(
         study=study,
@@ -155,6 +149,22 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         study.close()
     print(front_table(study.summary()))
     print(f"report: {(folder / 'report.html').resolve()}")
+
+
+def _jobs(
+    study: Study, folder: Path, typed: overrides.Typed, launching: Launching, devices: Sequence[Mapping[str, str]]
+) -> tuple[Launch, Launch]:
+    """What runs a trial, and the confirmation of one, on the devices of a worker."""
+
+    def run_trial(proposal: Proposal, worker: int) -> dict[str, Any]:
+        outputs.check(study, folder)  # a disk may be gone, or another search have begun elsewhere at the same moment
+        return launching.run(proposal.number, typed.of_trial(proposal.strategy), devices[worker])
+
+    def run_confirmation(proposal: Proposal, worker: int) -> dict[str, Any]:
+        lines = [*typed.of_trial(proposal.strategy), *confirm.overrides(proposal.number)]
+        return launching.run(proposal.number, lines, devices[worker])
+
+    return run_trial, run_confirmation
 
 
 def _check_settings(config: DictConfig) -> None:
