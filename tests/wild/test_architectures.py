@@ -29,7 +29,7 @@ from winnow.model.layers import decoder_blocks, linears
 from winnow.model.load import pretrained
 from winnow.model.plan import plan_of
 from winnow.model.spec import context_of
-from winnow.model.unfused import fuse, unfuse
+from winnow.model.unfused import fuse, fused, unfuse
 from winnow.recovery.student import Student
 from winnow.types import LM, Calibration, Run, Slot, UserError
 
@@ -63,9 +63,15 @@ def test_a_model_that_is_taken_apart_computes_the_same_and_is_put_together_bit_f
     before, expected = {n: p.clone() for n, p in lm.model.state_dict().items()}, logits(lm)
     unfuse(lm.model)
     torch.testing.assert_close(logits(lm), expected, atol=1e-5, rtol=1e-4)
+    linears_before = {n: m.weight.detach().clone() for n, m in linears(lm.model).items()}
     in_matrices = sum(m.weight.numel() for m in linears(lm.model).values())
     assert in_matrices > 0.95 * sum(p.numel() for p in decoder_blocks(lm.model).parameters())
     assert not any(name.rpartition(".")[2] == "gate" for name in linears(lm.model)), "a router"
+    fuse(lm.model)
+    unfuse(lm.model)
+    with fused(lm.model):  # as it is saved
+        assert list(lm.model.state_dict()) == list(before)
+    assert all(torch.equal(m.weight, linears_before[n]) for n, m in linears(lm.model).items())
     fuse(lm.model)
     after = lm.model.state_dict()
     assert list(after) == list(before)

@@ -43,14 +43,14 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from winnow.model.load import quiet
-    from winnow.model.unfused import fuse
+    from winnow.model.unfused import fused
     from winnow.recovery.devices import local_device, world
 
     scratch = run.folder / f"dense-{world().rank}"
     try:
-        fuse(lm.model)
         with quiet():
-            lm.model.save_pretrained(scratch)
+            with fused(lm.model):
+                lm.model.save_pretrained(scratch)
             model = AutoModelForCausalLM.from_pretrained(
                 scratch,
                 dtype=_half(lm.model.dtype),

@@ -129,18 +129,12 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
 
 
 def _readied(stage: Stage, lm: LM) -> dict[str, torch.Tensor]:
-    """Takes the model apart for a stage that works on single matrices, else puts it together.
-
-    Returns some weights as they are before a stage that has to change them, by name.
-    """
+    """Brings the model into the form that a stage works on; some of its weights by name, if the stage has to change them."""
     from winnow.model import unfused
 
     if stage.slot > Slot.QUANTIZE:
         return {}
-    if getattr(stage, "matrices", None) is None:
-        unfused.fuse(lm.model)
-    else:
-        unfused.unfuse(lm.model)
+    unfused.ready(lm.model, getattr(stage, "matrices", None))
     unfused.count_tokens(lm.model)
     return suits.sample(lm.model)
 

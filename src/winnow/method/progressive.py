@@ -108,6 +108,7 @@ class Progressive(Distilling):
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.model.save import save
+        from winnow.model.unfused import ready
         from winnow.recovery.teacher import teacher_at
 
         path = lm.path or run.base
@@ -129,6 +130,7 @@ class Progressive(Distilling):
         for number, stage in enumerate(stages[done:], done + 1):
             own = dataclasses.replace(run, folder=folder / f"round-{number}", cache=run.cache or run.folder)
             own.folder.mkdir(parents=True, exist_ok=True)
+            ready(lm.model, self.matrices)  # a round that was kept came back as the architecture has it
             run.log(f"progressive: round {number} of {len(stages)}: {type(stage).__name__.lower()}")
             lm = stage(lm, own)
             pruned = lm.manifest.pop("_notes", {})

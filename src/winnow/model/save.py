@@ -109,7 +109,7 @@ def _write_weights(lm: LM, folder: Path) -> None:
             adapter.write(model, folder / adapter.NAME, model.dtype)
             model = adapter.taken_off(model)
         compressor = packing.pack(model) if packing.is_packable(model) else None
-        unfused.fuse(model)
-        model.save_pretrained(folder)
+        with unfused.fused(model):
+            model.save_pretrained(folder)
     if compressor is not None:
         compressor.update_config(folder)

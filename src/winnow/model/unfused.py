@@ -8,7 +8,9 @@ look for linear layers would pass over both. `unfuse` takes them apart, `fuse` i
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +125,26 @@ def fuse(model: nn.Module) -> None:
                 whole = Conv1D(module.out_features, module.in_features)
             whole.weight, whole.bias = nn.Parameter(module.weight.data.T.contiguous()), module.bias
             model.set_submodule(path, whole)
+
+
+def ready(model: Any, matrices: tuple[str, ...] | None) -> None:
+    """Takes the model apart for a stage that works on `matrices`, else puts it together."""
+    if matrices is None:
+        fuse(model)
+    else:
+        unfuse(model)
+
+
+@contextlib.contextmanager
+def fused(model: Any) -> Iterator[None]:
+    """Meanwhile the model is as its architecture has it."""
+    apart = any(isinstance(module, Experts | Untransposed) for module in model.modules())
+    fuse(model)
+    try:
+        yield
+    finally:
+        if apart:
+            unfuse(model)
 
 
 def is_stacked(module: nn.Module) -> bool:
