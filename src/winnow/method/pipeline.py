@@ -77,12 +77,12 @@ def copied(lm: LM, folder: Path) -> LM:
 
     from huggingface_hub import snapshot_download
 
-    from winnow.model.folder import content_files
+    from winnow.model.folder import ON_THE_HUB, content_files
 
     assert lm.path is not None
     source = Path(lm.path)
     if not source.is_dir():
-        source = Path(snapshot_download(lm.path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        source = Path(snapshot_download(lm.path, allow_patterns=list(ON_THE_HUB)))
     shutil.rmtree(folder, ignore_errors=True)
     for name, file in content_files(source).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,8 @@ _TOKENIZER = (
     "*.jinja",
 )
 _CODE = ("*.py",)
+# of a model on the hub, what to get: those, and the weights that loading prefers
+ON_THE_HUB = (*_SETTINGS, *_TOKENIZER, *_CODE, "*.safetensors", INDEX, f"{ADAPTER}/*")
 
 
 def weight_files(folder: Path) -> list[Path]:
