@@ -3,9 +3,10 @@
     python bench/fuzz.py minutes=60 seed=1     # draws case after case; each has a seed of its own, printed with how it ended
     python bench/fuzz.py case=17               # that one again, with all that it prints
 
-A case is one `compress.py`, run in a fork of this process. It is right where it ended
+A case is one `compress.py`, or the forecast of a `search.py` whose space is narrowed, in a fork of this process. It is right where
+it ended
 
-- with 0: the artifact loads, its logits are those that the model in memory had, and its size is the predicted one;
+- with 0: there is a forecast; or the artifact loads, its logits are those that the model in memory had, and its size is the predicted one;
 - with 2: in one message, nothing left of the artifact, no scratch folder.
 
 Anything else is a finding: a traceback, a method that changed nothing, a folder left behind, a wrong artifact.
@@ -64,13 +65,15 @@ class Case:
     Attributes:
         changes: of the family's usual configuration.
         damage: by its name in `damages`, or `none`.
-        overrides: of `compress.py`, without the model's folder and the output.
+        command: `compress` or `search`.
+        overrides: of it, without the model's folder and the output.
     """
 
     seed: int
     family: str
     changes: Mapping[str, Any]
     damage: str
+    command: str
     overrides: tuple[str, ...]
 
 
@@ -81,7 +84,9 @@ def drawn(seed: int) -> Case:
     usual = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "mixtral", "qwen3_moe")
     family = rng.choice(usual) if rng.random() < 0.7 else rng.choice(list(ARCHITECTURES))
     damage = rng.choice(list(damages())) if rng.random() < 0.3 else "none"
-    return Case(seed, family, _shape(rng, ARCHITECTURES[family]), damage, tuple(_pipeline(rng)))
+    command = "search" if rng.random() < 0.2 else "compress"
+    overrides = _narrowed(rng) if command == "search" else _pipeline(rng)
+    return Case(seed, family, _shape(rng, ARCHITECTURES[family]), damage, command, tuple(overrides))
 
 
 def _shape(rng: random.Random, usual: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +139,33 @@ def _pipeline(rng: random.Random) -> list[str]:
         overrides.append(f"model.dtype={rng.choice(('float32', 'bfloat16', 'float16'))}")
     if rng.random() < 0.2:
         overrides.append(f"hardware.dtype={rng.choice(('float32', 'bfloat16'))}")
+    return overrides
+
+
+def _narrowed(rng: random.Random) -> list[str]:
+    """A space of some methods, with knobs fixed, narrowed to choices or to an interval, now and then beyond what they take."""
+    from winnow import build
+    from winnow.knobs import knobs_of
+
+    chosen = rng.sample(METHODS, rng.choice((1, 2, 4, 8)))
+    overrides = [f"method=[{','.join(chosen)}]", "dry_run=true"]
+    for name in chosen:
+        for field, knob in knobs_of(build.target_of(_node(name))).items():
+            kind = rng.randrange(8)
+            key = f"method.{name}.{field}"
+            if knob.choices and kind < 3:
+                some = rng.sample(knob.choices, rng.randint(1, len(knob.choices)))
+                overrides.append(
+                    f"{key}=choice({','.join(str(v).lower() if isinstance(v, bool) else str(v) for v in some)})"
+                )
+            elif not knob.choices and kind < 3:
+                low, high = knob.search_range or (knob.low, knob.high)
+                ends = sorted(rng.uniform(low, high) for _ in range(2))
+                overrides.append(f"{key}=interval({ends[0]:.4g},{ends[1]:.4g})")
+            elif kind == 3 and rng.random() < 0.2:
+                overrides.append(
+                    f"{key}={rng.choice(('x', '-1', '1e9', 'null', 'interval(3,1)', 'choice(a,b)', '[1,2]'))}"
+                )
     return overrides
 
 
@@ -247,13 +279,13 @@ def attempt(case: Case, folder: Path, said: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     print()
-    if code == 0:
+    if code == 0 and case.command == "compress":
         finding = _wrong(output, base, case, seen)
     else:
         left = [p.name for p in folder.iterdir() if p.name not in ("base", "outputs", "said.txt")]
         left += [str(p) for p in (folder / "outputs").rglob("*") if p.is_file() and "cache" not in p.parts]
         finding = f"left behind: {left}" if left else ""
-        if code != 2:
+        if code not in (0, 2):
             finding = f"exit code {code}, a traceback"
     if finding:
         print(finding, flush=True)
@@ -262,18 +294,20 @@ def attempt(case: Case, folder: Path, said: Path) -> None:
 
 
 def _compressed(case: Case, base: Path, output: Path, seen: list[Any]) -> int:
-    """`compress.py` in this process; its exit code."""
+    """The command in this process; its exit code."""
     import runpy
 
     from tests.method.test_conformance import look_before_saving
 
-    sys.argv = ["compress.py", "model=local", f"model.path={base}", *case.overrides, f"output={output}"]
+    sys.argv = [f"{case.command}.py", "model=local", f"model.path={base}", *case.overrides]
     sys.argv += [f"outputs={output.parent / 'outputs'}", "calibration.source=nano", "calibration.samples=4"]
-    sys.argv += ["calibration.max_length=64", "hydra.run.dir=.", "hydra.output_subdir=null", "hydra.job.chdir=false"]
-    sys.argv += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    sys.argv += ["calibration.max_length=64"]
+    if case.command == "compress":
+        sys.argv += [f"output={output}", "hydra.run.dir=.", "hydra.output_subdir=null", "hydra.job.chdir=false"]
+        sys.argv += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     try:
         with look_before_saving(seen):
-            runpy.run_path(str(REPOSITORY / "compress.py"), run_name="__main__")
+            runpy.run_path(str(REPOSITORY / f"{case.command}.py"), run_name="__main__")
     except SystemExit as ended:
         return int(ended.code or 0)
     except BaseException:
@@ -353,7 +387,10 @@ def main(options: Mapping[str, str]) -> None:
         case = drawn(number)
         end, last = run(case)
         ends[end.partition(":")[0]] += 1
-        print(f"{case.seed} {end} | {case.family} {case.damage} {' '.join(case.overrides)} | {last[:300]}", flush=True)
+        print(
+            f"{case.seed} {end} | {case.family} {case.damage} {case.command} {' '.join(case.overrides)} | {last[:300]}",
+            flush=True,
+        )
         if end.startswith("FINDING"):
             findings.append(case.seed)
         number += 1
