@@ -6,7 +6,8 @@
 A case is one `compress.py`, or the forecast of a `search.py` whose space is narrowed, in a fork of this process. It is right where
 it ended
 
-- with 0: there is a forecast; or the artifact loads, its logits are those that the model in memory had, and its size is the predicted one;
+- with 0: there is a forecast; or the artifact loads, its logits are those that the model in memory had, and its size is the
+  predicted one;
 - with 2: in one message, nothing left of the artifact, no scratch folder.
 
 Anything else is a finding: a traceback, a method that changed nothing, a folder left behind, a wrong artifact.
