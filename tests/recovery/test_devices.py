@@ -56,7 +56,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(("parallel", "lora"), [("ddp", False), ("fsdp", True)])
+@pytest.mark.parametrize(("parallel", "lora"), [("ddp", False), pytest.param("fsdp", True, marks=pytest.mark.slow)])
 def test_two_processes_make_the_step_that_one_makes(parallel: str, lora: bool) -> None:
     assert case().measure(parallel, lora) <= 1e-6
 

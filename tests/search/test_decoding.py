@@ -29,7 +29,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def call(function: str, arguments: dict[str, Any], *rest: Any) -> dict[str, Any]:
         assert function == "winnow.hardware.runtime.graph_support:unsupported_base"
-        assert arguments == {"path": "there", "attention": "sdpa", "trust_remote_code": False, "device": "cuda"}
+        assert arguments == {"path": "there", "attention": "auto", "trust_remote_code": False, "device": "cuda"}
         return answer
 
     monkeypatch.setattr(child, "call", call)

@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 
 from tests.search import kills, small_search
+from winnow.agent.policy import Suggestion
 from winnow.agent.samplers import TPE
 from winnow.hardware.device import Gpu, Hardware
 from winnow.search import launching
@@ -28,6 +30,7 @@ from winnow.search.space import read_space
 from winnow.search.study import Proposal
 from winnow.search.trial import failure
 from winnow.search.views import Views
+from winnow.search.workers import Workers
 from winnow.types import Reason, Strategy, UserError
 
 Answer = Callable[[Strategy, int], dict[str, Any]]  # and how often it was run before -> outcome
@@ -228,3 +231,13 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch, outer: str | None) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", outer)
     found = tuple(Gpu("g", f"GPU-{letter}", 8) for letter in "abcd")[: len(outer.split(",")) if outer else 4]
     monkeypatch.setattr(launching, "visible_gpus", lambda: found)
+
+
+def test_an_interrupt_while_a_trial_is_being_started_leaves_nothing_to_wait_for() -> None:
+    cancelled: list[int] = []
+    workers = Workers(lambda proposal, worker: {}, 1)
+    with mock.patch.object(threading.Thread, "start", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        workers.start(Proposal(7, Suggestion(Strategy(), "test")))
+    with mock.patch("winnow.search.workers.START_S", 0.0):
+        assert workers.stop(cancelled.append) == 0
+    assert cancelled == [7]

@@ -109,7 +109,7 @@ def test_it_is_refused(folder: Path, case: str) -> None:
     assert "needs a login" not in str(refused.value)
 
 
-@pytest.mark.parametrize("method", ["rtn", "nf4", "wanda"])
+@pytest.mark.parametrize("method", ["rtn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nf4", "wanda"))])
 def test_code_of_its_own_runs_everywhere_once_it_is_trusted(
     folder: Path, tmp_path: Path, command: Callable[..., Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

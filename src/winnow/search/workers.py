@@ -14,6 +14,7 @@ from winnow.search.study import Proposal
 Launch = Callable[[Proposal, int], dict[str, Any]]  # and the worker's number, from 0 -> outcome
 Ended = tuple[Proposal, dict[str, Any], float]
 STOP_S = 15.0  # what trials are given to end in
+START_S = 1.0  # what a thread is given to start in
 
 
 class Workers:
@@ -66,7 +67,13 @@ class Workers:
         deadline = time.monotonic() + STOP_S
         with contextlib.suppress(KeyboardInterrupt):  # once more: it cannot wait
             for _, thread in self._running.values():
-                thread.join(max(0.0, deadline - time.monotonic()))
+                started = time.monotonic() + START_S
+                while (
+                    thread.ident is None and time.monotonic() < started
+                ):  # the interrupt came while it was being started
+                    time.sleep(0.01)
+                if thread.ident is not None:
+                    thread.join(max(0.0, deadline - time.monotonic()))
         return sum(thread.is_alive() for _, thread in self._running.values())
 
     def _run(self, proposal: Proposal, worker: int) -> None:
