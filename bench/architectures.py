@@ -26,6 +26,7 @@ from tests.wild.architectures import ARCHITECTURES, random_model
 FIGURES, PAGE = REPOSITORY / "docs" / "architectures.json", REPOSITORY / "docs" / "architectures.md"
 SHORT = {"steps": 2, "tokens_per_batch": 256, "max_length": 64, "iters": 2, "grid": 3, "tokens": 4, "rounds": 1}
 CLOSE = 0.02  # logits of the artifact and of the model in memory, as a share of the largest
+CLOSE_BESIDE_EXPERTS = 0.08  # where transformers does not round activations as the format asks
 SIZE = 1.05  # the size that is made over that which was predicted, at most
 
 
@@ -76,7 +77,8 @@ def outcome(folder: Path, name: str, stage: Any, scratch: Path) -> str:
             return f"DEFECT: not served: {made.manifest.get('runtimes')}, {said[-2:]}"
         if seen and name != "gguf":
             loaded = logits(pretrained(str(scratch / "artifact")))
-            if (loaded - seen[-1]).abs().max() > CLOSE * seen[-1].abs().max():
+            close = CLOSE_BESIDE_EXPERTS if name == "fp8" and plan.spec.name.count("Mo") else CLOSE
+            if (loaded - seen[-1]).abs().max() > close * seen[-1].abs().max():
                 return f"DEFECT: logits differ by {(loaded - seen[-1]).abs().max():.3g} of {seen[-1].abs().max():.3g}"
         return "yes"
     except UserError as error:

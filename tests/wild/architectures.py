@@ -54,7 +54,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _USUAL
     | _EXPERTS
     | _LATENT
-    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    | {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "granitemoe": _USUAL | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": _USUAL | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64},
     "mamba": {"hidden_size": 256, "num_hidden_layers": 2},

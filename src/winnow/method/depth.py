@@ -6,7 +6,8 @@ python compress.py method=[depth,lora] method.depth.by=perplexity
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from winnow.hardware.work import Work
     from winnow.method.blocks import Caught
-    from winnow.model.plan import Plan
+    from winnow.model.plan import Plan, Stored
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configurations with an entry a layer
 
@@ -59,6 +60,7 @@ class Depth(Checked):
     def predict(self, plan: Plan) -> Plan:
         # which layers go is only known from data; those kept are all of one size
         layers = plan.config.num_hidden_layers
+        check_alike(plan.tensors.values(), plan.spec.name, "depth")
         return plan.reshaped(shallower(plan.config, range(self.kept(layers))))
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
@@ -73,14 +75,16 @@ class Depth(Checked):
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method import statistics
         from winnow.model.calibration import calibration_batches
-        from winnow.model.layers import decoder_blocks
+        from winnow.model.layers import decoder_blocks, final_norm
+        from winnow.model.plan import dense_tensors
         from winnow.model.reshape import rebuilt
 
         blocks = decoder_blocks(lm.model)
         count = self._dropped(len(blocks))
-        shallower(lm.model.config, [0])  # refuses what cannot be done before anything heavy
-        if self.by == "perplexity" and not hasattr(lm.model.base_model, "norm"):
-            raise UserError(f"method.depth.by=perplexity does not know {type(lm.model).__name__}; take by=influence")
+        # what cannot be done is refused before anything heavy
+        check_alike(dense_tensors(lm.model.config).values(), type(lm.model).__name__, "depth")
+        shallower(lm.model.config, [0])
+        final_norm(lm.model)
         batches, digest = calibration_batches(lm, run)
         if self.by == "influence":
             found = statistics.kept(
@@ -106,6 +110,24 @@ class Depth(Checked):
         if layers < 2:
             raise UserError(f"method.depth.share={self.share}: the model has one layer only; leave method=[depth] out")
         return min(max(round(self.share * layers), 1), layers - 1)
+
+
+def check_alike(tensors: Iterable[Stored], architecture: str, method: str) -> None:
+    """Refuses models some of whose blocks are of another kind: which ones is said by their place, in ways of each architecture.
+
+    Raises:
+        UserError: a block has tensors of other shapes than the first (the first blocks of DeepSeek have no experts).
+    """
+    shapes: dict[int, Counter[tuple[int, ...]]] = {}
+    for tensor in tensors:
+        if tensor.block is not None:
+            shapes.setdefault(tensor.block, Counter())[tensor.shape] += 1
+    others = [index for index, those in shapes.items() if those != shapes[0]]
+    if others:
+        raise UserError(
+            f"method=[{method}]: the blocks of {architecture} differ (block {others[0]} from the first), so that none can be "
+            f"left out; take a method that leaves their number as it is"
+        )
 
 
 def shallower(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:

@@ -204,8 +204,11 @@ class Distill(Distilling):
         if self.student is None:
             return plan
         from winnow.method.carving import check_blocks, smaller
+        from winnow.method.depth import check_alike
 
         check_blocks(plan.config, self.student)
+        if "num_hidden_layers" in self.student:
+            check_alike(plan.tensors.values(), plan.spec.name, "distill")
         return plan.reshaped(smaller(plan.config, self.student, f"{self.option}.student"))
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:

@@ -15,10 +15,12 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
 from winnow.knobs import EXPERT, LINEAR, Checked, knob
+from winnow.origins import raised_below
 from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
 
 if TYPE_CHECKING:
@@ -180,6 +182,7 @@ class SmoothQuant(_OneShot):
         multiplies integers.
     """
 
+    matrices: ClassVar[tuple[str, ...] | None] = (LINEAR,)  # transformers reads no experts of this format
     perplexity_bound: ClassVar[float] = 1.01
     eager_because: ClassVar[str | None] = (
         "copies a number from the host for the scales of its activations at every step"
@@ -217,8 +220,8 @@ class FP8(_OneShot):
     Calibration: none.
     Cost: reads and writes the N weights once; one block on the device.
     Writes: safetensors, compressed-tensors `float-quantized`.
-    Loaded by: transformers, which rounds activations to the 8 bits and multiplies in the model's type; vLLM, which
-        multiplies 8-bit floats where the GPU does.
+    Loaded by: transformers, which rounds activations to the 8 bits (those of experts not) and multiplies in the model's
+        type; vLLM, which multiplies 8-bit floats where the GPU does.
     """
 
     perplexity_bound: ClassVar[float] = 1.01
@@ -265,7 +268,15 @@ def _calibrated(lm: LM, run: Run, name: str, recipe: list[Any]) -> LM:
     from winnow.model.calibration import calibration_batches
 
     batches, digest = calibration_batches(lm, run)
-    oneshot(lm, run, name, recipe, batches)
+    try:
+        oneshot(lm, run, name, recipe, batches)
+    except ValueError as error:  # of its tables of which layers feed which
+        library = importlib.util.find_spec("llmcompressor")
+        if library is None or not raised_below(error, Path(str(library.origin)).parent):
+            raise
+        raise UserError(
+            f"method={name} does not suit {type(lm.model).__name__}: {str(error).splitlines()[0][:200]}; take method=gptq or rtn"
+        ) from error
     lm.manifest["_notes"] = {"calibration_sha256": digest}
     return lm.changed(lm.model)
 
