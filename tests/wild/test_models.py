@@ -88,6 +88,8 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "generation settings that contradict": (setting("generation_config.json", num_return_sequences=3), "num_return_sequences"),
     "a damaged tokenizer": (written("tokenizer.json", "{}"), "cannot be loaded"),
     "an unknown architecture": (setting("config.json", model_type="martian"), "martian"),
+    "a value of another type in the configuration": (setting("config.json", vocab_size=[]), "'vocab_size' expected int"),
+    "a size below zero in the configuration": (setting("config.json", hidden_size=-64), "cannot be loaded"),
     "code of its own": (setting("config.json", auto_map={"AutoModelForCausalLM": "x.Y"}), r"model\.trust_remote_code=true"),
     "only weights of another format": (
         both(lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors")),

@@ -96,7 +96,7 @@ def carved(model: PreTrainedModel, new: PretrainedConfig) -> PreTrainedModel:
     from winnow.model.reshape import rebuilt
 
     old = model.config
-    narrower = any(getattr(new, key) < getattr(old, key) for key in WIDTHS)
+    narrower = any(getattr(new, key) < getattr(old, key) for key in WIDTHS if getattr(old, key, None))
     if narrower:
         layers_of(model)  # refuses what cannot be narrowed
     blocks = decoder_blocks(model)

@@ -104,11 +104,13 @@ def prompted(lm: LM, settings: SoftPrompt, seed: int) -> Any:
     from winnow.model.adapter import served
 
     base: Any = lm.model
-    embedding = base.get_input_embeddings()
+    embedding, text = base.get_input_embeddings(), base.config.get_text_config()
     config = peft.PromptTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=settings.tokens,
-        token_dim=base.config.get_text_config().hidden_size,
+        token_dim=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=getattr(text, "num_attention_heads", None) or 1,
         num_transformer_submodules=1,
         prompt_tuning_init="RANDOM",  # replaced below: PEFT would note the tokenizer's path on this machine
     )

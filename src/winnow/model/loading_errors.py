@@ -27,6 +27,8 @@ def plain_errors(path: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise UserError(f"model.path={path} needs a library that is not installed: {error}") from error
+    except errors.StrictDataclassError as error:  # a value that a configuration does not take
+        raise _unloadable(path, str(error)) from error
     except (OSError, ValueError) as error:
         causes = list(behind(error))
         status = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
@@ -59,8 +61,8 @@ def plain_errors(path: str) -> Iterator[None]:
                 f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')}); give a folder, or download it first"
             ) from error
         raise _unloadable(path, str(error)) from error
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        if raised_below(error, PACKAGE):
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if raised_below(error, PACKAGE) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
             raise
         raise _unloadable(path, f"{type(error).__name__}: {error}") from error
 
