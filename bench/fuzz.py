@@ -357,6 +357,7 @@ def _wrong(output: Path, base: Path, case: Case, seen: list[Any]) -> str:
 def _runs(base: Path) -> bool:
     """Whether the base model computes at all in its own type: transformers' products of experts take no odd sizes."""
     from tests.method.test_conformance import logits
+
     from winnow.model.load import pretrained
 
     try:
