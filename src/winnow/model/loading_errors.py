@@ -62,7 +62,9 @@ def plain_errors(path: str) -> Iterator[None]:
             ) from error
         raise _unloadable(path, str(error)) from error
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        if raised_below(error, PACKAGE) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        if (
+            raised_below(error, PACKAGE) or type(error).__name__ == "OutOfMemoryError"
+        ):  # torch's, which is not imported here
             raise
         raise _unloadable(path, f"{type(error).__name__}: {error}") from error
 

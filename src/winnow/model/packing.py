@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUP_SIZES = (32, 64, 128)  # that methods offer
+_NOT_READ_BACK = {"GPTBigCodeForCausalLM"}
 ROWS = 128  # of a matrix at a time: rounding and packing take several times the memory of what they work on
 
 
@@ -56,8 +57,17 @@ def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             module.compute_dtype = before
 
 
+def check_read_back(architecture: str) -> None:
+    """Raises UserError for an architecture whose packed layers transformers does not load."""
+    if architecture in _NOT_READ_BACK:
+        raise UserError(
+            f"transformers looks for weights in the packed layers of {architecture} and cannot load it; take method=[nf4] or [int8]"
+        )
+
+
 def check_groups(model: nn.Module, group_size: int) -> None:
-    """Raises UserError if `group_size` does not divide the width of a linear layer of the blocks."""
+    """Raises UserError if `group_size` does not divide the width of a linear layer of the blocks, or none can be packed."""
+    check_read_back(type(model).__name__)
     widths = {name: linear.in_features for name, linear in linears(model).items()}
     for name, width in widths.items():
         if width % group_size:

@@ -169,7 +169,9 @@ class Plan:
     def grouped(self, bits: float, group_size: int, scale_bytes: int = 2) -> Plan:
         """Linear weights as packed integers with a scale a group, as compressed-tensors stores them."""
 
-        from winnow.model.packing import ill_fitting
+        from winnow.model.packing import check_read_back, ill_fitting
+
+        check_read_back(self.spec.name)
 
         def change(name: str, t: Stored) -> Stored:
             rows, width = t.shape
