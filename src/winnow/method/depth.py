@@ -265,7 +265,7 @@ def mean_loss(
         UserError: no row reaches its start.
     """
     import torch.nn.functional as F
-    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.modeling_outputs import MoeModelOutputWithPast
 
     from winnow.model.layers import final_norm
 
@@ -276,7 +276,7 @@ def mean_loss(
     total, tokens = 0.0, 0
     try:
         for state, ids, start in zip(states, rows, starts, strict=True):
-            out = BaseModelOutputWithPast(last_hidden_state=norm(state.to(device)))
+            out = MoeModelOutputWithPast(last_hidden_state=norm(state.to(device)))  # the fields of all models
             base.forward = lambda *args, out=out, **kwargs: out  # the model's own head, with its caps and scales
             logits = model(input_ids=ids.to(device)).logits[0, start - 1 : -1].float()
             total += F.cross_entropy(logits, ids[0, start:].to(device), reduction="sum").item()
