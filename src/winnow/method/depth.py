@@ -84,7 +84,8 @@ class Depth(Checked):
         # what cannot be done is refused before anything heavy
         check_alike(dense_tensors(lm.model.config).values(), type(lm.model).__name__, "depth")
         shallower(lm.model.config, [0])
-        final_norm(lm.model)
+        if self.by == "perplexity":
+            final_norm(lm.model)
         batches, digest = calibration_batches(lm, run)
         if self.by == "influence":
             found = statistics.kept(

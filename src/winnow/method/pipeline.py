@@ -118,10 +118,8 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
             **devices.together(energy, run).record(),
             **lm.manifest.pop("_notes", {}),
         }
-        if (
-            before and lm.path is None
-        ):  # in memory; what is files already is of another format, or was checked where it was made
-            suits.check_changed(name, stage, before, lm.model)
+        if before and lm.path is None:  # what is files by now is of another format, or was checked where it was made
+            suits.check_changed(name, before, lm.model)
             record |= _experts_without_tokens(name, lm, run)
         lm.manifest = {**lm.manifest, "stages": [*lm.manifest.get("stages", []), record]}
         run.log(f"{name}: done in {record['seconds']:.1f} s")

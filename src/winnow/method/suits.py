@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from winnow.knobs import ANY, EXPERT, LINEAR, STACKED, TRANSPOSED
+from winnow.knobs import ANY, EXPERT, STACKED, TRANSPOSED
 from winnow.types import Slot, Stage, UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ _SAID = {
     EXPERT: "experts",
     STACKED: "experts that checkpoints have as one tensor",
     TRANSPOSED: "transposed matrices (Conv1D)",
-    LINEAR: "plain linear layers",
 }
 _SAMPLES = 4096  # weights of each tensor that are looked at to see whether a stage has changed it
 
@@ -65,7 +64,7 @@ def sample(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().flatten()[:: max(1, p.numel() // _SAMPLES)].clone() for n, p in model.named_parameters()}
 
 
-def check_changed(name: str, stage: Stage, before: Mapping[str, torch.Tensor], model: Any) -> None:
+def check_changed(name: str, before: Mapping[str, torch.Tensor], model: Any) -> None:
     """Refuses what a stage that should have changed weights has left as it was.
 
     Raises:
@@ -73,8 +72,6 @@ def check_changed(name: str, stage: Stage, before: Mapping[str, torch.Tensor], m
     """
     import torch
 
-    if stage.slot > Slot.QUANTIZE:
-        return
     after = sample(model)
     if before.keys() == after.keys() and all(
         before[n].dtype == after[n].dtype and torch.equal(before[n], after[n].to(before[n].device)) for n in before

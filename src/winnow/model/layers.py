@@ -47,7 +47,7 @@ def final_norm(model: nn.Module) -> nn.Module:
         UserError: there is none.
     """
     name, _ = _located(model)
-    beside = [m for n, m in model.get_submodule(name.rpartition(".")[0]).named_children()]
+    beside = model.get_submodule(name.rpartition(".")[0]).children()
     norms = [m for m in beside if (shapes := [p.ndim for p in m.parameters()]) and max(shapes) == 1]
     if not norms:
         raise UserError(f"{type(model).__name__} has no norm after its decoder blocks")
@@ -81,7 +81,7 @@ def _routers(block: nn.Module) -> set[nn.Module]:
         experts = getattr(module, "experts", None)
         if isinstance(experts, nn.Module):
             number = getattr(experts, "num_experts", None) or len(list(experts.children()))
-            beside = (m for _, m in module.named_children() if isinstance(m, nn.Linear))
+            beside = (m for m in module.children() if isinstance(m, nn.Linear))
             found |= {m for m in beside if m.out_features in (1, number)}
             found |= {
                 m for n, m in module.named_modules() if n.startswith(("gate.", "router.")) and isinstance(m, nn.Linear)

@@ -250,13 +250,14 @@ def plan_of(lm: LM) -> Plan:
 
 def _as_stored(plan: Plan, folder: Path) -> Plan:
     """The plan of a quantized model in a folder: what each linear weight is stored as, from the headers of the files."""
-    from winnow.model.unfused import name_in_model
+    from winnow.model.unfused import renaming
 
     sizes: dict[str, list[int]] = defaultdict(list)
+    name_in_model = renaming(plan.config)
     layers = {name.removesuffix(".weight") for name, t in plan.tensors.items() if t.linear}
     for file in weight_files(folder):
         for stored_as, entry in header_of(file).items():
-            name = name_in_model(stored_as, plan.config)
+            name = name_in_model(stored_as)
             layer = next((p for p in _prefixes(name) if p in layers), None)
             if layer is not None and name != f"{layer}.bias":
                 start, end = entry["data_offsets"]

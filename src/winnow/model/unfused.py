@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,15 +199,19 @@ def names_of(config: Any) -> Names:
     return Names()
 
 
-def name_in_model(name: str, config: Any) -> str:
-    """What the unfused model calls a tensor that its checkpoints call `name`."""
+def renaming(config: Any) -> Callable[[str], str]:
+    """What the unfused model calls a tensor, by the name that its checkpoints give it."""
     from transformers.core_model_loading import WeightRenaming
 
-    for entry in _conversions(config):
-        if isinstance(entry, WeightRenaming):
-            for pattern, target in zip(entry.source_patterns, entry.target_patterns, strict=True):
-                name = re.sub(pattern, target, name)
-    return name
+    renamings = [entry for entry in _conversions(config) if isinstance(entry, WeightRenaming)]
+    pairs = [pair for r in renamings for pair in zip(r.source_patterns, r.target_patterns, strict=True)]
+
+    def name_in_model(name: str) -> str:
+        for pattern, target in pairs:
+            name = re.sub(pattern, target, name)
+        return name
+
+    return name_in_model
 
 
 def _conversions(config: Any) -> list[Any]:
