@@ -48,7 +48,7 @@ def run(
     Raises:
         child.Cancelled: the search is over, or has given this job up; there is no outcome.
     """
-    number = (folder.parent if cfg.get(CONFIRMING) else folder).name
+    number = _trial_folder(cfg, folder).name
     say = (lambda line: None) if cfg.get(CONFIRMING) else log  # the search itself says how a confirmation went
     job = Job(cfg, number, folder, say, dict(environment or {}))
     if job.cancelled():  # it has waited in a cluster's queue, say
@@ -76,13 +76,18 @@ def run_elsewhere(
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The job that a launcher has brought to some machine, which has to see the folder of the study there."""
-    if not ((folder.parent if cfg.get(CONFIRMING) else folder) / RIVALS).is_file():
+    if not (_trial_folder(cfg, folder) / RIVALS).is_file():
         return failure(
             Reason.INVALID,
             f"outputs={cfg.outputs}: {platform.node()}, where a job of this search runs, does not find the study's files in "
             f"{folder.parent}; give outputs=FOLDER on a disk that all machines share",
         )
     return run(cfg, overrides, folder, log, environment)
+
+
+def _trial_folder(cfg: DictConfig, folder: Path) -> Path:
+    """That of the trial which the job of a folder is, or confirms."""
+    return folder.parent if cfg.get(CONFIRMING) else folder
 
 
 def _tried(job: Job) -> Iterator[dict[str, Any]]:
