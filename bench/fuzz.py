@@ -8,9 +8,10 @@ it ended
 
 - with 0: there is a forecast; or the artifact loads, its logits are those that the model in memory had, and its size is the
   predicted one;
-- with 2: in one message, nothing left of the artifact, no scratch folder.
+- with 2: in one message, nothing left of the artifact, no scratch folder, and no stage had done its work already, except where
+  only that work could tell.
 
-Anything else is a finding: a traceback, a method that changed nothing, a folder left behind, a wrong artifact.
+Anything else is a finding: a traceback, a method that changed nothing, a folder left behind, a wrong artifact, hours lost.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ sys.path.insert(0, str(REPOSITORY))
 SIZE = 1.05  # the size that is made over that which was predicted, at most; small files are mostly headers
 CLOSE = 0.03  # logits of the artifact and of the model in memory, as a share of the largest
 SECONDS = 240  # that a case may take
+SEEN_LATE = (
+    "is worse than",
+    "has changed no weight",
+    "NaN or infinity",
+)  # what only the work of the stages before can tell
 SHORT = {"steps": 2, "tokens_per_batch": 128, "max_length": 32, "iters": 2, "grid": 3, "rounds": 1, "tokens": 4}
 METHODS = (
     *(
@@ -286,6 +292,9 @@ def attempt(case: Case, folder: Path, said: Path) -> None:
         left = [p.name for p in folder.iterdir() if p.name not in ("base", "outputs", "said.txt")]
         left += [str(p) for p in (folder / "outputs").rglob("*") if p.is_file() and "cache" not in p.parts]
         finding = f"left behind: {left}" if left else ""
+        text = said.read_text(encoding="utf-8", errors="replace")
+        if code == 2 and ": done in " in text and not any(words in text for words in SEEN_LATE):
+            finding = f"refused after a stage was done: {text.strip().splitlines()[-1]}"
         if code not in (0, 2):
             finding = f"exit code {code}, a traceback"
     if finding:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib.util
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from winnow.libraries import is_installed
 from winnow.model.save import is_disk_full
 from winnow.origins import behind, raised_below
 from winnow.recovery.devices import RankLost
@@ -38,7 +38,7 @@ def wandb_mode() -> str:
     """`${wandb_mode:}`: what W&B's users expect of their environment; `disabled` for everybody else."""
     legacy = {"dryrun": "offline", "run": "online", "shared": "online"}
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "disabled")
-    return legacy.get(mode, mode) if importlib.util.find_spec("wandb") else "disabled"
+    return legacy.get(mode, mode) if is_installed("wandb") else "disabled"
 
 
 def llm_agent() -> str:

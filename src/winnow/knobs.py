@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from winnow.libraries import require
 from winnow.types import UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.work import Work
     from winnow.model.plan import Plan
-    from winnow.types import Calibration, Stage
+    from winnow.types import LM, Calibration, Run, Stage
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,22 @@ class Checked:
     shown_with: ClassVar[
         Mapping[str, Any]
     ] = {}  # and knobs that suit the embedded model, where the defaults are for others
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The modules of optional libraries that the stage cannot do without."""
+        return ()
+
+    def check(self, plan: Plan, base: LM, run: Run) -> None:
+        """Refuses what `predict` cannot know; called before any stage of a pipeline begins.
+
+        Args:
+            plan: of the model that the stages before this one will make of `base`.
+
+        Raises:
+            MissingExtra: a library is not installed.
+        """
+        require(*self.libraries)
 
     def predict(self, plan: Plan) -> Plan:
         """What the stage makes of a model, from shapes alone; here: nothing that bytes would show."""

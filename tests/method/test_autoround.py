@@ -239,14 +239,10 @@ def test_other_types_of_weights(dtype: str, tmp_path: Path, tiny: Path, run_in: 
 
 def test_what_it_cannot_do_is_said_before_anything_heavy(tmp_path: Path, tiny: Path, run_in: Run) -> None:
     with pytest.raises(UserError, match=r"group_size=128 does not divide the width 64 of model\.layers"):
-        AutoRound(group_size=128)(pretrained(str(tiny)), run_in)
+        pipeline.check({"autoround": AutoRound(group_size=128)}, pretrained(str(tiny)), run_in)
     narrow = random_model("llama", tmp_path / "narrow", head_dim=24, num_key_value_heads=1)
-    for call in (
-        lambda: quick(format="auto_round")(pretrained(str(narrow)), run_in),
-        lambda: quick(format="auto_round").predict(plan_of(pretrained(str(narrow)))),
-    ):
-        with pytest.raises(UserError, match=r"k_proj has 24; take format=llm_compressor"):
-            call()
+    with pytest.raises(UserError, match=r"k_proj has 24; take format=llm_compressor"):
+        pipeline.check({"autoround": quick(format="auto_round")}, pretrained(str(narrow)), run_in)
 
 
 def test_a_missing_library_names_its_extra(tmp_path: Path, tiny: Path, run_in: Run, monkeypatch) -> None:
@@ -255,8 +251,7 @@ def test_a_missing_library_names_its_extra(tmp_path: Path, tiny: Path, run_in: R
     made(quick(format="auto_round"), tiny, run_in, tmp_path / "artifact")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "auto_round" else find(name, *a))
-    for call in (lambda: quick()(pretrained(str(tiny)), run_in), lambda: pretrained(str(tmp_path / "artifact"))):
-        with pytest.raises(
-            MissingExtra, match=r"auto-round is not installed; install it with: pip install 'winnow\[autoround\]'"
-        ):
-            call()
+    with pytest.raises(
+        MissingExtra, match=r"auto-round is not installed; install it with: pip install 'winnow\[autoround\]'"
+    ):
+        pretrained(str(tmp_path / "artifact"))

@@ -15,6 +15,7 @@ from tests.method.scores import divergence
 from tests.method.shapes import random_model
 from tests.test_conf import composed
 from winnow.build import instantiate
+from winnow.method import pipeline
 from winnow.method.carving import carved, smaller, spaced
 from winnow.method.depth import Depth, shallower
 from winnow.method.distill import Distill
@@ -110,13 +111,14 @@ def test_teacher_and_student_are_not_the_same_model(tiny: Path, run: Run, tmp_pa
 def test_another_vocabulary_is_refused(tiny: Path, run: Run, tmp_path: Path) -> None:
     other = random_model("llama", tmp_path / "other", vocab_size=2048)
     with pytest.raises(UserError, match=r"teacher_path.*different vocabularies \(2,048 and 1,024 tokens\)"):
-        Distill(teacher_path=str(other))(pretrained(str(tiny)), run)
+        pipeline.check({"distill": Distill(teacher_path=str(other))}, pretrained(str(tiny)), run)
 
 
 def test_hidden_states_of_another_width_are_refused(tiny: Path, run: Run, tmp_path: Path) -> None:
     wider = random_model("llama", tmp_path / "wider")
     with pytest.raises(UserError, match=r"hidden_weight.*the teacher's is 256, the student's 64"):
-        Distill(teacher_path=str(wider), hidden_weight=1.0)(pretrained(str(tiny)), run)
+        stages = {"distill": Distill(teacher_path=str(wider), hidden_weight=1.0)}
+        pipeline.check(stages, pretrained(str(tiny)), run)
     Distill(teacher_path=str(wider), steps=1, tokens_per_batch=64)(pretrained(str(tiny)), run)
 
 

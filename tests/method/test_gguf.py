@@ -19,13 +19,14 @@ import llama_cpp
 import numpy as np
 
 from tests.model.gguf_files import LLAMA3, LOCAL, YARN
+from winnow.libraries import require
 from winnow.method import pipeline
 from winnow.method.gguf import GGUF, TYPES
 from winnow.model.gguf import mix
 from winnow.model.gguf.architectures import Names
 from winnow.model.gguf.export import export
 from winnow.model.gguf.importance import collect
-from winnow.model.gguf.native import require, silent
+from winnow.model.gguf.native import silent
 from winnow.model.gguf.quantize import quantize
 from winnow.model.load import pretrained
 from winnow.model.plan import Plan, dense_tensors
@@ -298,4 +299,4 @@ def test_what_llama_cpp_says_of_a_failure_is_passed_on(tmp_path: Path) -> None:
 def test_a_missing_library_is_named(module: str, library_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtra, match=rf"{library_name} is not installed; .*winnow\[gguf\]"):
-        require()
+        require("gguf", "llama_cpp")

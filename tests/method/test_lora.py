@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from winnow.method.lora import Lora, adapted, layers, mask_zeros, merge, targeted
+from winnow.method.lora import Lora, adapted, layers, mask_zeros, merge
 from winnow.method.prune import Wanda
 from winnow.model.layers import linears
 from winnow.model.load import pretrained
+from winnow.model.plan import plan_of
 from winnow.types import UserError
 
 
@@ -108,9 +109,9 @@ def test_targets_choose_layers(tiny, run_in) -> None:
 
 
 def test_targets_that_match_nothing_name_what_there_is(tiny) -> None:
-    model = pretrained(str(tiny)).model
+    plan = plan_of(pretrained(str(tiny)))
     with pytest.raises(
         UserError, match=r"method\.lora\.targets: c_attn, lm_head is no linear layer.*there are down_proj.*v_proj"
     ):
-        targeted(model, ("c_attn", "q_proj", "lm_head"), "method.lora")
-    assert len(targeted(model, "all", "method.lora")) == 14
+        Lora(targets=["c_attn", "q_proj", "lm_head"]).predict(plan)
+    assert len(Lora().targeted(plan)) == 14

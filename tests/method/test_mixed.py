@@ -233,13 +233,13 @@ def test_pruned_weights_stay_zero_and_the_same_seed_makes_the_same_bytes(
 
 def test_what_cannot_be_done_is_said_before_anything_heavy(tiny: Path, run_in: Run) -> None:
     with pytest.raises(UserError, match=r"group_size=128 does not divide the width 64"):
-        Mixed(3.0, 128)(pretrained(str(tiny)), run_in)
+        pipeline.check({"mixed": Mixed(3.0, 128)}, pretrained(str(tiny)), run_in)
     with pytest.raises(UserError, match=r"method\.mixed\.bits=9 is out of range"):
         Mixed(9)
     one = Run(run_in.folder, log=run_in.log, calibration=type(run_in.calibration)(samples=1))
     with pytest.raises(UserError, match=r"calibration\.samples"):
-        Mixed(3.0, 32)(pretrained(str(tiny)), one)
+        pipeline.check({"mixed": Mixed(3.0, 32)}, pretrained(str(tiny)), one)
     shared = pretrained(str(tiny))
     shared.model.config.num_kv_shared_layers = 1
     with pytest.raises(UserError, match=r"share keys and values"):
-        Mixed(3.0, 32)(shared, run_in)
+        pipeline.check({"mixed": Mixed(3.0, 32)}, shared, run_in)

@@ -23,7 +23,7 @@ from winnow.model.load import pretrained
 from winnow.model.plan import Plan, dense_tensors
 from winnow.model.save import save
 from winnow.nano.model import trained
-from winnow.types import LM, Calibration, MissingExtra, Run, Stage, UserError
+from winnow.types import LM, Calibration, Run, Stage, UserError
 
 pytest.importorskip("llmcompressor")
 
@@ -201,19 +201,12 @@ def llama(tiny: Path) -> LM:
     return pretrained(str(tiny))
 
 
-@pytest.mark.parametrize("stage", [AWQ(grid=3), SmoothQuant()], ids=lambda s: type(s).__name__.lower())
-def test_scales_are_not_moved_in_an_unknown_architecture(stage: Stage, llama: LM, quick) -> None:
-    llama.model.__class__ = type("StrangeForCausalLM", (type(llama.model),), {})
-    with pytest.raises(UserError, match=r"does not know which layers of StrangeForCausalLM feed which.*method=gptq"):
-        stage(llama, quick)
-
-
 def test_widths_that_do_not_fit_are_refused(tiny: Path, quick) -> None:
     for stage in (GPTQ(group_size=128), AWQ(group_size=128)):
         with pytest.raises(UserError, match=r"group_size=128 does not divide the width 64 of model\.layers\.0"):
-            stage(pretrained(str(tiny)), quick)
+            pipeline.check({"stage": stage}, pretrained(str(tiny)), quick)
     with pytest.raises(UserError, match=r"scales=block takes widths that are multiples of 128, not 64"):
-        FP8("block")(pretrained(str(tiny)), quick)
+        pipeline.check({"fp8": FP8("block")}, pretrained(str(tiny)), quick)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +222,3 @@ def test_a_hessian_that_cannot_be_inverted_is_an_error(llama: LM, quick) -> None
     llama.model.model.layers[0].input_layernorm.weight.data[0] = math.inf
     with pytest.raises(UserError, match=r"the Hessian of model\.layers\.0\.self_attn.* raise method\.gptq\.damping"):
         GPTQ(4)(llama, quick)
-
-
-def test_a_missing_library_names_its_extra(llama: LM, quick, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for stage in (GPTQ(), AWQ(), SmoothQuant(), FP8()):
-        with pytest.raises(MissingExtra, match=r"pip install 'winnow\[llmcompressor\]'"):
-            stage(llama, quick)

@@ -67,15 +67,11 @@ def test_settings_that_clash_are_refused(method: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_width_that_the_pattern_does_not_divide_is_refused_first(method: Any, tmp_path: Path, run_in) -> None:
+def test_a_width_that_the_pattern_does_not_divide_is_refused_first(method: Any, tmp_path: Path) -> None:
     lm = pretrained(str(random_model("llama", tmp_path / "odd", intermediate_size=132)))
     match = r"pattern=4:8 needs widths that are multiples of 8, and model\.layers\.0\.mlp\.down_proj has 132 inputs"
     with pytest.raises(UserError, match=match):
         method(pattern="4:8").predict(plan_of(lm))
-    before = {name: linear.weight.clone() for name, linear in linears(lm.model).items()}
-    with pytest.raises(UserError, match=match):
-        method(pattern="4:8")(lm, run_in)
-    assert all(torch.equal(linear.weight, before[name]) for name, linear in linears(lm.model).items())
     method(pattern="2:4").predict(plan_of(lm))
 
 

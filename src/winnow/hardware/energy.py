@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from winnow.hardware.device import WORLD_AVERAGE_G_PER_KWH, Gpu, used_gpus
-from winnow.types import MissingExtra
+from winnow.libraries import is_installed, require
 
 _COUNTERS = ("intel_rapl", "windows_emi")  # codecarbon's modes that read counters; AMD's processors have RAPL too
 _J_PER_WH = 3600.0
@@ -75,15 +75,14 @@ class EnergyMeter:
         self._counters = EnergyCounters.read(self.device, self.devices)
         if self._counters is not None and not self.host:
             return self.energy
-        try:
-            detect()
-            # where the counters below say what the GPUs took, codecarbon's figure for them is not used
-            gpus = used_gpus(self.device, self.devices) if self._counters is None else ()
-            self._tracker = _tracker(self.carbon_g_per_kwh, [gpu.index for gpu in gpus if gpu.index is not None])
-        except ImportError:
-            if self.required:
-                raise MissingExtra("codecarbon", "energy") from None
+        if self.required:
+            require("codecarbon")
+        elif not is_installed("codecarbon"):
             return self.energy
+        detect()
+        # where the counters below say what the GPUs took, codecarbon's figure for them is not used
+        gpus = used_gpus(self.device, self.devices) if self._counters is None else ()
+        self._tracker = _tracker(self.carbon_g_per_kwh, [gpu.index for gpu in gpus if gpu.index is not None])
         self._tracker.start_task("work")
         return self.energy
 

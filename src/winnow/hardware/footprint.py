@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from winnow.hardware.device import visible_gpus
+from winnow.libraries import require
 from winnow.model import manifest
-from winnow.types import LM, MissingExtra, UserError
+from winnow.types import LM, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -143,10 +144,9 @@ def _gpu_memory_in_use() -> int:
     Raises:
         MissingExtra: NVML's Python bindings are not installed.
     """
-    try:
-        import pynvml
-    except ImportError:
-        raise MissingExtra("nvidia-ml-py", "energy") from None
+    require("pynvml")
+    import pynvml
+
     pynvml.nvmlInit()
     try:
         handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in visible_gpus()]

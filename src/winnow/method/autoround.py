@@ -10,14 +10,12 @@ Asymmetric integers are not offered: the library then silently writes AWQ's pack
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.knobs import LINEAR, Checked, knob
-from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
+from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     from winnow.hardware.work import Work
@@ -59,6 +57,10 @@ class AutoRound(Checked):
     batch_size: int = knob(8, low=1, high=128, search=False)
     format: str = knob("llm_compressor", choices=("llm_compressor", "auto_round"), search=False)
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("auto_round", "compressed_tensors")
+
     def predict(self, plan: Plan) -> Plan:
         grouped = plan.grouped(self.bits, self.group_size, 4 if plan.dtype == "float32" else 2)
         if self.format == "llm_compressor":
@@ -89,22 +91,15 @@ class AutoRound(Checked):
         return (walked + tuned).then(Work.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        if importlib.util.find_spec("auto_round") is None:
-            raise MissingExtra("auto-round", "autoround")
         import torch
 
         from winnow.model.calibration import calibration_batches
-        from winnow.model.layers import linears
-        from winnow.model.packing import attach_scheme, cast_weights, check_groups
+        from winnow.model.packing import attach_scheme, cast_weights
 
         model = lm.model
-        check_groups(model, self.group_size)
-        if self.format == "auto_round":
-            for name, linear in linears(model).items():
-                _check_words(name, linear.out_features)
-            if model.dtype == torch.float32:
-                cast_weights(model, torch.bfloat16)  # the format computes in 16 bits
-                model.config.dtype = torch.bfloat16
+        if self.format == "auto_round" and model.dtype == torch.float32:
+            cast_weights(model, torch.bfloat16)  # the format computes in 16 bits
+            model.config.dtype = torch.bfloat16
         batches, digest = calibration_batches(lm, run)
 
         from winnow.method import autoround_driver as driver

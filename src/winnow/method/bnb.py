@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.knobs import LINEAR, TRANSPOSED, Checked, knob
-from winnow.types import LM, Calibration, MissingExtra, Run, Slot
+from winnow.types import LM, Calibration, Run, Slot
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +36,6 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
     import shutil
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise MissingExtra("bitsandbytes", "bnb") from None
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from winnow.model.load import quiet

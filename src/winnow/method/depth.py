@@ -60,7 +60,12 @@ class Depth(Checked):
     def predict(self, plan: Plan) -> Plan:
         # which layers go is only known from data; those kept are all of one size
         layers = plan.config.num_hidden_layers
+        from winnow.model.layers import final_norm
+        from winnow.model.spec import on_meta
+
         check_alike(plan.tensors.values(), plan.spec.name, "depth")
+        if self.by == "perplexity":
+            final_norm(on_meta(plan.config))  # refuses models without one
         return plan.reshaped(shallower(plan.config, range(self.kept(layers))))
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
@@ -75,17 +80,11 @@ class Depth(Checked):
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method import statistics
         from winnow.model.calibration import calibration_batches
-        from winnow.model.layers import decoder_blocks, final_norm
-        from winnow.model.plan import dense_tensors
+        from winnow.model.layers import decoder_blocks
         from winnow.model.reshape import rebuilt
 
         blocks = decoder_blocks(lm.model)
         count = self._dropped(len(blocks))
-        # what cannot be done is refused before anything heavy
-        check_alike(dense_tensors(lm.model.config).values(), type(lm.model).__name__, "depth")
-        shallower(lm.model.config, [0])
-        if self.by == "perplexity":
-            final_norm(lm.model)
         batches, digest = calibration_batches(lm, run)
         if self.by == "influence":
             found = statistics.kept(

@@ -211,19 +211,24 @@ class Distill(Distilling):
             check_alike(plan.tensors.values(), plan.spec.name, "distill")
         return plan.reshaped(smaller(plan.config, self.student, f"{self.option}.student"))
 
+    def check(self, plan: Plan, base: LM, run: Run) -> None:
+        from winnow.recovery.teacher import check_pair, check_widths
+
+        super().check(plan, base, run)
+        teacher = self._teacher(base, run)
+        check_pair(teacher, base, f"{self.option}.teacher_path")
+        if self.hidden_weight:
+            check_widths(teacher, self.predict(plan).config, f"{self.option}.hidden_weight")
+
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         return self.training_work(self.predict(plan), calibration)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.method.carving import carved, check_blocks, smaller
-        from winnow.recovery.teacher import check_pair, check_widths
+        from winnow.method.carving import carved, smaller
 
         teacher = self._teacher(lm, run)
-        check_pair(teacher, lm, f"{self.option}.teacher_path")
+        self._check_other(lm, teacher)
         config = smaller(lm.model.config, self.student or {}, f"{self.option}.student")
-        check_blocks(lm.model.config, self.student or {})
-        if self.hidden_weight:
-            check_widths(teacher, config, f"{self.option}.hidden_weight")
         rows = self.documents_for(lm, teacher, run)
         model = carved(lm.model, config) if self.student else lm.model
         record = self.learn(model, teacher, rows, run)
@@ -244,11 +249,13 @@ class Distill(Distilling):
             raise UserError(
                 f"{option} is not set, and the model that the pipeline began with lies in no folder; give one"
             )
-        teacher = teacher_at(str(path), lm, option)
+        return teacher_at(str(path), lm, option)
+
+    def _check_other(self, lm: LM, teacher: LM) -> None:
+        """Raises UserError if the student is the teacher itself, and would stay it."""
         if lm.path is not None and self.student is None and lm.sha256() == teacher.sha256():
             raise UserError(
-                f"method=[distill]: teacher and student are the same model, {path}, so there is nothing to learn; prune "
+                f"method=[distill]: teacher and student are the same model, {teacher.path}, so there is nothing to learn; prune "
                 f"first (method=[depth,distill]), give {self.option}.student={{num_hidden_layers: ...}}, or name another "
-                f"teacher with {option}=FOLDER"
+                f"teacher with {self.option}.teacher_path=FOLDER"
             )
-        return teacher

@@ -56,6 +56,10 @@ class GGUF(Checked):
     imatrix: bool = knob(True, choices=(True, False))
     dense: str | None = knob(None, choices=(None, "F16", "BF16", "F32"), search=False)  # instead of `type`
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("gguf",) if self.dense else ("gguf", "llama_cpp")
+
     def predict(self, plan: Plan) -> Plan:
         from winnow.model.gguf.architectures import family_of
         from winnow.model.gguf.mix import Model, tensor_bytes, tensor_type
@@ -80,10 +84,8 @@ class GGUF(Checked):
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.model.gguf import architectures, mix
         from winnow.model.gguf.importance import collect
-        from winnow.model.gguf.native import require
         from winnow.model.gguf.quantize import tensor_types
 
-        require(llama_cpp=not self.dense)
         architectures.family_of(lm.model.config)
         weights = dict(lm.model.named_parameters())
         for name, weight in weights.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.knobs import Checked, knob
-from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
+from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
@@ -63,6 +63,10 @@ class KV(Checked):
     residual: int = knob(128, low=1, high=65536, search=False)
     window: int = knob(0, low=0, high=2**24, search=False)
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("hqq",) if self.bits < 16 else ()
+
     def predict(self, plan: Plan) -> Plan:
         config = copy.deepcopy(plan.config)
         self._check(config)
@@ -82,7 +86,6 @@ class KV(Checked):
         config = lm.model.config
         self._check(config)
         if self.bits < 16:
-            _require_hqq()
             self._record(lm.model.generation_config)
         if self.window:
             config.get_text_config(decoder=True).sliding_window = self.window
@@ -106,7 +109,6 @@ class KV(Checked):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=lm.loading.trust_remote_code)
         self._check(config)
         if self.bits < 16:
-            _require_hqq()
             has_own = (folder / "generation_config.json").is_file()
             generation = (
                 GenerationConfig.from_pretrained(folder) if has_own else GenerationConfig.from_model_config(config)
@@ -178,13 +180,6 @@ class KV(Checked):
         return all(
             width % group_size == 0 and heads * width // group_size % (8 // self.bits) == 0 for heads, width in shapes
         )
-
-
-def _require_hqq() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("hqq") is None:
-        raise MissingExtra("hqq", "kv")
 
 
 def _kinds_of_layers(text: PretrainedConfig) -> set[str]:

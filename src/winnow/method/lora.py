@@ -16,7 +16,6 @@ from unittest import mock
 
 from winnow.knobs import knob
 from winnow.method.training import Training
-from winnow.model.adapter import require_peft
 from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
@@ -47,10 +46,25 @@ class Adapting(Training):
             named = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
             object.__setattr__(self, "targets", named)
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("peft",)
+
     def targeted(self, plan: Plan) -> dict[str, tuple[int, ...]]:
-        """The shapes of the matrices that get an update, by the names of their layers."""
-        named = {name.removesuffix(".weight"): t.shape for name, t in plan.tensors.items() if t.linear}
-        return {name: shape for name, shape in named.items() if is_meant(name, self.targets)}
+        """The shapes of the matrices that get an update, by the names of their layers.
+
+        Raises:
+            UserError: a target that is no linear layer of the model.
+        """
+        shapes = {name.removesuffix(".weight"): t.shape for name, t in plan.tensors.items() if t.linear}
+        unknown = [target for target in self.targets if not any(is_meant(name, (target,)) for name in shapes)]
+        if self.targets != ALL and unknown:
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))
+            raise UserError(
+                f"{self.option}.targets: {', '.join(unknown)} is no linear layer of the blocks; there are {there}; "
+                f"`all` takes them all"
+            )
+        return {name: shape for name, shape in shapes.items() if is_meant(name, self.targets)}
 
     def trained(self, plan: Plan) -> int:
         """Weights of the updates."""
@@ -80,6 +94,10 @@ class Lora(Adapting):
     shown_after: ClassVar[tuple[str, ...]] = ("wanda",)
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
 
+    def predict(self, plan: Plan) -> Plan:
+        self.targeted(plan)
+        return plan
+
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         as_stored = self.precision_in(plan.compute_dtype) == "bf16-mixed" and plan.dtype == "bfloat16"
         return self.cost(plan, calibration, self.trained(plan), frozen=as_stored, masked=plan.sparse)
@@ -105,18 +123,14 @@ class Lora(Adapting):
 
 
 def adapted(model: Any, settings: Adapting, seed: int) -> Any:
-    """`model` with fresh adapters in its linear layers, by PEFT; only they need a gradient.
-
-    Raises:
-        MissingExtra: PEFT is not installed.
-        UserError: a target that is no linear layer of the model.
-    """
-    require_peft()
+    """`model` with fresh adapters in its linear layers, by PEFT; only they need a gradient."""
     import peft
     import torch
     from peft.utils import transformers_weight_conversion
 
-    wanted = targeted(model, settings.targets, settings.option)
+    from winnow.model.layers import linears
+
+    wanted = [name for name in sorted(linears(model)) if is_meant(name, settings.targets)]
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,
@@ -152,23 +166,6 @@ def _keep_rows_of_zeros(model: nn.Module) -> None:
 def _least_norm(norm: Any, *arguments: Any, **named: Any) -> torch.Tensor:
     found: torch.Tensor = norm(*arguments, **named)
     return found.clamp(min=_LEAST_NORM)
-
-
-def targeted(model: nn.Module, targets: str | Sequence[str], option: str) -> list[str]:
-    """The full names of the linear layers in the blocks of `model` that are meant, by their last name or more of it."""
-    from winnow.model.layers import linears
-
-    names = sorted(linears(model))
-    if targets == ALL:
-        return names
-    found = [name for name in names if is_meant(name, targets)]
-    lost = [t for t in targets if not any(is_meant(name, (t,)) for name in names)]
-    if lost:
-        there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        raise UserError(
-            f"{option}.targets: {', '.join(lost)} is no linear layer of the blocks; there are {there}; `all` takes them all"
-        )
-    return found
 
 
 def is_meant(name: str, targets: str | Sequence[str]) -> bool:

@@ -58,8 +58,20 @@ class Mixed(Checked):
     bits: float = knob(3.0, low=2.0, high=8.0, search_range=(2.0, 4.5))
     group_size: int = knob(64, choices=(32, 64, 128))
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("compressed_tensors",)
+
     def predict(self, plan: Plan) -> Plan:
+        if getattr(plan.config.get_text_config(decoder=True), "num_kv_shared_layers", None):
+            raise UserError(
+                "method=[mixed]: layers of this model share keys and values and cannot be scored; use method=[rtn]"
+            )
         return plan.grouped(self.bits, self.group_size)
+
+    def check(self, plan: Plan, base: LM, run: Run) -> None:
+        super().check(plan, base, run)
+        _check_halves(run.calibration.samples)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         from winnow.hardware.work import Work, counted
@@ -84,17 +96,11 @@ class Mixed(Checked):
         from winnow.method.sensitivity import divergences, halves, unit_of
         from winnow.model.calibration import calibration_batches
         from winnow.model.layers import linears
-        from winnow.model.packing import attach_scheme, check_groups, quantize_linear
+        from winnow.model.packing import attach_scheme, quantize_linear
 
-        check_groups(lm.model, self.group_size)
-        if getattr(lm.model.config.get_text_config(decoder=True), "num_kv_shared_layers", None):
-            raise UserError(
-                "method=[mixed]: layers of this model share keys and values and cannot be scored; use method=[rtn]"
-            )
         batches, digest = calibration_batches(lm, run)
+        _check_halves(sum(len(batch) for batch in batches))
         scored, held_out = halves(batches)
-        if not held_out:
-            raise UserError("method=[mixed] compares recipes on half of the calibration data: calibration.samples >= 2")
         layers = linears(lm.model)
         sizes: dict[str, int] = {}
         for name, linear in layers.items():
@@ -141,6 +147,11 @@ class Mixed(Checked):
         said = (digest, self.group_size, run.seed, WIDTHS)
         found = statistics.kept(lm.model, run, "sensitivity", said, score)
         return {unit: dict(zip(WIDTHS, found[unit].tolist(), strict=True)) for unit in units}
+
+
+def _check_halves(texts: int) -> None:
+    if texts < 2:
+        raise UserError("method=[mixed] compares recipes on half of the calibration data: calibration.samples >= 2")
 
 
 def allocate(scores: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], bits: float) -> dict[str, int]:

@@ -21,7 +21,7 @@ from unittest import mock
 
 from winnow.knobs import EXPERT, LINEAR, Checked, knob
 from winnow.origins import raised_below
-from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
+from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,10 @@ class _OneShot(Checked):
     matrices: ClassVar[tuple[str, ...] | None] = (LINEAR, EXPERT)
     preload: ClassVar[tuple[str, ...]] = (DRIVER,)
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("llmcompressor",)
+
 
 @dataclass(frozen=True)
 class _Grouped(_OneShot):
@@ -57,14 +61,7 @@ class _Grouped(_OneShot):
         return plan.grouped(self.bits, self.group_size, _scale_bytes(plan))
 
     def _scheme(self, model: PreTrainedModel, **weights: Any) -> dict[str, Any]:
-        """What the library's modifiers take: which layers are quantized, and how.
-
-        Raises:
-            UserError: `group_size` does not divide the width of a layer.
-        """
-        from winnow.model.packing import check_groups
-
-        check_groups(model, self.group_size)
+        """What the library's modifiers take: which layers are quantized, and how."""
         if self.scale == "mse" or (self.scale == "auto" and self.bits <= self.clipped_bits):
             weights |= {"observer": "memoryless_mse", "observer_kwargs": dict(self.clipping)}
         arguments = {"num_bits": self.bits, "type": "int", "symmetric": True, "group_size": self.group_size, **weights}
@@ -104,7 +101,6 @@ class GPTQ(_Grouped):
         return (seen + Work.solved(plan) + Work.widened(plan)).then(Work.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        _require_library()
         order = {"actorder": self.act_order if self.act_order != "none" else None}
         scheme = self._scheme(lm.model, **order)
 
@@ -148,20 +144,22 @@ class AWQ(_Grouped):
         seen = Work.calibrated(plan, calibration, passes=2 + 1.5 * self.grid) + Work.widened(plan)
         return (seen + held).then(Work.packed(plan))
 
+    def check(self, plan: Plan, base: LM, run: Run) -> None:
+        super().check(plan, base, run)
+        importlib.import_module(DRIVER)  # which keeps the library silent
+        from llmcompressor.modifiers.transform.awq.dynamic_mappings import AWQ_DYNAMIC_MAPPING_REGISTRY
+        from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
+
+        known = {*AWQ_MAPPING_REGISTRY, *AWQ_DYNAMIC_MAPPING_REGISTRY} - _SCALES_WHAT_HAS_NO_WEIGHT
+        _check_known(plan.spec.name, "awq", known)
+
     def __call__(self, lm: LM, run: Run) -> LM:
-        _require_library()
         scheme = self._scheme(lm.model)
 
         from llmcompressor.modifiers.quantization import QuantizationModifier
         from llmcompressor.modifiers.transform.awq import AWQModifier
-        from llmcompressor.modifiers.transform.awq.dynamic_mappings import (
-            AWQ_DYNAMIC_MAPPING_REGISTRY,
-            get_layer_mappings_from_model,
-        )
-        from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
+        from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_mappings_from_model
 
-        known = {*AWQ_MAPPING_REGISTRY, *AWQ_DYNAMIC_MAPPING_REGISTRY} - _SCALES_WHAT_HAS_NO_WEIGHT
-        _check_known(lm.model, "awq", known)
         smoothing = AWQModifier(mappings=get_layer_mappings_from_model(lm.model), n_grid=self.grid)
         return _calibrated(lm, run, "awq", [smoothing, QuantizationModifier(**scheme)])
 
@@ -195,11 +193,18 @@ class SmoothQuant(_OneShot):
 
         return (Work.calibrated(plan, calibration) + Work.widened(plan)).then(Work.packed(plan))
 
+    def check(self, plan: Plan, base: LM, run: Run) -> None:
+        super().check(plan, base, run)
+        importlib.import_module(DRIVER)
+        from llmcompressor.modifiers.transform.smoothquant import dynamic_mappings, utils
+
+        known = {*utils.MAPPINGS_REGISTRY, *dynamic_mappings.SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY}
+        _check_known(plan.spec.name, "smoothquant", known)
+
     def predict(self, plan: Plan) -> Plan:
         return plan.with_linears(lambda name, t: _in_bytes(t, t.shape[0] * _scale_bytes(plan)))
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        _require_library()
         from llmcompressor.modifiers.quantization import QuantizationModifier
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
@@ -247,12 +252,6 @@ class FP8(_OneShot):
         return plan.with_linears(change)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.model.layers import linears
-
-        _require_library()
-        if self.scales == "block":
-            for name, linear in linears(lm.model).items():
-                _check_block(name, linear.in_features)
         from llmcompressor.modifiers.quantization import QuantizationModifier
 
         from winnow.method.oneshot_driver import oneshot
@@ -292,13 +291,6 @@ def _keeping_zeros(quantize_weight: Callable[..., Any]) -> Callable[..., Any]:
     return quantize
 
 
-def _require_library() -> None:
-    """Raises MissingExtra, or imports the library through the driver, which keeps it silent."""
-    if importlib.util.find_spec("llmcompressor") is None:
-        raise MissingExtra("llmcompressor", "llmcompressor")
-    importlib.import_module(DRIVER)
-
-
 def _ignored(model: PreTrainedModel) -> list[str]:
     """Linear layers that are not of the decoder blocks, such as the head."""
     from torch import nn
@@ -309,9 +301,8 @@ def _ignored(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in wanted]
 
 
-def _check_known(model: PreTrainedModel, method: str, architectures: set[str]) -> None:
+def _check_known(architecture: str, method: str, architectures: set[str]) -> None:
     """The library takes other architectures for Llama's, and changes what the model computes if that is not true."""
-    architecture = type(model).__name__
     if architecture not in architectures:
         raise UserError(
             f"method={method} does not know which layers of {architecture} feed which, so it cannot move scales between them; "
@@ -327,8 +318,6 @@ def _smoothquant_mappings(model: PreTrainedModel) -> Any:
     """
     from llmcompressor.modifiers.transform.smoothquant import dynamic_mappings, utils
 
-    known = {*utils.MAPPINGS_REGISTRY, *dynamic_mappings.SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY}
-    _check_known(model, "smoothquant", known)
     if any(name.endswith("pre_feedforward_layernorm") for name, _ in model.named_modules()):
         attention, feed_forward = utils.DEFAULT_SMOOTHQUANT_MAPPINGS
         return [attention, (feed_forward.balance_layers, "re:.*pre_feedforward_layernorm$")]

@@ -165,6 +165,22 @@ def check_finite(lm: LM) -> None:
             raise UserError(f"model.path={lm.path}: {name} holds NaN or infinity; the model is damaged, get it anew")
 
 
+def check(stages: Mapping[str, Stage], lm: LM, run: Run) -> None:
+    """Refuses, before the first stage begins, what a later one could not work on.
+
+    Raises:
+        UserError: a stage does not suit the model that those before it will make.
+    """
+    from winnow.model.plan import Plan, dense_tensors
+
+    config = lm.model.config
+    plan = Plan(config, dense_tensors(config), computed_in=run.compute_dtype)
+    suits.check(stages, plan.tensors, type(lm.model).__name__)
+    for stage in stages.values():
+        stage.check(plan, lm, run)
+        plan = stage.predict(plan)
+
+
 def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
     """Applies the stages and writes the artifact to `output`, whole or not at all; returns it as an LM on disk.
 
@@ -201,7 +217,6 @@ def _made(
     """See `compress`; `keep` is shown what lies between two stages, and the artifact."""
     from winnow.hardware.runtime.check import tried
     from winnow.model import manifest
-    from winnow.model.plan import dense_tensors
     from winnow.model.save import save
     from winnow.recovery.devices import world
 
@@ -212,7 +227,7 @@ def _made(
         lm.release()
         lm = copied(lm, run.folder / f"files-{world().rank}")
     else:
-        suits.check(stages, dense_tensors(config), type(lm.model).__name__)
+        check(stages, lm, run)
     made = apply(lm, stages, run, keep)
     if not world().first:
         return made

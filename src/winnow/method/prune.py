@@ -63,20 +63,15 @@ class Pruning(Checked):
 
     def predict(self, plan: Plan) -> Plan:
         """As before, since zeros are stored like other weights."""
-        self.check_widths({name.removesuffix(".weight"): t.shape[1] for name, t in plan.tensors.items() if t.linear})
+        if self.pattern != "unstructured":
+            group = int(self.pattern.split(":")[1])
+            for name, t in plan.tensors.items():
+                if t.linear and t.shape[1] % group:
+                    raise UserError(
+                        f"method.{self.name}.pattern={self.pattern} needs widths that are multiples of {group}, and "
+                        f"{name.removesuffix('.weight')} has {t.shape[1]} inputs; take pattern=unstructured"
+                    )
         return dataclasses.replace(plan, sparse=True)
-
-    def check_widths(self, widths: Mapping[str, int]) -> None:
-        """Raises UserError, naming the layer, if the pattern's groups do not fill the inputs of a layer."""
-        if self.pattern == "unstructured":
-            return
-        group = int(self.pattern.split(":")[1])
-        for name, width in widths.items():
-            if width % group:
-                raise UserError(
-                    f"method.{self.name}.pattern={self.pattern} needs widths that are multiples of {group}, and {name} "
-                    f"has {width} inputs; take pattern=unstructured"
-                )
 
     def mask(self, score_oi: torch.Tensor, sparsity: float, by_row: bool) -> torch.Tensor:
         """The weights to zero: of each group, of each row, or of the whole matrix those with the smallest scores."""
@@ -176,7 +171,6 @@ class Magnitude(Pruning):
         from winnow.model.layers import decoder_blocks, linears, linears_in
 
         names = {linear: name for name, linear in linears(lm.model).items()}
-        self.check_widths({name: linear.in_features for linear, name in names.items()})
         batches, digest = calibration_batches(lm, run) if self.allocation == "owl" else (None, None)
         sparsities = self.sparsities(lm, run, batches, digest)
         blocks = decoder_blocks(lm.model)
@@ -207,7 +201,6 @@ class CalibratedPruning(Pruning):
         from winnow.model.layers import decoder_blocks, linears
 
         names = {linear: name for name, linear in linears(lm.model).items()}
-        self.check_widths({name: linear.in_features for linear, name in names.items()})
         batches, digest = calibration_batches(lm, run)
         checkpoint = checkpoint_of(self, lm, run, digest)
         if "sparsities" not in checkpoint.state:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.knobs import LINEAR, TRANSPOSED, knob
 from winnow.method.lora import Adapting
-from winnow.types import LM, Calibration, MissingExtra, Run, Slot, UserError
+from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,10 @@ class QLoRA(Adapting):
     @property
     def leaves_adapter(self) -> bool:
         return not self.merge
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("bitsandbytes", "peft")
 
     def predict(self, plan: Plan) -> Plan:
         from winnow.model.adapter import CONFIG_BYTES
@@ -122,16 +126,10 @@ def check_base(lm: LM) -> None:
 
     Raises:
         UserError: a model that another library has quantized, or that has an adapter.
-        MissingExtra: PEFT or bitsandbytes is not installed.
     """
-    import importlib.util
-
     from winnow.model import adapter
     from winnow.model.packing import is_packable
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtra("bitsandbytes", "bnb")
-    adapter.require_peft()
     adapter.check_alone(lm, "qlora")
     found = getattr(getattr(lm.model.config, "quantization_config", None), "quant_method", None)
     if is_packable(lm.model) or found not in (None, "bitsandbytes"):

@@ -41,6 +41,10 @@ class RTN(Checked):
     bits: int = knob(4, choices=(2, 3, 4, 8))
     group_size: int = knob(64, choices=(32, 64, 128))
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("compressed_tensors",)
+
     def predict(self, plan: Plan) -> Plan:
         return plan.grouped(self.bits, self.group_size)
 

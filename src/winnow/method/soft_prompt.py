@@ -17,6 +17,7 @@ from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
     from winnow.hardware.work import Work
     from winnow.model.plan import Plan
@@ -54,7 +55,12 @@ class SoftPrompt(Training):
     init: str = knob("text", choices=("text", "random"), search=False)
     text: str = "Read the question with care, then give the right answer and nothing else."
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("peft",)
+
     def predict(self, plan: Plan) -> Plan:
+        self._longest(plan.config)
         from winnow.model.adapter import CONFIG_BYTES
         from winnow.model.plan import Stored
 
@@ -78,15 +84,8 @@ class SoftPrompt(Training):
         from winnow.recovery.devices import local_device
         from winnow.recovery.prompted import PromptedStudent
 
-        adapter.require_peft()
         adapter.check_alone(lm, "soft_prompt")
-        context = context_of(lm.model.config)
-        longest = min(self.max_length, (context or self.max_length + self.tokens) - self.tokens)
-        if longest < 8:
-            raise UserError(
-                f"method.soft_prompt.tokens={self.tokens} leaves no room for text in a context of {context} tokens; take fewer"
-            )
-        rows = dataclasses.replace(self, max_length=longest).encoded(lm, run)
+        rows = dataclasses.replace(self, max_length=self._longest(lm.model.config)).encoded(lm, run)
         keep_packing(lm.model)
         model = prompted(lm, self, run.seed).to(local_device(run))
         with self.computing(model, run):
@@ -94,6 +93,20 @@ class SoftPrompt(Training):
             fitted = self.train(model, rows, run, learning_rate=self.learning_rate, student=PromptedStudent(model))
         lm.manifest["_notes"] = {"training": fitted.record()}
         return adapter.beside(lm, model)
+
+    def _longest(self, config: PretrainedConfig) -> int:
+        """Tokens of a text that fits behind the prompt.
+
+        Raises:
+            UserError: hardly any.
+        """
+        context = context_of(config)
+        longest = min(self.max_length, (context or self.max_length + self.tokens) - self.tokens)
+        if longest < 8:
+            raise UserError(
+                f"method.soft_prompt.tokens={self.tokens} leaves no room for text in a context of {context} tokens; take fewer"
+            )
+        return longest
 
 
 def prompted(lm: LM, settings: SoftPrompt, seed: int) -> Any:

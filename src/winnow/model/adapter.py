@@ -8,16 +8,15 @@ The base keeps its own files, quantized or not. Whoever has transformers and PEF
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnow.libraries import require
 from winnow.model.folder import ADAPTER, ADAPTER_FILES
 from winnow.model.keys import check_adapter
-from winnow.types import LM, MissingExtra, UserError
+from winnow.types import LM, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -33,16 +32,10 @@ def folder_of(path: str | Path | None) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def require_peft() -> str:
-    """Its version.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingExtra("peft", "peft")
+def require_peft() -> None:
+    """Raises MissingExtra if PEFT is not installed."""
+    require("peft")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it remarks on optional kernels
-    return metadata.version("peft")
 
 
 def is_adapted(model: Any) -> bool:

@@ -19,20 +19,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from winnow.libraries import require
 from winnow.model import adapter, generation, lowrank, manifest
 from winnow.model.folder import INDEX, WEIGHTS, header_of, weight_files
 from winnow.model.keys import check_keys
 from winnow.model.loading_errors import plain_errors
 from winnow.scalars import check_scalars
-from winnow.types import LM, Loading, MissingExtra, UserError
+from winnow.types import LM, Loading, UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _QUANTIZED_WITH = {
-    "auto-round": ("auto_round", "autoround"),
-    "bitsandbytes": ("bitsandbytes", "bnb"),
-    "compressed-tensors": ("compressed_tensors", "packed"),
+    "auto-round": "auto_round",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
 }
 _LOG = logging.getLogger(__name__)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
@@ -165,17 +166,10 @@ def _require_libraries(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises MissingExtra for what unpacks the weights, or the cache while the model generates, and is not installed."""
     method = (settings.get("quantization_config") or {}).get("quant_method")
     if method in _QUANTIZED_WITH:
-        _require(*_QUANTIZED_WITH[method])
+        require(_QUANTIZED_WITH[method])
     generation = folder / "generation_config.json"
     if generation.is_file() and '"hqq"' in generation.read_text(encoding="utf-8"):  # the cache's backend
-        _require("hqq", "kv")
-
-
-def _require(module: str, extra: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(module) is None:
-        raise MissingExtra(module.replace("_", "-"), extra)
+        require("hqq")
 
 
 def _import_quickly() -> None:

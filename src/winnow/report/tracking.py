@@ -11,7 +11,6 @@ of Python and wandb and the platform are.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from winnow.files import write_json
+from winnow.libraries import require
 from winnow.report.figures import plain
 from winnow.report.runs import NAME_LENGTH, Entry, front_entry, trial_entry
-from winnow.types import MissingExtra, Summary, UserError
+from winnow.types import Summary, UserError
 
 MODES = ("offline", "online", "disabled")
 TIMEOUT_SECONDS = 30.0
@@ -31,8 +31,8 @@ def check_mode(mode: str) -> None:
     """Raises UserError if there is no such mode, MissingExtra if it needs wandb and that is not installed."""
     if mode not in MODES:
         raise UserError(f"wandb mode {mode!r} is unknown; it is one of {', '.join(MODES)}")
-    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
-        raise MissingExtra("wandb", "wandb")
+    if mode != "disabled":
+        require("wandb")
 
 
 @contextlib.contextmanager

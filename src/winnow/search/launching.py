@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from winnow.cli import say
 from winnow.hardware.device import Hardware, available_cores, visible_gpus
+from winnow.libraries import require
 from winnow.search import child, trial
-from winnow.types import MissingExtra, Reason, UserError
+from winnow.types import Reason, UserError
 
 MOST_FAILURES = 3  # of the launcher itself, one after the other: then it is not the trials
 
@@ -113,10 +114,8 @@ class Launching:
 
     def _start_ray(self) -> None:
         """Connects to Ray, or starts it here: once, and from the main thread."""
-        try:
-            import ray
-        except ImportError:
-            raise MissingExtra("ray", "ray") from None
+        require("ray")
+        import ray
 
         settings = self._launcher.ray_cfg
         # Ray would start the task again by itself, and the search, which does so once, would not hear of it

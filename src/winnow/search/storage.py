@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.types import MissingExtra, UserError
+from winnow.libraries import require
+from winnow.types import UserError
 
 if TYPE_CHECKING:
     import optuna
@@ -141,7 +142,7 @@ def reaching(url: str) -> Iterator[None]:
         yield
     except ImportError as error:
         if url.startswith("postgresql"):
-            raise MissingExtra("psycopg", "postgres") from error
+            require("psycopg")
         raise UserError(f"storage: no driver for {url.partition(':')[0]} is installed ({error.__cause__})") from error
     except (SQLAlchemyError, StorageInternalError) as error:
         cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error

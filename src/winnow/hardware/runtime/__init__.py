@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,7 +106,7 @@ def candidates(lm: LM, device: str) -> dict[str, str]:
         names = ("transformers",)
     found = {name: _module(name).version(device) for name in names}
     if adapted and found["transformers"]:
-        found["transformers"] += f" with peft {adapter.require_peft()}"
+        found["transformers"] += f" with peft {metadata.version('peft')}"
     return {name: version for name, version in found.items() if version is not None}
 
 

@@ -20,8 +20,9 @@ import numpy as np
 from winnow.hardware.device import Hardware
 from winnow.hardware.footprint import PeakMemory
 from winnow.hardware.latency import Timing
+from winnow.libraries import require
 from winnow.model.load import gguf_file
-from winnow.types import LM, MissingExtra, Unservable, UserError
+from winnow.types import LM, Unservable, UserError
 
 BATCH = 2048  # tokens a call; llama.cpp computes them in parts of 512
 MOST_LOGITS = 2**24  # numbers that a call gives back
@@ -58,10 +59,8 @@ class Runtime:
     runtime_mode: str | None = None
 
     def __init__(self, lm: LM, hardware: Hardware, log: Callable[[str], None] = lambda line: None) -> None:
-        try:
-            import llama_cpp
-        except ImportError:
-            raise MissingExtra("llama-cpp-python", "gguf") from None
+        require("llama_cpp")
+        import llama_cpp
         import torch
 
         from winnow.model.gguf.native import silent

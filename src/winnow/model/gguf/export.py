@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from winnow.libraries import require
 from winnow.model.gguf import architectures
-from winnow.model.gguf.native import require
 from winnow.types import LM, UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def export(lm: LM, path: Path | str, dtype: str = "F32") -> dict[str, Any]:
         UserError: llama.cpp has no architecture for the model, or F16 no room for a weight.
         MissingExtra: gguf is not installed.
     """
-    require(llama_cpp=False)
+    require("gguf")
     import gguf
 
     from winnow.model.gguf import tokenizer

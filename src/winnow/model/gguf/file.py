@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.model.gguf.native import require
+from winnow.libraries import require
 from winnow.types import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def opened(path: Path) -> File:
         raise UserError(
             f"model.path={path} is not a GGUF file: it begins with {magic!r}; give a folder, a hub id or a .gguf"
         )
-    require(llama_cpp=False)
+    require("gguf")
     import gguf
 
     try:

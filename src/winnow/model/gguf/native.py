@@ -1,29 +1,13 @@
-"""The optional libraries of this package: present or named, and llama.cpp silent."""
+"""llama.cpp, silent."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from winnow.types import MissingExtra
-
 _ERROR, _CONTINUED = 4, 5  # levels of ggml's log; a line may come in parts
-
-
-def require(llama_cpp: bool = True) -> None:
-    """Raises MissingExtra where the libraries that quantize GGUF files (without `llama_cpp`: read and write) are missing."""
-    for module, library in (("gguf", "gguf"), ("llama_cpp", "llama-cpp-python"))[: 2 if llama_cpp else 1]:
-        try:
-            __import__(module)
-        except ImportError:
-            raise MissingExtra(library, "gguf") from None
-
-
-def has_llama_cpp() -> bool:
-    return importlib.util.find_spec("llama_cpp") is not None
 
 
 @contextlib.contextmanager

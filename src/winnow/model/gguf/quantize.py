@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from winnow.model.gguf.native import require, silent
+from winnow.libraries import require
+from winnow.model.gguf.native import silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +29,7 @@ def quantize(
         OSError: the file could not be written.
         RuntimeError: llama.cpp could not; with its own words.
     """
-    require()
+    require("gguf", "llama_cpp")
     import gguf
     import llama_cpp
     import numpy as np

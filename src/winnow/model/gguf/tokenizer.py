@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.model.gguf.native import has_llama_cpp, silent
+from winnow.libraries import is_installed
+from winnow.model.gguf.native import silent
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -69,7 +70,7 @@ def add_to(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) ->
         writer.add_tokenizer_model("none")
         return {"tokenizer": "none"}
     split = _named_split(tokenizer) if vocabulary.model == "gpt2" else vocabulary.pre
-    by_llama_cpp = has_llama_cpp()
+    by_llama_cpp = is_installed("llama_cpp")
     choose = _best_split if by_llama_cpp else _best_split_as_read
     chosen, agreement = choose(vocabulary, tokenizer, (split,) if split else CANDIDATES)
     _write(writer, vocabulary, tokenizer, chosen)
