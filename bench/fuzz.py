@@ -396,10 +396,23 @@ def run(case: Case, show: bool = False) -> tuple[str, str]:
     return ends.get(process.exitcode or 0, f"FINDING: {process.exitcode}"), last
 
 
+def preload() -> None:
+    """Imports once what every case would import for itself."""
+    import importlib
+
+    from winnow import build
+
+    importlib.import_module("winnow.search.preload")
+    for module in sorted({module for name in METHODS for module in build.target_of(_node(name)).preload}):
+        with contextlib.suppress(ImportError):  # a case says so
+            importlib.import_module(module)
+
+
 def main(options: Mapping[str, str]) -> None:
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
+    preload()
 
     if "case" in options:
         case = drawn(int(options["case"]))
