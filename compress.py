@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from winnow.cli import command, say
+from winnow.core.cli import command, say
 
 
 @command("compress")
@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> None:
         print(compress_table(cfg))
         return
 
-    from winnow import commands
+    from winnow.winnow import commands
 
     artifact = commands.compress(cfg, log=say)
     print(f"artifact: {artifact}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from winnow.cli import command, say
+from winnow.core.cli import command, say
 
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
-    from winnow import commands
+    from winnow.winnow import commands
+
     from winnow.report.metrics import metrics_table
 
     metrics = commands.evaluate(cfg, log=say)

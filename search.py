@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from winnow.cli import command, say
+from winnow.core.cli import command, say
 
 
 @command("search")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from winnow.cli import command, say
+from winnow.core.cli import command, say
 
 
 @command("train")
 def main(cfg: DictConfig) -> None:
-    from winnow import commands
+    from winnow.winnow import commands
 
     artifact = commands.compress(cfg, log=say, command="train")
     print(f"artifact: {artifact}")

@@ -12,13 +12,13 @@ from replay import OBJECTIVES
 from searches import SHARE, World, at, ours, reached
 
 from winnow.agent.gp import GP
-from winnow.agent.policy import Exhausted, Outlook, Suggestion, fresh
 from winnow.agent.portfolio import Portfolio
-from winnow.search import pareto
-from winnow.search.gates import Racing
-from winnow.search.history import History
-from winnow.search.space import Space
-from winnow.types import Trial
+from winnow.core.types import Trial
+from winnow.search.early_stopping import Racing
+from winnow.study import pareto
+from winnow.study.history import History
+from winnow.study.policy import Exhausted, Outlook, Suggestion, fresh
+from winnow.study.space import Space
 
 SHARE_OF_LLM = 0.3
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of what the optimizer alone needs for 99 %

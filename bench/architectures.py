@@ -35,8 +35,8 @@ def stages() -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from winnow import build
-    from winnow.cli import CONF
-    from winnow.knobs import knobs_of
+    from winnow.core.cli import CONF
+    from winnow.method.knobs import knobs_of
 
     names = [p.stem for p in sorted((CONF / "method").glob("*.yaml")) if p.stem != "pretrain"]
     found = {}
@@ -55,12 +55,14 @@ def outcome(folder: Path, name: str, stage: Any, scratch: Path) -> str:
     """`yes`, or why not in one line; a traceback is a defect."""
     from tests.method.test_conformance import logits, look_before_saving
 
-    from winnow.knobs import EXPERT
-    from winnow.method import pipeline, suits
+    from winnow.core.errors import UserError
+    from winnow.core.types import Calibration
+    from winnow.estimate.layout import plan_of
+    from winnow.hardware.run import Run
+    from winnow.method import pipeline, suitability
     from winnow.model import manifest
+    from winnow.model.holders import EXPERT
     from winnow.model.load import pretrained
-    from winnow.model.plan import plan_of
-    from winnow.types import Calibration, Run, UserError
 
     said: list[str] = []
     seen: list[Any] = []
@@ -68,7 +70,7 @@ def outcome(folder: Path, name: str, stage: Any, scratch: Path) -> str:
     try:
         lm = pretrained(str(folder))
         plan = plan_of(lm)
-        suits.check({name: stage}, plan.tensors, plan.spec.name)
+        suitability.check({name: stage}, plan.tensors, plan.spec.name)
         predicted = stage.predict(plan).disk_bytes
         with look_before_saving(seen):
             made = pipeline.compress(lm, {name: stage}, run, scratch / "artifact")

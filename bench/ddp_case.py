@@ -49,14 +49,15 @@ def process(path: Path, parallel: str, lora: bool) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from winnow.core.types import Calibration
+    from winnow.data.corpus import documents
+    from winnow.data.encoding import encode
+    from winnow.hardware.run import Run
     from winnow.method.lora import Lora, adapted
-    from winnow.nano.model import trained
-    from winnow.recovery import devices
-    from winnow.recovery.corpus import documents
-    from winnow.recovery.encoding import encode
-    from winnow.recovery.fit import Batching, fit
-    from winnow.recovery.module import Recovery, Schedule
-    from winnow.types import Calibration, Run
+    from winnow.nano.embedded import trained
+    from winnow.training import dist_env
+    from winnow.training.fit import Batching, fit
+    from winnow.training.module import Recovery, Schedule
 
     tokenizer = trained().tokenizer
     config = LlamaConfig(
@@ -87,9 +88,9 @@ def process(path: Path, parallel: str, lora: bool) -> None:
 
     Recovery.on_before_optimizer_step = keep  # type: ignore[method-assign]
     rows = encode(documents(Calibration(), 400, seed=0), tokenizer, 200)
-    run = Run(path.parent, log=lambda line: None, devices=devices.world().size, parallel=parallel)
+    run = Run(path.parent, log=lambda line: None, devices=dist_env.world().size, parallel=parallel)
     fitted = fit(model, rows, Schedule(1e-3, 1), Batching(TOKENS, TOKENS_PER_DEVICE), run)
-    if devices.world().first:
+    if dist_env.world().first:
         torch.save({"loss": fitted.loss, "gradients": gradients}, path)
 
 

@@ -123,10 +123,11 @@ def _shape(rng: random.Random, usual: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pipeline(rng: random.Random) -> list[str]:
     """One to three methods, mostly in a right order, with knobs from the ranges that they state, mostly."""
-    from winnow import build
-    from winnow.knobs import knobs_of
 
-    classes = {name: build.target_of(_node(name)) for name in METHODS}
+    from winnow.core.targets import target_of
+    from winnow.method.knobs import knobs_of
+
+    classes = {name: target_of(_node(name)) for name in METHODS}
     chosen = rng.sample(METHODS, rng.choice((1, 1, 1, 2, 2, 3)))
     if rng.random() < 0.9:
         chosen.sort(key=lambda name: classes[name].slot)
@@ -151,13 +152,14 @@ def _pipeline(rng: random.Random) -> list[str]:
 
 def _narrowed(rng: random.Random) -> list[str]:
     """A space of some methods, with knobs fixed, narrowed to choices or to an interval, now and then beyond what they take."""
-    from winnow import build
-    from winnow.knobs import knobs_of
+
+    from winnow.core.targets import target_of
+    from winnow.method.knobs import knobs_of
 
     chosen = rng.sample(METHODS, rng.choice((1, 2, 4, 8)))
     overrides = [f"method=[{','.join(chosen)}]", "dry_run=true"]
     for name in chosen:
-        for field, knob in knobs_of(build.target_of(_node(name))).items():
+        for field, knob in knobs_of(target_of(_node(name))).items():
             kind = rng.randrange(8)
             key = f"method.{name}.{field}"
             if knob.choices and kind < 3:
@@ -185,7 +187,7 @@ def _number(rng: random.Random, knob: Any) -> float | int:
 def _node(name: str) -> str:
     from omegaconf import OmegaConf
 
-    from winnow.cli import CONF
+    from winnow.core.cli import CONF
 
     return str(OmegaConf.load(CONF / "method" / f"{name}.yaml")["_target_"])
 
@@ -333,10 +335,10 @@ def _wrong(output: Path, base: Path, case: Case, seen: list[Any]) -> str:
     from tests.method.test_conformance import logits
 
     from winnow import build
-    from winnow.cli import CONF
+    from winnow.core.cli import CONF
+    from winnow.estimate.layout import plan_of
     from winnow.model import manifest
     from winnow.model.load import pretrained
-    from winnow.model.plan import plan_of
 
     try:
         GlobalHydra.instance().clear()
@@ -400,10 +402,10 @@ def preload() -> None:
     """Imports once what every case would import for itself."""
     import importlib
 
-    from winnow import build
+    from winnow.core.targets import target_of
 
     importlib.import_module("winnow.search.preload")
-    for module in sorted({module for name in METHODS for module in build.target_of(_node(name)).preload}):
+    for module in sorted({module for name in METHODS for module in target_of(_node(name)).preload}):
         with contextlib.suppress(ImportError):  # a case says so
             importlib.import_module(module)
 

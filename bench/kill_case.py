@@ -28,7 +28,7 @@ MODEL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-PRELOAD = ["winnow.commands", "winnow.recovery.fit", "winnow.hardware.preload", "winnow.search.preload"]
+PRELOAD = ["winnow.commands", "winnow.training.fit", "winnow.hardware.energy_preload", "winnow.search.preload"]
 
 
 def measure(kills: int = 20, seed: int = 0) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _child(what: str, folder: Path, run: str = "") -> None:
     from hydra import compose, initialize_config_dir
 
     from winnow import commands
-    from winnow.cli import CONF
+    from winnow.core.cli import CONF
 
     settings = {
         "steps": STEPS,
@@ -120,10 +120,10 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from winnow.model.lm import LM, Loading
     from winnow.model.load import load_tokenizer
     from winnow.model.save import save
-    from winnow.nano.model import WEIGHTS
-    from winnow.types import LM, Loading
+    from winnow.nano.embedded import WEIGHTS
 
     tokenizer = load_tokenizer(str(WEIGHTS), Loading())
     torch.manual_seed(0)

@@ -42,9 +42,9 @@ def random_model(size: str, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from winnow.model.lm import Loading
     from winnow.model.load import load_tokenizer
-    from winnow.nano.model import WEIGHTS
-    from winnow.types import Loading
+    from winnow.nano.embedded import WEIGHTS
 
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES[size], max_position_embeddings=4096, dtype="bfloat16")
@@ -58,12 +58,12 @@ def one(method: str, side: str, model: str, size: str, device: str, output: str)
     import torch
     from direct import BITS, GROUP_SIZE, ITERATIONS, PEERS, SPARSITY
 
-    import winnow.model.calibration as calibration
-    from winnow.build import target_of
+    import winnow.data.calibration as calibration
+    from winnow.core.targets import target_of
     from winnow.hardware.footprint import PeakMemory
+    from winnow.hardware.run import Run
     from winnow.model.load import pretrained
     from winnow.model.save import save
-    from winnow.types import Run
 
     if method == "autoround":
         import auto_round  # noqa: F401
@@ -125,7 +125,7 @@ def main(arguments: list[str]) -> None:
             print(PUBLIC)
             models = {"8B": random_model("8B", folder / "model")}
         else:
-            from winnow.nano.model import WEIGHTS
+            from winnow.nano.embedded import WEIGHTS
 
             models = {"nano": WEIGHTS, "120M": random_model("120M", folder / "model")}
         for method in settings["methods"].split(","):

@@ -22,9 +22,9 @@ REPEATS = 5
 
 
 def lora_tokens_per_second(precision: str) -> float:
+    from winnow.hardware.run import Run
     from winnow.method.lora import Lora
-    from winnow.nano.model import trained
-    from winnow.types import Run
+    from winnow.nano.embedded import trained
 
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(Path(scratch), log=lambda line: None)
@@ -36,8 +36,8 @@ def forward_tokens_per_second(dtype: str) -> float:
     import torch
 
     from winnow.hardware.device import Hardware
-    from winnow.hardware.runtime import serving
-    from winnow.nano.model import trained
+    from winnow.nano.embedded import trained
+    from winnow.runtime import serving
 
     ids = list(range(5, 261))
     with serving(trained(), Hardware("cpu", dtype=dtype)) as served, torch.inference_mode():

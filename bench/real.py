@@ -147,13 +147,14 @@ def score(artifact: str, data: str) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from winnow import build
-    from winnow.cli import CONF
+    from winnow.core.cli import CONF
+    from winnow.core.types import Figures
     from winnow.hardware.device import Hardware
-    from winnow.hardware.runtime import serving
-    from winnow.hardware.runtime.check import check
+    from winnow.hardware.run import Run
     from winnow.model import manifest
     from winnow.model.load import pretrained
-    from winnow.types import Figures, Run
+    from winnow.runtime import serving
+    from winnow.runtime.check import check
 
     lm, figures = pretrained(artifact), Figures()
     limits = {"arc_easy": f"limit={ITEMS}", "piqa": f"limit={ITEMS}", "wikitext": f"tasks.wikitext.words={WORDS}"}

@@ -37,7 +37,7 @@ def skewed_rows(count: int = 512) -> list[Any]:
     """Documents of random tokens: four in five of 16 to 64, one in five of up to 512, as instructions and answers are."""
     import random
 
-    from winnow.recovery.encoding import Encoded
+    from winnow.data.encoding import Encoded
 
     rng = random.Random(0)
     lengths = [rng.randint(16, 64) if rng.random() < 0.8 else rng.randint(128, 512) for _ in range(count)]
@@ -62,10 +62,10 @@ def tokens_per_second(layout: str, steps: int = 8, tokens: int = 2048) -> float:
 
     import torch
 
-    from winnow.recovery.data import pack
-    from winnow.recovery.encoding import collate, collate_padded
-    from winnow.recovery.objective import CrossEntropy
-    from winnow.recovery.student import Student
+    from winnow.data.encoding import collate, collate_padded
+    from winnow.training.objective import CrossEntropy
+    from winnow.training.packed_rows import pack
+    from winnow.training.student import Student
 
     rows = skewed_rows()
     lengths = [len(row.ids) for row in rows]
@@ -105,7 +105,7 @@ def one_loss(kind: str, side: str) -> dict[str, float]:
     import torch
 
     from winnow.hardware.footprint import PeakMemory
-    from winnow.recovery import losses
+    from winnow.training import losses
 
     torch.manual_seed(0)
     hidden = torch.randn(POSITIONS, HIDDEN, requires_grad=True)

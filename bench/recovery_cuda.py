@@ -32,10 +32,10 @@ def one(method: str, model: str, profiled: str = "") -> dict[str, float]:
     """Tokens/s, peak GiB and parameters of one training; with `profiled`, two more steps' largest parts go to stderr."""
     import torch
 
+    from winnow.hardware.run import Run
     from winnow.method.lora import Lora
     from winnow.method.qlora import QLoRA
     from winnow.model.load import pretrained
-    from winnow.types import Run
 
     kept = tempfile.TemporaryDirectory()  # what is found of the batch size, for the second training, too
 

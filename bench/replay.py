@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from table import Row, Table
 
-from winnow.agent.policy import Exhausted, Policy, Suggestion
-from winnow.search.costs import Costs, Prefix, prefixes
+from winnow.core.errors import Reason
+from winnow.core.types import Slot, Strategy, Trial
+from winnow.search.early_stopping import LEAST_CHANCE, Racing, informants
 from winnow.search.folders import scored
-from winnow.search.gates import LEAST_CHANCE, Racing, informants, matches
-from winnow.search.history import History
-from winnow.search.objectives import KL, KNOWN
 from winnow.search.racing import Race, Rival
-from winnow.types import Reason, Slot, Strategy, Trial
+from winnow.study.costs import Costs, Prefix, prefixes
+from winnow.study.history import History
+from winnow.study.objectives import KL, KNOWN
+from winnow.study.pareto import matches
+from winnow.study.policy import Exhausted, Policy, Suggestion
 
 OBJECTIVES = tuple(KNOWN[name] for name in ("accuracy", "size_bytes", "latency_ms"))
 SCORES, OTHERS = OBJECTIVES[:1], OBJECTIVES[1:]
@@ -204,6 +206,6 @@ def full_cost(row: Row) -> float:
 
 def front_points(table: Table) -> np.ndarray:
     """Objectives [strategies, objectives] of all strategies, less is better."""
-    from winnow.search import pareto
+    from winnow.study import pareto
 
     return pareto.points([Trial(n, r.strategy, figures=r.figures) for n, r in enumerate(table.rows)], OBJECTIVES)

@@ -30,11 +30,12 @@ from common import Result, report, spread
 from replay import OBJECTIVES, OTHERS, ROUNDS, SCORES, draw, full_cost
 from searches import SHARE, Curve, World, agents, at, ours, peer, peers, reached
 
-from winnow.search import pareto
+from winnow.core.types import Strategy, Trial
+from winnow.search.early_stopping import Racing, informants
 from winnow.search.folders import LATEST
-from winnow.search.gates import Racing, informants, matches
-from winnow.search.objectives import KL
-from winnow.types import Strategy, Trial
+from winnow.study import pareto
+from winnow.study.objectives import KL
+from winnow.study.pareto import matches
 
 SLOW, SLOW_SEEDS = "optuna GPSampler", 8  # a minute a search
 PLOT = Path(__file__).with_name("table") / "search_efficiency.html"
@@ -170,12 +171,12 @@ def _proposal_ms(count: int) -> float:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from winnow.agent.policy import Draw, Suggestion
     from winnow.build import instantiate
-    from winnow.cli import CONF
-    from winnow.search.opening import open_study
-    from winnow.search.outlook import Forecasts
-    from winnow.search.space import read_space
+    from winnow.core.cli import CONF
+    from winnow.search.forecaster import Forecasts
+    from winnow.study.opening import open_study
+    from winnow.study.policy import Draw, Suggestion
+    from winnow.study.space import read_space
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("search", overrides=["agent=portfolio"])

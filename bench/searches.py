@@ -12,9 +12,9 @@ import numpy as np
 import table as tables
 from replay import OBJECTIVES, Looked, Replay, front_points, full_cost
 
-from winnow.search import pareto
-from winnow.search.gates import Racing
-from winnow.types import Strategy
+from winnow.core.types import Strategy
+from winnow.search.early_stopping import Racing
+from winnow.study import pareto
 
 SHARE = 0.99
 
@@ -71,8 +71,8 @@ def first(world: World) -> tuple[Strategy, ...]:
     """What `search.py` begins with."""
     from hydra import compose, initialize_config_dir
 
-    from winnow.cli import CONF
-    from winnow.search.outlook import smallest
+    from winnow.core.cli import CONF
+    from winnow.search.forecaster import smallest
     from winnow.search.start import first_strategies
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -123,7 +123,7 @@ def agents() -> dict[str, Callable[[int], Any]]:
     from hydra import compose, initialize_config_dir
 
     from winnow.build import instantiate
-    from winnow.cli import CONF
+    from winnow.core.cli import CONF
 
     def made(name: str, seed: int) -> Any:
         with initialize_config_dir(str(CONF), version_base="1.3"):

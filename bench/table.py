@@ -71,9 +71,9 @@ def space() -> Any:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from winnow.cli import CONF
+    from winnow.core.cli import CONF
     from winnow.search import overrides
-    from winnow.search.space import read_space
+    from winnow.study.space import read_space
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("search", overrides=[METHODS])
@@ -168,8 +168,8 @@ def forecasts(trials: list[Path]) -> list[dict[str, float]]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from winnow.cli import CONF
-    from winnow.search.outlook import forecaster
+    from winnow.core.cli import CONF
+    from winnow.search.forecaster import forecaster
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("search", overrides=[METHODS, *(o for o in SPACE if "choice" not in o)])
@@ -198,8 +198,8 @@ def load() -> Table:
 
     from winnow.benchmark.samples import Sample
     from winnow.build import benchmark
-    from winnow.search.gates import weights_of
-    from winnow.search.objectives import KNOWN
+    from winnow.search.early_stopping import weights_of
+    from winnow.study.objectives import KNOWN
 
     rows = []
     for row in pq.read_table(FOLDER / "strategies.parquet").to_pylist():
@@ -208,7 +208,7 @@ def load() -> Table:
     items = pq.read_table(FOLDER / "items.parquet")
     from hydra import compose, initialize_config_dir
 
-    from winnow.cli import CONF
+    from winnow.core.cli import CONF
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         specs = benchmark(compose("search", overrides=[METHODS])).specs  # type: ignore[attr-defined]

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from winnow.core.types import Calibration
+from winnow.data.corpus import documents
+from winnow.data.encoding import Encoded, encode
+from winnow.model.lm import LM, Loading
 from winnow.model.load import load_tokenizer, pretrained
 from winnow.model.save import save
-from winnow.nano.model import WEIGHTS
-from winnow.recovery.corpus import documents
-from winnow.recovery.data import Documents
-from winnow.recovery.encoding import Encoded, encode
-from winnow.recovery.losses import forward_kl
-from winnow.recovery.objective import Distillation, Objective, SampledDistillation
-from winnow.recovery.student import Student
-from winnow.recovery.targets import Sampling, Targets, targets_of
-from winnow.recovery.teacher import frozen
-from winnow.types import LM, Calibration, Loading
+from winnow.nano.embedded import WEIGHTS
+from winnow.training.losses import forward_kl
+from winnow.training.objective import Distillation, Objective, SampledDistillation
+from winnow.training.packed_rows import Documents
+from winnow.training.student import Student
+from winnow.training.targets import Sampling, Targets, targets_of
+from winnow.training.teacher import frozen
 
 VOCABULARY = 8192
 STUDENT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}

@@ -37,8 +37,8 @@ from typing import TYPE_CHECKING, Any
 from common import REPOSITORY, Result, report
 
 if TYPE_CHECKING:
-    from winnow.recovery.encoding import Encoded
-    from winnow.recovery.module import Schedule
+    from winnow.data.encoding import Encoded
+    from winnow.training.module import Schedule
 
 PEER = "trl==1.16.0"
 PACKAGES = REPOSITORY / "outputs" / "bench" / "trl"
@@ -84,9 +84,9 @@ class Clock:
 
 def documents(tokenizer: Any, steps: int) -> tuple[list[Encoded], list[Encoded]]:
     """To train on, rather more than the steps take; and to hold out."""
-    from winnow.recovery.corpus import documents
-    from winnow.recovery.encoding import encode
-    from winnow.types import Calibration
+    from winnow.core.types import Calibration
+    from winnow.data.corpus import documents
+    from winnow.data.encoding import encode
 
     rows = encode(documents(Calibration("nano"), HELD_OUT + steps * TOKENS // 30, 0), tokenizer, MAX_LENGTH)
     return rows[HELD_OUT:], rows[:HELD_OUT]
@@ -98,7 +98,7 @@ def adapted_model() -> tuple[Any, Any]:
     from winnow.method.lora import Lora, adapted
     from winnow.model.load import pretrained
     from winnow.model.packing import cast_weights
-    from winnow.nano.model import WEIGHTS
+    from winnow.nano.embedded import WEIGHTS
 
     lm = pretrained(str(WEIGHTS))
     cast_weights(lm.model, torch.float32)
@@ -106,7 +106,7 @@ def adapted_model() -> tuple[Any, Any]:
 
 
 def schedule(steps: int) -> Schedule:
-    from winnow.recovery.module import Schedule
+    from winnow.training.module import Schedule
 
     return Schedule(LEARNING_RATE, steps, warmup=0.05, weight_decay=0.0)
 
@@ -115,8 +115,8 @@ def loss_alone(model: Any, rows: Sequence[Encoded]) -> float:
     """Mean over completion tokens, each document by itself, in single precision: the same code for both sides."""
     import torch
 
-    from winnow.recovery.encoding import IGNORED, collate
-    from winnow.recovery.losses import cross_entropy
+    from winnow.data.encoding import IGNORED, collate
+    from winnow.training.losses import cross_entropy
 
     model.eval()
     total, targets = 0.0, 0
@@ -137,9 +137,9 @@ def at_a_time(setting: str) -> int:
 
 
 def ours(model: Any, rows: list[Encoded], steps: int, folder: Path, clock: Clock, setting: str) -> None:
-    from winnow.recovery.fit import Batching, fit
-    from winnow.recovery.objective import CrossEntropy
-    from winnow.types import Run
+    from winnow.hardware.run import Run
+    from winnow.training.fit import Batching, fit
+    from winnow.training.objective import CrossEntropy
 
     class Counted(CrossEntropy):
         def __call__(self, student: Any, batch: dict[str, Any]) -> Any:
@@ -160,7 +160,7 @@ def sft_trainer(
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from winnow.recovery.encoding import IGNORED
+    from winnow.data.encoding import IGNORED
 
     class Ends(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ def difference(model: Any, tokenizer: Any, rows: list[Encoded], folder: Path, se
     """Of the loss over all `rows` as TRL computes it from the loss of each alone, relative; in single precision."""
     import torch
 
-    from winnow.recovery.encoding import IGNORED
+    from winnow.data.encoding import IGNORED
 
     trainer = sft_trainer(copy.deepcopy(model), tokenizer, rows, 1, folder, Clock(), setting)
     total, targets = 0.0, 0
@@ -228,7 +228,7 @@ def one(side: str, setting: str, steps: int, check: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if side == "ours":
-            import winnow.recovery.fit  # noqa: F401 (before the memory is looked at)
+            import winnow.training.fit  # noqa: F401 (before the memory is looked at)
 
             work = functools.partial(ours, model, rows, steps, folder, clock, setting)
         else:

@@ -73,10 +73,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from winnow.model.lm import LM, Loading
     from winnow.model.load import load_tokenizer
     from winnow.model.save import save
-    from winnow.nano.model import WEIGHTS
-    from winnow.types import LM, Loading
+    from winnow.nano.embedded import WEIGHTS
 
     tokenizer = load_tokenizer(str(WEIGHTS), Loading())
     config = LlamaConfig(
@@ -101,7 +101,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_in(tmp_path: Path) -> Any:
     """A `Run` whose folder is the test's own, with little calibration."""
-    from winnow.types import Calibration, Run
+    from winnow.core.types import Calibration
+    from winnow.hardware.run import Run
 
     (tmp_path / "run").mkdir()
     return Run(tmp_path / "run", log=lambda line: None, calibration=Calibration(samples=16, max_length=128))
@@ -113,7 +114,7 @@ def nano_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for library in ("llama_cpp", "gguf"):
         pytest.importorskip(library, reason=f"{library} is not installed: pip install 'winnow[gguf]'")
     from winnow.model.gguf.export import export
-    from winnow.nano.model import trained
+    from winnow.nano.embedded import trained
 
     folder = tmp_path_factory.mktemp("gguf") / "nano"
     folder.mkdir()

@@ -19,7 +19,7 @@ print(int(peak.group(1)) * 1024)
 FORECAST = """
 import sys
 from hydra import compose, initialize_config_dir
-from winnow.cli import CONF
+from winnow.core.cli import CONF
 from winnow.report.dry_run import forecast
 with initialize_config_dir(str(CONF), version_base="1.3"):
     cfg = compose("compress", sys.argv[1:])

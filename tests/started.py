@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PRELOAD = "winnow.search.preload", "winnow.recovery.fit", "lm_eval", "hydra", "optuna", "lightning"
+PRELOAD = "winnow.search.preload", "winnow.training.fit", "lm_eval", "hydra", "optuna", "lightning"
 TIMEOUT_S = 600
 OWN = ("PYTEST_CURRENT_TEST", "COLUMNS", "LINES")  # differ from test to test, and mean nothing to a command
 

@@ -15,9 +15,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from winnow.build import instantiate
-from winnow.cli import CONF, options
-from winnow.knobs import knobs_of
-from winnow.types import Slot, Stage, UserError
+from winnow.core.cli import CONF, options
+from winnow.core.errors import UserError
+from winnow.core.types import Slot
+from winnow.method.knobs import Stage, knobs_of
 
 COMMANDS = ("train", "compress", "evaluate", "search")
 GROUPS = {"model": "evaluate", "method": "compress", "benchmark": "evaluate", "hardware": "evaluate", "agent": "search"}
@@ -97,7 +98,7 @@ def test_a_knob_out_of_range_is_refused_and_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "winnow.cli.os.system", "subprocess.run", "winnow.model.load.json.loads"]
+    "target", ["os.system", "winnow.core.cli.os.system", "subprocess.run", "winnow.model.load.json.loads"]
 )
 def test_only_winnows_own_targets_are_built(target: str) -> None:
     with pytest.raises(UserError, match="not allowed"):
@@ -116,7 +117,7 @@ def loaded_by(imports: str, *heavy: str) -> list[str]:
 def test_the_searchs_own_modules_import_nothing_heavy() -> None:
     """`--help` and `--cfg job` must not pay for torch; neither must the process that only steers."""
     imports = (
-        "winnow.cli, winnow.types, winnow.search.start, winnow.search.loop, winnow.agent.samplers, winnow.method.rtn, "
+        "winnow.core.cli, winnow.core.types, winnow.search.start, winnow.search.loop, winnow.agent.samplers, winnow.method.rtn, "
         "winnow.method.prune, winnow.method.bnb, winnow.method.lora, hydra_plugins.winnow_sweeper.sweeper"
     )
     assert loaded_by(imports, "torch", "transformers", "lm_eval", "lightning", "optuna") == []
@@ -124,7 +125,7 @@ def test_the_searchs_own_modules_import_nothing_heavy() -> None:
 
 def test_calibrating_and_comparing_models_import_no_lightning() -> None:
     """Each child process of a search would pay for it, those of spaces without any training, too."""
-    imports = "winnow.model.calibration, winnow.recovery.encoding, winnow.recovery.corpus, winnow.benchmark.divergence"
+    imports = "winnow.data.calibration, winnow.data.encoding, winnow.data.corpus, winnow.benchmark.divergence"
     assert loaded_by(imports, "torch", "lightning") == ["torch"]
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from tests.peak import measured_peak, predicted_peak
 from tests.test_conf import composed
-from winnow.cli import options
-from winnow.hardware.machine import Machine
-from winnow.knobs import Knob
+from winnow.core.cli import options
+from winnow.core.errors import UserError
+from winnow.estimate.machine import Machine
+from winnow.method.knobs import Knob
 from winnow.report.dry_run import compress_table, forecast, search_table
 from winnow.search.loop import Budget
-from winnow.search.space import read_space
-from winnow.types import UserError
+from winnow.study.space import read_space
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -47,7 +47,7 @@ def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def known_machine() -> Iterator[None]:
-    with mock.patch("winnow.hardware.machine.measured", lambda *args: MACHINE):
+    with mock.patch("winnow.estimate.machine.measured", lambda *args: MACHINE):
         yield
 
 

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch.nn.utils import prune
 
-from winnow.hardware.runtime import serving
-from winnow.hardware.runtime.check import check
-from winnow.knobs import Checked
+from winnow.core.errors import MissingExtra, Reason, Unservable, classify
+from winnow.core.types import Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.nano.model import WEIGHTS, untrained
-from winnow.search.child import classify
-from winnow.types import LM, MissingExtra, Reason, Run, Slot, Unservable
+from winnow.nano.embedded import WEIGHTS, untrained
+from winnow.runtime import serving
+from winnow.runtime.check import check
 
 
 def checked(lm: LM) -> float:

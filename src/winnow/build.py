@@ -6,7 +6,6 @@ A `cfg` stops here: what comes out are values and objects of `winnow`.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from winnow.scalars import check_scalars
-from winnow.types import LM, Benchmark, Calibration, Run, Stage, UserError
+from winnow.benchmark.protocol import Benchmark
+from winnow.core.errors import UserError
+from winnow.core.scalars import check_scalars
+from winnow.core.targets import target_of
+from winnow.core.types import Calibration
+from winnow.hardware.run import Run
+from winnow.method.knobs import Stage
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
-    from winnow.agent.policy import Policy
     from winnow.hardware.device import Hardware
-    from winnow.report.curves import Curves
+    from winnow.study.policy import Policy
 
 ALLOWED_TARGETS = ("winnow.",)  # prefixes; `_target_` may name nothing else
 
@@ -64,12 +68,6 @@ def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
         if isinstance(error.__cause__, TypeError):
             raise UserError(f"{key}: {error.__cause__}; see the keys there are with --cfg job") from error
         raise
-
-
-def target_of(path: str) -> Any:
-    """The class or function that a `_target_` names."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def _is_chat_model(target: str, where: str) -> bool:
@@ -134,7 +132,7 @@ def policy(cfg: DictConfig) -> Policy:
     """The agent; an agent that it names as its fall-back is read from that one's own file."""
     from omegaconf import open_dict
 
-    from winnow.cli import CONF, options, unknown_option
+    from winnow.core.cli import CONF, options, unknown_option
 
     def fill(node: Any) -> None:
         name = node.get("fallback")
@@ -159,7 +157,7 @@ def policy(cfg: DictConfig) -> Policy:
 
 
 def calibration(cfg: DictConfig) -> Calibration:
-    from winnow.recovery import corpus
+    from winnow.data import corpus
 
     given: dict[str, Any] = OmegaConf.to_container(cfg.calibration, resolve=True)  # type: ignore[assignment]
     check_scalars(Calibration, given, "calibration")
@@ -171,8 +169,8 @@ def calibration(cfg: DictConfig) -> Calibration:
 
 def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
     """What stages and probes are given beside the model."""
+    from winnow.data.corpus import check_source
     from winnow.hardware.compute import slow_here
-    from winnow.recovery.corpus import check_source
 
     check_scalars(Run, {"seed": cfg.seed})
     known = calibration(cfg)
@@ -198,17 +196,6 @@ def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
         cache=Path(cfg.outputs) / "cache",
         stage_cache_bytes=int(cfg.get("stage_cache_gb", 0) * 1e9),
     )
-
-
-def curves(cfg: DictConfig, output: Path, scratch: Path, log: Callable[[str], None]) -> Curves:
-    """Where the curves of the trainings go: into one run of W&B, named after the output."""
-    from winnow.report.curves import Curves
-
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    shown = {"model": plain["model"].get("name"), **{k: plain.get(k) for k in ("method", "calibration", "seed")}}
-    place = Path(cfg.outputs) / "wandb"
-    return Curves(**plain["wandb"], folder=place, name=output.name, config=shown, memory=scratch / "wandb-id", say=log)
 
 
 def output(cfg: DictConfig, command: str, lm: LM, parts: Mapping[str, Any]) -> Path:

@@ -14,19 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
+from winnow.benchmark.protocol import Benchmark
+from winnow.core.errors import Stopped, UserError
+from winnow.core.types import Figures
 from winnow.hardware.lock import sharing
+from winnow.hardware.run import Run
 from winnow.method.pipeline import compress as run_pipeline
+from winnow.model.lm import LM
 from winnow.model.save import remove_empty
-from winnow.recovery import devices
-from winnow.types import LM, Benchmark, Figures, Run, Stopped, UserError
+from winnow.training import dist_env
 
 if TYPE_CHECKING:
     from winnow.benchmark.samples import Sample
-    from winnow.hardware.in_turn import Base
-    from winnow.hardware.runtime import Served
+    from winnow.report.curves import Curves
+    from winnow.runtime import Served
+    from winnow.runtime.in_turn import Base
 
 
 def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compress") -> Path:
@@ -37,12 +42,12 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     # in main memory, whatever the device: stages bring to it what they work on, a block at a time
     lm.loading = dataclasses.replace(lm.loading, device="cpu")
     hardware.check()
-    world = devices.enter(hardware, stages)
+    world = dist_env.enter(hardware, stages)
     if not world.first:  # of the processes of a training only the first speaks
         log = _silent
     output = build.output(cfg, command, lm, stages)
     scratch = build.scratch(cfg, output)
-    curves = build.curves(cfg, output, scratch, log)
+    curves = _curves(cfg, output, scratch, log)
     with _alone(scratch, output) if world.first else contextlib.nullcontext():
         try:
             with _sharing(hardware.device, log, world), curves if world.first else contextlib.nullcontext():
@@ -93,11 +98,11 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
 
     Where a gate has stopped it, `stopped` says why, and the figures are those that were found before.
     """
-    from winnow.hardware.meters import Meters
-    from winnow.hardware.runtime import serving
-    from winnow.hardware.runtime.check import check
     from winnow.model import manifest
     from winnow.model.save import whole_folder
+    from winnow.runtime import serving
+    from winnow.runtime.check import check
+    from winnow.runtime.meters import Meters
 
     hardware = build.hardware(cfg)
     lm = build.model(cfg, dequantize=hardware.runtime != "llama_cpp")
@@ -111,13 +116,17 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
 
         def measure() -> None:
             with _timed(seconds, "meters"):
-                figures.merge(Meters(hardware, gates.base() if gates is not None else None)(lm, run))
+                figures.merge(Meters(hardware, gates.base() if gates is not None else None)(lm, run, served))
 
         def score() -> None:
             if gates is not None:
                 gates.measured(figures)
             with sharing(hardware.device, log), _timed(seconds, "benchmark"):
-                figures.merge(benchmark(lm, run) if gates is None else gates.ordered(benchmark)(lm, run, gates.scored))
+                figures.merge(
+                    benchmark(lm, run, served=served)
+                    if gates is None
+                    else gates.ordered(benchmark)(lm, run, gates.scored, served)
+                )
 
         try:
             with sharing(hardware.device, log):  # with other work; the meters wait until they have the device alone
@@ -172,12 +181,23 @@ def _alone(scratch: Path, output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _curves(cfg: DictConfig, output: Path, scratch: Path, log: Callable[[str], None]) -> Curves:
+    """Where the curves of the trainings go: into one run of W&B, named after the output."""
+    from winnow.report.curves import Curves
+
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    shown = {"model": plain["model"].get("name"), **{k: plain.get(k) for k in ("method", "calibration", "seed")}}
+    place = Path(cfg.outputs) / "wandb"
+    return Curves(**plain["wandb"], folder=place, name=output.name, config=shown, memory=scratch / "wandb-id", say=log)
+
+
 def _silent(line: str) -> None: ...
 
 
-def _sharing(device: str, log: Callable[[str], None], world: devices.World) -> contextlib.AbstractContextManager[None]:
+def _sharing(device: str, log: Callable[[str], None], world: dist_env.World) -> contextlib.AbstractContextManager[None]:
     """Held once by all processes of a training: a measurement that waits for one would never let the next one in."""
-    held = world.local_rank > 0 or devices.HELD in os.environ
+    held = world.local_rank > 0 or dist_env.HELD in os.environ
     return contextlib.nullcontext() if held else sharing(device, log)
 
 

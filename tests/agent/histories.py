@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from winnow.agent.policy import Draw
-from winnow.search.history import History
-from winnow.search.outlook import Forecasts
-from winnow.search.space import Space, read_space
-from winnow.types import Objective, Reason, Strategy, Trial
+from winnow.core.errors import Reason
+from winnow.core.types import Objective, Strategy, Trial
+from winnow.search.forecaster import Forecasts
+from winnow.study.history import History
+from winnow.study.policy import Draw
+from winnow.study.space import Space, read_space
 
 METHODS = {
     "wanda": {"_target_": "winnow.method.prune.Wanda", "sparsity": 0.5, "pattern": "unstructured"},

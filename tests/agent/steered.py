@@ -8,10 +8,10 @@ from typing import Any
 
 from tests.agent.endpoint import propose
 from tests.agent.histories import outlook, rtn, space_of, started
-from winnow.agent.llm.policy import LLM
-from winnow.agent.policy import Suggestion
+from winnow.agent.llm.steering import LLM
 from winnow.agent.samplers import Random
-from winnow.types import Strategy
+from winnow.core.types import Strategy
+from winnow.study.policy import Suggestion
 
 KEY = "sk-scripted-0123456789abcdef"
 GOOD = propose({"rtn": {"bits": 3, "group_size": 32}})
@@ -44,7 +44,7 @@ class Steered:
 
 def in_space(strategy: Strategy, space: Any) -> bool:
     """By the space itself, not by the critic: drawing its parameters gives the strategy again."""
-    from winnow.search.space import distributions
+    from winnow.study.space import distributions
 
     parameters, known = space.parameters(strategy), distributions(space)
     if not set(parameters) <= set(known):

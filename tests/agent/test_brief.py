@@ -14,9 +14,10 @@ from winnow.agent.llm.brief import adding, as_text, brief, gaps, knobs
 from winnow.agent.llm.critic import clean, judge
 from winnow.agent.llm.schema import as_proposal, proposals_schema, variants
 from winnow.agent.llm.specialists import of_space, specialists
-from winnow.agent.policy import Suggestion
-from winnow.search.history import History
-from winnow.types import Reason, Slot, Strategy
+from winnow.core.errors import Reason
+from winnow.core.types import Slot, Strategy
+from winnow.study.history import History
+from winnow.study.policy import Suggestion
 
 SUGGESTION = Suggestion(rtn(2), "gp", expected_gain=0.0123456)
 

@@ -9,12 +9,12 @@ import pytest
 
 from tests.agent import world
 from tests.test_conf import composed
-from winnow.agent.policy import Exhausted, Policy
 from winnow.build import instantiate
-from winnow.cli import options
-from winnow.search.history import History
-from winnow.search.space import Space, distributions
-from winnow.types import Strategy
+from winnow.core.cli import options
+from winnow.core.types import Strategy
+from winnow.study.history import History
+from winnow.study.policy import Exhausted, Policy
+from winnow.study.space import Space, distributions
 
 AGENTS = [name for name in options("agent") if name not in ("llm", "gpt4o", "local_llm", "claude", "gemini", "replay")]
 

@@ -9,9 +9,10 @@ import pytest
 
 from tests.agent.histories import outlook, rtn, space_of, started
 from winnow.agent.interactive import MOST_REJECTED, Interactive, check_terminal, edit
-from winnow.agent.policy import Exhausted, Suggestion
 from winnow.agent.samplers import Grid
-from winnow.types import Strategy, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Strategy
+from winnow.study.policy import Exhausted, Suggestion
 
 DEFAULTS: Mapping[str, Any] = {"method.rtn.bits": 4, "method.rtn.group_size": 64, "method.wanda.pattern": "2:4"}
 

@@ -12,10 +12,11 @@ import pytest
 from tests.agent.endpoint import Endpoint, Fault, Say, Words, propose
 from tests.agent.histories import OBJECTIVES, outlook, rtn
 from tests.agent.steered import GOOD, GOOD_STRATEGY, KEY, Steered
-from winnow.agent.llm.policy import LLM
+from winnow.agent.llm.steering import LLM
 from winnow.agent.samplers import Grid, Random
-from winnow.search.history import History
-from winnow.types import Strategy, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Strategy
+from winnow.study.history import History
 
 pytest.importorskip("langchain_openai", reason="pip install 'winnow[agent]'")
 pytest.importorskip("langgraph", reason="pip install 'winnow[agent]'")
@@ -243,7 +244,7 @@ def test_instructions_in_what_it_is_shown_stay_data() -> None:
     with Endpoint(propose({"rtn": {"bits": 3, "group_size": 32, "_target_": "os.system"}}), GOOD) as endpoint:
         steered = Steered(endpoint.url, about={"model": attack})
         from tests.agent.histories import add
-        from winnow.types import Reason
+        from winnow.core.errors import Reason
 
         add(steered.history, rtn(2), {}, reason=Reason.ERROR, message=attack)
         found = steered.ask()

@@ -12,7 +12,7 @@ import pytest
 from tests.agent.endpoint import Cut, Endpoint, Fault, Hang
 from tests.agent.steered import DATE, GOOD, GOOD_STRATEGY, KEY, Steered
 from winnow.agent.llm.chat import retry_after
-from winnow.agent.llm.policy import DEAD_IN_A_ROW
+from winnow.agent.llm.steering import DEAD_IN_A_ROW
 from winnow.agent.samplers import Grid
 
 pytest.importorskip("langchain_openai", reason="pip install 'winnow[agent]'")

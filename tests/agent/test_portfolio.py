@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pytest
 
 from tests.agent.histories import OBJECTIVES, add, outlook, rtn, space_of
-from winnow.agent.policy import Exhausted, Outlook, Suggestion
 from winnow.agent.portfolio import Portfolio
-from winnow.search.history import History
-from winnow.search.space import Space
-from winnow.types import Strategy
+from winnow.core.types import Strategy
+from winnow.study.history import History
+from winnow.study.policy import Exhausted, Outlook, Suggestion
+from winnow.study.space import Space
 
 
 @dataclass

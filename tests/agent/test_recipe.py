@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 from tests.agent import world
 from tests.test_conf import composed
-from winnow.agent.policy import Exhausted
 from winnow.agent.recipe import Recipe, read_recipe
-from winnow.search.space import read_space
-from winnow.types import UserError
+from winnow.core.errors import UserError
+from winnow.study.policy import Exhausted
+from winnow.study.space import read_space
 
 
 def recipe(lines: Sequence[Sequence[str]], **configured: Any) -> Recipe:

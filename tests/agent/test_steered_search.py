@@ -14,18 +14,19 @@ from tests.agent.endpoint import Cut, Endpoint, Fault, Say, Words, propose
 from tests.agent.histories import OBJECTIVES, outlook, rtn, space_of
 from tests.agent.steered import KEY, in_space
 from winnow import build
-from winnow.agent.llm.policy import LLM
+from winnow.agent.llm.steering import LLM
 from winnow.agent.portfolio import Portfolio
 from winnow.agent.replay import Replay
 from winnow.agent.samplers import Grid, Random
-from winnow.search.budget import Budget
+from winnow.core.errors import UserError
+from winnow.core.types import Strategy
 from winnow.search.folders import MESSAGES
-from winnow.search.history import History
 from winnow.search.loop import Search
-from winnow.search.opening import open_study
-from winnow.search.study import Proposal, Study
 from winnow.search.views import Views
-from winnow.types import Strategy, UserError
+from winnow.study.budget import Budget
+from winnow.study.history import History
+from winnow.study.opening import open_study
+from winnow.study.study import Proposal, Study
 
 pytest.importorskip("langchain_openai", reason="pip install 'winnow[agent]'")
 pytest.importorskip("langgraph", reason="pip install 'winnow[agent]'")
@@ -146,7 +147,7 @@ def test_a_replay_runs_the_same_without_an_endpoint(
 
 def test_a_replay_skips_what_is_not_in_this_space(steered: tuple[Path, Study, list[str]]) -> None:
     from tests.agent.histories import started
-    from winnow.agent.policy import Exhausted
+    from winnow.study.policy import Exhausted
 
     lines: list[str] = []
     replay, history = Replay(study=str(steered[0]), log=lines.append), started()
@@ -167,7 +168,7 @@ def test_a_replay_of_nothing_is_refused(settings: dict[str, Any], words: str, tm
 
 
 def test_messages_of_a_trial_that_was_cut_off_stay_and_count_once(tmp_path: Path) -> None:
-    from winnow.agent.policy import Suggestion
+    from winnow.study.policy import Suggestion
 
     class Spends(Random):
         def ask(self, *arguments: Any) -> Suggestion:
@@ -259,7 +260,7 @@ def test_a_language_model_that_is_configured_joins_the_portfolio(
 
 def test_a_language_model_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.test_conf import composed
-    from winnow.cli import explain
+    from winnow.core.cli import explain
 
     monkeypatch.setenv("WINNOW_LLM", "gtp4o")
     with pytest.raises(Exception, match="interpolation") as caught:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from winnow.agent.policy import Policy, Suggestion
-from winnow.knobs import Knob
-from winnow.search.costs import Costs
-from winnow.search.history import History
-from winnow.search.objectives import KNOWN
-from winnow.search.space import Space, read_space
-from winnow.types import Reason, Strategy, Trial
+from winnow.core.errors import Reason
+from winnow.core.types import Strategy, Trial
+from winnow.method.knobs import Knob
+from winnow.study.costs import Costs
+from winnow.study.history import History
+from winnow.study.objectives import KNOWN
+from winnow.study.policy import Policy, Suggestion
+from winnow.study.space import Space, read_space
 
 METHODS = {
     "wanda": {"_target_": "winnow.method.prune.Wanda", "sparsity": 0.5, "pattern": "unstructured"},

@@ -13,8 +13,8 @@ from winnow.benchmark import samples
 from winnow.benchmark.compare import compare, compare_outcomes, interval, mcnemar, table
 from winnow.benchmark.figures import figures, mean_and_error
 from winnow.benchmark.samples import Sample
-from winnow.benchmark.spec import Spec
-from winnow.types import UserError
+from winnow.core.errors import UserError
+from winnow.data.task_spec import Spec
 
 
 def sample(number: int, correct: bool | None, benchmark: str = "a", **changes: object) -> Sample:

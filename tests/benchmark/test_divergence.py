@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from winnow.benchmark import divergence
-from winnow.hardware.runtime import serving
-from winnow.hardware.runtime.transformers import Runtime, batches
+from winnow.core.types import Calibration
+from winnow.hardware.run import Run
 from winnow.method.rtn import RTN
 from winnow.model.load import pretrained
-from winnow.nano.model import WEIGHTS
-from winnow.types import Calibration, Run
+from winnow.nano.embedded import WEIGHTS
+from winnow.runtime import serving
+from winnow.runtime.transformers import Runtime, batches
 
 
 @pytest.fixture

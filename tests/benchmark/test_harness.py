@@ -12,9 +12,12 @@ import pytest
 
 from tests.benchmark.test_score import harness
 from winnow.benchmark import samples
-from winnow.benchmark.harness import PRELOAD, Harness, quiet
-from winnow.nano.model import untrained
-from winnow.types import LM, Probe, Run
+from winnow.benchmark.harness import PRELOAD, Harness
+from winnow.benchmark.protocol import Probe
+from winnow.data.tasks import quiet
+from winnow.hardware.run import Run
+from winnow.model.lm import LM
+from winnow.nano.embedded import untrained
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def test_scores_are_those_of_lm_eval(lm: LM) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from winnow.benchmark.adapter import Adapter
+    from winnow.benchmark.transformers_adapter import Adapter
 
     pairs = [("Question: Where is a tent?\nAnswer:", f" {word}") for word in ("camp", "the sea", "camp", "a")]
     pairs += [("Trailing space ", "moves"), ("", "No context.")]
@@ -92,7 +95,7 @@ def test_text_is_predicted_token_by_token_after_bos(lm: LM) -> None:
     import torch
     from lm_eval.api.instance import Instance
 
-    from winnow.benchmark.adapter import Adapter
+    from winnow.benchmark.transformers_adapter import Adapter
 
     text = "Anna goes to the market. " * 60  # longer than the model's 256 positions
     with quiet():

@@ -13,14 +13,15 @@ from lm_eval.api.instance import Instance
 from tests.benchmark.scripted import Scripted
 from tests.benchmark.test_score import ITEMS, harness
 from winnow.benchmark import figures
-from winnow.benchmark.data import rows
-from winnow.benchmark.harness import quiet
 from winnow.benchmark.samples import Sample
 from winnow.benchmark.score import first_words, questions, score
-from winnow.benchmark.spec import Spec
-from winnow.benchmark.tasks import load
-from winnow.nano.model import untrained
-from winnow.types import LM, Figures, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Figures
+from winnow.data.local_items import rows
+from winnow.data.task_spec import Spec
+from winnow.data.tasks import load, quiet
+from winnow.model.lm import LM
+from winnow.nano.embedded import untrained
 
 NORMALISED = ["arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa"]
 
@@ -79,13 +80,13 @@ def test_a_blank_is_filled_in_the_context() -> None:
             self.seen = [request.args for request in requests]
             return super().loglikelihood(requests)
 
-    adapter = Seen(True)
-    _, samples = asked(adapter, "winogrande")
+    transformers_adapter = Seen(True)
+    _, samples = asked(transformers_adapter, "winogrande")
     items = [row for _, row in rows(ITEMS / "winogrande" / "validation.jsonl")]
     shown = [(item["sentence"].replace("_", item[f"option{n}"])) for item in items for n in (1, 2)]
-    assert [context + continuation for context, continuation in adapter.seen] == shown
+    assert [context + continuation for context, continuation in transformers_adapter.seen] == shown
     ends = [item["sentence"].partition("_")[2] for item in items for _ in (1, 2)]
-    assert [continuation for _, continuation in adapter.seen] == ends
+    assert [continuation for _, continuation in transformers_adapter.seen] == ends
     assert [s.target for s in samples] == [i["sentence"].partition("_")[0] + i[f"option{i['answer']}"] for i in items]
     assert all(s.prediction == s.target for s in samples)
 
@@ -93,7 +94,7 @@ def test_a_blank_is_filled_in_the_context() -> None:
 def test_last_words_are_those_of_a_plain_reference(lm: LM) -> None:
     import torch
 
-    from winnow.benchmark.adapter import Adapter
+    from winnow.benchmark.transformers_adapter import Adapter
 
     with quiet():
         found, samples = asked(Adapter(lm.model, lm.tokenizer, batch_size=3), "lambada")
@@ -125,11 +126,13 @@ def test_texts_are_those_of_a_plain_reference(
     import torch
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
-    from winnow.benchmark import adapter
+    from winnow.benchmark import transformers_adapter
 
-    monkeypatch.setattr(adapter, "LOGITS_BYTES", 4 * lm.model.config.vocab_size * 200)  # one or three windows at a time
+    monkeypatch.setattr(
+        transformers_adapter, "LOGITS_BYTES", 4 * lm.model.config.vocab_size * 200
+    )  # one or three windows at a time
     with quiet():
-        made = adapter.Adapter(lm.model, lm.tokenizer, batch_size=4)
+        made = transformers_adapter.Adapter(lm.model, lm.tokenizer, batch_size=4)
         found, samples = asked(made, "wikitext", window=window, words=words)
     length, nats, tokens, sizes, counts = window or 256, 0.0, 0, 0, 0
     for _, item in rows(ITEMS / "wikitext2" / "test.jsonl"):

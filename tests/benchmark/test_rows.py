@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.method.shapes import FAMILIES
-from tests.recovery.test_attention import model_of
-from tests.recovery.test_student import stateful
+from tests.model.test_packed_attention import model_of
+from tests.training.test_student import stateful
 from winnow.benchmark import rows
 from winnow.benchmark.rows import Request
 

@@ -15,7 +15,7 @@ import pytest
 from winnow.benchmark import sandbox
 from winnow.benchmark.programs import pass_at_1, program
 from winnow.benchmark.sandbox import Outcome, run
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 
 def outcome(text: str, seconds: float = 60.0) -> Outcome:

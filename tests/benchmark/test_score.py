@@ -14,14 +14,15 @@ from omegaconf import OmegaConf
 
 from tests.benchmark.scripted import Scripted
 from winnow.benchmark import figures
-from winnow.benchmark.harness import Harness, quiet
+from winnow.benchmark.harness import Harness
 from winnow.benchmark.samples import Sample
 from winnow.benchmark.score import questions, score
-from winnow.benchmark.spec import Spec
-from winnow.benchmark.tasks import load
 from winnow.build import instantiate
-from winnow.cli import CONF, options
-from winnow.types import Figures, UserError
+from winnow.core.cli import CONF, options
+from winnow.core.errors import UserError
+from winnow.core.types import Figures
+from winnow.data.task_spec import Spec
+from winnow.data.tasks import load, quiet
 
 ITEMS = Path(__file__).parents[1] / "data" / "benchmarks"
 WITHOUT_ITEMS = ("mmlu", "nano", "perplexity", "wikitext")  # in ITEMS, or without right and wrong
@@ -192,7 +193,7 @@ def test_unknown_tasks_folders_filters_and_metrics_are_named() -> None:
 
 def test_without_items_and_network_it_says_so_in_a_line(tmp_path: Path) -> None:
     script = (
-        "from winnow.benchmark.spec import Spec\nfrom winnow.benchmark.tasks import load\n"
+        "from winnow.data.task_spec import Spec\nfrom winnow.data.tasks import load\n"
         "from winnow.benchmark.harness import quiet\n"
         "with quiet(): load(Spec('gsm8k', 'gsm8k', 'gsm8k', data={'test': 'gsm8k/test.jsonl'}))"
     )
@@ -200,6 +201,6 @@ def test_without_items_and_network_it_says_so_in_a_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert last == (
-        "winnow.types.UserError: benchmark gsm8k is not on disk and there is no network; "
+        "winnow.core.errors.UserError: benchmark gsm8k is not on disk and there is no network; "
         "give benchmark.data_dir=FOLDER with gsm8k/test.jsonl"
     )

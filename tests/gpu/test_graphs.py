@@ -11,14 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.gpu.test_methods import made, on_device
-from tests.hardware.runtime.test_graphs import generated, model_of, prompts
 from tests.method.shapes import FAMILIES, config_of
 from tests.method.test_conformance import CLASSES, METHODS, stage_of
+from tests.runtime.test_graphs import generated, model_of, prompts
+from winnow.core.errors import Unservable
 from winnow.hardware.device import Hardware
-from winnow.hardware.runtime import graphs, serving
-from winnow.hardware.runtime.graphs import Decoder
-from winnow.hardware.runtime.transformers import Runtime
-from winnow.types import LM, Unservable
+from winnow.model.lm import LM
+from winnow.runtime import graphs, serving
+from winnow.runtime.graphs import Decoder
+from winnow.runtime.transformers import Runtime
 
 DEVICE = "cuda"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from winnow.hardware.device import Hardware
-from winnow.hardware.meters import Meters
-from winnow.types import LM, Run
+from winnow.hardware.run import Run
+from winnow.model.lm import LM
+from winnow.runtime.meters import Meters
 
 
 def test_the_counter_of_energy_is_read(tiny: Path, tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from tests.method.test_conformance import CLASSES, METHODS, QUANTIZERS, perplexity, stage_of
+from winnow.core.types import Calibration
+from winnow.hardware.run import Run
 from winnow.method import pipeline
+from winnow.method.knobs import Stage
 from winnow.model import manifest
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.nano.model import WEIGHTS
-from winnow.types import LM, Calibration, Run, Stage
+from winnow.nano.embedded import WEIGHTS
 
 DEVICE = "cuda"
 

@@ -6,7 +6,7 @@ import pytest
 
 from winnow.benchmark import rows
 from winnow.model.load import pretrained
-from winnow.nano.model import WEIGHTS
+from winnow.nano.embedded import WEIGHTS
 
 
 def test_each_has_about_the_score_that_it_has_alone() -> None:

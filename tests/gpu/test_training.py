@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
+from winnow.core.types import Calibration
+from winnow.hardware.run import Run
 from winnow.method.lora import Lora
 from winnow.model.load import pretrained
-from winnow.nano.model import WEIGHTS
-from winnow.recovery.attention import attention, document
-from winnow.recovery.batch_size import NAME
-from winnow.types import Calibration, Run
+from winnow.model.packed_attention import attention, document
+from winnow.nano.embedded import WEIGHTS
+from winnow.training.batch_size import NAME
 
 DEVICE = "cuda"
 LENGTHS = (5, 64, 1, 130, 33)
@@ -94,7 +95,7 @@ def test_qlora_wins_back_what_pruning_lost(run_there: Run) -> None:
 
 
 def test_a_batch_that_does_not_fit_is_not_taken(run_there: Run) -> None:
-    from winnow.recovery.batch_size import doubled, measured
+    from winnow.training.batch_size import doubled, measured
 
     size = torch.cuda.get_device_properties(0).total_memory
     weight = torch.ones((), device=DEVICE, requires_grad=True)
@@ -129,7 +130,7 @@ def test_two_devices_train_one_model(tmp_path: Path, method: str, parallel: str)
 
 def test_ligers_kernels_train_to_the_same_loss(run_there: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: pip install 'winnow[liger]'")
-    from winnow.recovery import kernels
+    from winnow.training import kernels
 
     losses = {}
     for fused in (True, False):

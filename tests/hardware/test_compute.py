@@ -10,7 +10,7 @@ import pytest
 
 from winnow.hardware import compute, device
 from winnow.hardware.device import Gpu, Hardware
-from winnow.types import Run
+from winnow.hardware.run import Run
 
 EPYC_MILAN = {"avx", "avx2", "fma", "f16c"}
 ICE_LAKE = {*EPYC_MILAN, "avx512f", "avx512bw", "avx512_vnni"}
@@ -103,8 +103,8 @@ def test_a_training_takes_the_faster_precision_and_says_if_another_one_was_asked
 def test_a_served_model_is_computed_in_the_fastest_type(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
     import torch
 
-    from winnow.hardware.runtime import serving
     from winnow.model.load import pretrained
+    from winnow.runtime import serving
 
     for flags, dtype in ((EPYC_MILAN, torch.float32), (EPYC_GENOA, torch.bfloat16)):
         on(monkeypatch, flags)

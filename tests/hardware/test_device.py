@@ -8,10 +8,10 @@ import pytest
 
 from tests.test_conf import composed
 from winnow import build
-from winnow.cli import options
+from winnow.core.cli import options
+from winnow.core.errors import UserError
 from winnow.hardware import device
 from winnow.hardware.device import Gpu, Hardware, narrowed
-from winnow.types import UserError
 
 GPUS = [Gpu("A", "GPU-aa11", 10), Gpu("B", "GPU-bb22", 20)]
 

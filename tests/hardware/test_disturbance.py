@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
-from winnow.hardware import counters, disturbance, meters
+from winnow.core.types import Figures, Trial
+from winnow.hardware import counters, disturbance
 from winnow.hardware.counters import Counters, GpuCounters
 from winnow.hardware.device import Gpu, Hardware
 from winnow.hardware.disturbance import Disturbance, Repeater, Watch, judge
-from winnow.hardware.meters import Meters
-from winnow.types import LM, Figures, Run, Trial
+from winnow.hardware.run import Run
+from winnow.model.lm import LM
+from winnow.runtime import meters
+from winnow.runtime.meters import Meters
 
 START = Counters(wall_s=0.0, waited_s={1: 0.0}, pressure_s=0.0, throttled_s=0.0, stolen_s={"cpu0": 0.0}, busy_s=0.0)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from winnow.core.errors import UserError
 from winnow.hardware.footprint import PeakMemory, disk_bytes, weights_memory_bytes
-from winnow.types import LM, UserError
+from winnow.model.lm import LM
 
 
 def test_half_the_width_is_half_the_bytes(make_llama: Any) -> None:

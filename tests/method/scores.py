@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
+from winnow.model.lm import LM
 from winnow.model.packing import computed_in
 from winnow.nano.items import held_out_text
-from winnow.types import LM
 
 
 def texts(lm: LM, count: int) -> Iterator[torch.Tensor]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from winnow.model.lm import LM, Loading
 from winnow.model.load import load_tokenizer
 from winnow.model.save import save
-from winnow.nano.model import WEIGHTS
-from winnow.types import LM, Loading
+from winnow.nano.embedded import WEIGHTS
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "mistral")
 

@@ -13,16 +13,18 @@ import torch
 
 from tests.method.scores import perplexity
 from tests.method.shapes import FAMILIES, random_model
-from winnow.hardware.feasibility import plan_of
-from winnow.knobs import knobs_of
+from winnow.core.errors import MissingExtra, UserError
+from winnow.estimate.feasibility import plan_of
+from winnow.hardware.run import Run
 from winnow.method import checkpoint, pipeline
 from winnow.method.autoround import AutoRound
+from winnow.method.knobs import knobs_of
 from winnow.method.rtn import RTN
 from winnow.model.layers import linears
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
 from winnow.model.save import save
-from winnow.nano.model import WEIGHTS
-from winnow.types import LM, MissingExtra, Run, UserError
+from winnow.nano.embedded import WEIGHTS
 
 pytest.importorskip("auto_round")
 from winnow.method import autoround_driver as driver
@@ -112,7 +114,7 @@ def test_each_block_is_called_as_in_the_model(tmp_path: Path, run_in: Run, monke
 
     monkeypatch.setattr(driver, "_tune", watched)
     quick()(lm, run_in)
-    from winnow.model.calibration import calibration_batches
+    from winnow.data.calibration import calibration_batches
 
     rows = torch.cat(driver.rows_of(calibration_batches(lm, run_in)[0]))
     with torch.no_grad():

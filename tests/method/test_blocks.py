@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from tests.method.shapes import FAMILIES, config_of
+from winnow.core.types import Calibration
+from winnow.hardware.run import Run
 from winnow.method import checkpoint as checkpoints
 from winnow.method.blocks import input_sums, walk_blocks
 from winnow.method.checkpoint import Checkpoint, checkpoint_of
@@ -18,7 +20,6 @@ from winnow.method.prune import Wanda
 from winnow.method.sparsegpt import SparseGPT
 from winnow.model.layers import decoder_blocks
 from winnow.model.load import pretrained
-from winnow.types import Calibration, Run
 
 SINGLE = Run(Path(), dtype="float32")
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from tests.method.shapes import random_model
-from winnow.hardware.feasibility import plan_of
+from winnow.estimate.feasibility import plan_of
+from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.bnb import FP4, NF4, Int8
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
 from winnow.model.save import save
-from winnow.nano.model import WEIGHTS
-from winnow.types import LM, Run
+from winnow.nano.embedded import WEIGHTS
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 METHODS: dict[str, Any] = {"int8": Int8, "nf4": NF4, "fp4": FP4}

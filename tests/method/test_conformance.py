@@ -23,16 +23,20 @@ from safetensors.torch import load_file
 from tests.method.scores import perplexity
 from tests.method.shapes import FAMILIES, random_model
 from tests.test_conf import class_of, composed
-from winnow.cli import options
+from winnow.core.cli import options
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.estimate.layout import plan_of
+from winnow.hardware.run import Run
 from winnow.method import pipeline
+from winnow.method.knobs import Stage
 from winnow.model import manifest
 from winnow.model.adapter import bare
 from winnow.model.layers import linears
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.model.plan import plan_of
 from winnow.model.save import save
-from winnow.nano.model import WEIGHTS
-from winnow.types import LM, Calibration, Run, Slot, Stage, UserError
+from winnow.nano.embedded import WEIGHTS
 
 TEXT = "Question: Tom has 5 apples. Tom buys 7 more. How many apples does Tom have now?\nAnswer:"
 EMBEDDED = "nano"
@@ -179,7 +183,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Pat
 def test_a_stranger_computes_what_the_model_in_memory_did(case, make, stranger) -> None:
     made = make(*case)
     if made.logits is None:
-        pytest.skip("a GGUF file: tests/hardware/runtime compares it")
+        pytest.skip("a GGUF file: tests/runtime compares it")
     torch.testing.assert_close(stranger(made.folder), made.logits, rtol=0, atol=0)
 
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from tests.method.shapes import FAMILIES, random_model
+from winnow.core.errors import UserError
+from winnow.data.calibration import calibration_batches
+from winnow.estimate.layout import Plan, dense_tensors
 from winnow.method import pipeline
 from winnow.method.depth import Depth, answer_starts, block_influences, losses_without, shallower
 from winnow.method.rtn import RTN
-from winnow.model.calibration import calibration_batches
+from winnow.model.lm import LM
 from winnow.model.load import load_config, pretrained
-from winnow.model.plan import Plan, dense_tensors
 from winnow.model.save import save
-from winnow.types import LM, UserError
 
 LAYERS = 5
 CHANGES: dict[str, dict[str, Any]] = {

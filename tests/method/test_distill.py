@@ -15,17 +15,19 @@ from tests.method.scores import divergence
 from tests.method.shapes import random_model
 from tests.test_conf import composed
 from winnow.build import instantiate
+from winnow.core.errors import UserError
+from winnow.estimate.layout import dense_tensors, plan_of
+from winnow.hardware.run import Run
 from winnow.method import pipeline
-from winnow.method.carving import carved, smaller, spaced
 from winnow.method.depth import Depth, shallower
 from winnow.method.distill import Distill
 from winnow.method.prune import Wanda
+from winnow.method.student_init import carved, smaller, spaced
 from winnow.model.layers import linears
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.model.plan import dense_tensors, plan_of
 from winnow.model.reshape import rebuilt
-from winnow.nano.model import WEIGHTS
-from winnow.types import LM, Run, UserError
+from winnow.nano.embedded import WEIGHTS
 
 SMALL: dict[str, Any] = {"steps": 4, "tokens_per_batch": 512, "learning_rate": 3e-3, "precision": "32-true"}
 
@@ -79,7 +81,7 @@ def test_students_of_the_same_documents_share_cached_targets(
     def never(*arguments: Any) -> None:
         raise AssertionError("the teacher was loaded again")
 
-    monkeypatch.setattr("winnow.recovery.teacher.frozen", never)
+    monkeypatch.setattr("winnow.training.teacher.frozen", never)
     second = stage(shallow(tiny, shared), shared)
     for name, weight in first.model.state_dict().items():
         assert torch.equal(weight, second.model.state_dict()[name]), name

@@ -19,20 +19,21 @@ import llama_cpp
 import numpy as np
 
 from tests.model.gguf_files import LLAMA3, LOCAL, YARN
-from winnow.libraries import require
+from winnow.core.errors import MissingExtra, UserError
+from winnow.core.libraries import require
+from winnow.estimate.layout import Plan, dense_tensors
 from winnow.method import pipeline
 from winnow.method.gguf import GGUF, TYPES
+from winnow.method.imatrix import collect
 from winnow.model.gguf import mix
 from winnow.model.gguf.architectures import Names
 from winnow.model.gguf.export import export
-from winnow.model.gguf.importance import collect
 from winnow.model.gguf.native import silent
 from winnow.model.gguf.quantize import quantize
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.model.plan import Plan, dense_tensors
+from winnow.nano.embedded import WEIGHTS, trained
 from winnow.nano.items import held_out_text
-from winnow.nano.model import WEIGHTS, trained
-from winnow.types import LM, MissingExtra, UserError
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -202,7 +203,7 @@ def perplexity(logits: list[torch.Tensor], rows: list[list[int]]) -> float:
 
 
 def test_importance_is_the_mean_square_of_the_inputs(tiny: Path, run_in) -> None:
-    from winnow.model.calibration import calibration_batches
+    from winnow.data.calibration import calibration_batches
 
     lm = pretrained(str(tiny), dtype="float32")
     found, digest = collect(lm, run_in)

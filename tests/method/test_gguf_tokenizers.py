@@ -13,7 +13,7 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
 import gguf as library
 
-from winnow.model.gguf import tokenizer
+from winnow.model.gguf import vocabulary as tokenizer
 from winnow.nano.items import held_out_text
 
 

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from tests.method.shapes import config_of, random_model
+from winnow.core.errors import MissingExtra, UserError
+from winnow.estimate.layout import Plan, plan_of
+from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.kv import KV
 from winnow.method.rtn import RTN
 from winnow.model import manifest
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.model.plan import Plan, plan_of
 from winnow.model.save import save
-from winnow.nano.model import WEIGHTS
-from winnow.types import LM, MissingExtra, Run, UserError
+from winnow.nano.embedded import WEIGHTS
 
 needs_hqq = pytest.mark.skipif(importlib.util.find_spec("hqq") is None, reason="needs the extra [kv]: hqq")
 SETTINGS = {
@@ -135,7 +137,7 @@ def test_the_repositorys_own_generation_uses_it(tmp_path: Path, run_in: Run) -> 
     """Answers are scored through lm-eval's model: its calls must leave the cache to the artifact."""
     from lm_eval.api.instance import Instance
 
-    from winnow.benchmark.adapter import Adapter
+    from winnow.benchmark.transformers_adapter import Adapter
 
     made(KV(2, 64), WEIGHTS, run_in, tmp_path / "artifact")
     lm = pretrained(str(tmp_path / "artifact"))

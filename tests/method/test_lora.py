@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from winnow.core.errors import UserError
+from winnow.estimate.layout import plan_of
 from winnow.method.lora import Lora, adapted, layers, mask_zeros, merge
 from winnow.method.prune import Wanda
 from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.model.plan import plan_of
-from winnow.types import UserError
 
 
 def with_update(base: Any, seed: int = 1, **knobs: Any) -> Any:

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from tests.method.shapes import FAMILIES, random_model
+from winnow.core.errors import UserError
+from winnow.estimate.layout import Plan, dense_tensors
 from winnow.method import pipeline
 from winnow.method.lora import Lora
 from winnow.method.lowrank import LowRank, best_product
 from winnow.method.rtn import RTN
 from winnow.model.layers import linears
+from winnow.model.lm import LM
 from winnow.model.load import load_config, pretrained
-from winnow.model.plan import Plan, dense_tensors
 from winnow.model.save import save
 from winnow.model.spec import spec
-from winnow.types import LM, UserError
 
 
 @torch.inference_mode()
@@ -31,7 +32,8 @@ def logits(lm: LM) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def factorised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of a random Llama."""
-    from winnow.types import Calibration, Run
+    from winnow.core.types import Calibration
+    from winnow.hardware.run import Run
 
     folder = tmp_path_factory.mktemp("factorised")
     run = Run(folder, log=lambda line: None, calibration=Calibration(samples=16, max_length=128))

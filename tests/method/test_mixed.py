@@ -13,18 +13,20 @@ from safetensors.torch import load_file, save_file
 
 from tests.method.scores import perplexity
 from tests.method.shapes import FAMILIES, random_model
+from winnow.core.errors import UserError
+from winnow.data.calibration import calibration_batches
+from winnow.estimate.layout import plan_of
+from winnow.hardware.run import Run
 from winnow.method import pipeline, sensitivity
 from winnow.method.mixed import WIDTHS, Mixed, allocate
 from winnow.method.prune import Magnitude
 from winnow.method.rtn import RTN, rtn_scale
 from winnow.model import packing
-from winnow.model.calibration import calibration_batches
 from winnow.model.layers import linears
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.model.plan import plan_of
 from winnow.model.save import save
-from winnow.nano.model import WEIGHTS
-from winnow.types import LM, Run, UserError
+from winnow.nano.embedded import WEIGHTS
 
 IDS = torch.arange(40)[None] + 100
 

@@ -13,17 +13,20 @@ import torch
 
 from tests.method.scores import perplexity
 from tests.method.shapes import random_model
-from winnow.knobs import knobs_of
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration
+from winnow.estimate.layout import Plan, dense_tensors
+from winnow.hardware.run import Run
 from winnow.method import pipeline
+from winnow.method.knobs import Stage, knobs_of
 from winnow.method.oneshot import AWQ, FP8, GPTQ, SmoothQuant
 from winnow.method.prune import Wanda
 from winnow.method.rtn import RTN
 from winnow.model.layers import linears
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.model.plan import Plan, dense_tensors
 from winnow.model.save import save
-from winnow.nano.model import trained
-from winnow.types import LM, Calibration, Run, Stage, UserError
+from winnow.nano.embedded import trained
 
 pytest.importorskip("llmcompressor")
 

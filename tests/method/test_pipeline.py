@@ -11,10 +11,13 @@ import pytest
 
 from tests.method.test_conformance import METHODS, stage_of
 from tests.wild.architectures import random_model
-from winnow.libraries import is_installed
+from winnow.core.errors import UserError
+from winnow.core.libraries import is_installed
+from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.depth import Depth
 from winnow.method.distill import Distill
+from winnow.method.knobs import Stage
 from winnow.method.lora import Lora
 from winnow.method.oneshot import AWQ, SmoothQuant
 from winnow.method.prune import Magnitude
@@ -22,8 +25,7 @@ from winnow.method.rtn import RTN
 from winnow.method.soft_prompt import SoftPrompt
 from winnow.method.width import Width
 from winnow.model.load import pretrained
-from winnow.nano.model import WEIGHTS
-from winnow.types import Run, Stage, UserError
+from winnow.nano.embedded import WEIGHTS
 
 Refusal = Callable[..., str]
 

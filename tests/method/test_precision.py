@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.recovery.products import Products
 from tests.test_conf import class_of, composed
-from winnow.cli import options
-from winnow.method.training import Training
+from tests.training.products import Products
+from winnow.core.cli import options
+from winnow.hardware.run import Run
+from winnow.method.trainable import Training
 from winnow.model.load import pretrained
-from winnow.types import Run
 
 CLASSES = {name: class_of(composed("compress", f"method=[{name}]").method[name]) for name in options("method")}
 TRAININGS = [name for name, kind in CLASSES.items() if issubclass(kind, Training)]

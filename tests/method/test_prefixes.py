@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from winnow.core.types import Calibration
+from winnow.hardware.run import Run
 from winnow.method import prefixes
 from winnow.method.bnb import NF4
 from winnow.method.kv import KV
@@ -20,7 +22,6 @@ from winnow.method.prune import Wanda
 from winnow.method.rtn import RTN
 from winnow.model import manifest
 from winnow.model.load import pretrained
-from winnow.types import Calibration, Run
 
 LORA = Lora(steps=2, tokens_per_batch=256, rank=4)
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from winnow.core.errors import UserError
+from winnow.hardware.run import Run
 from winnow.method.depth import Depth
 from winnow.method.progressive import Progressive
 from winnow.method.prune import Magnitude
 from winnow.method.width import Width
 from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.types import Run, UserError
 
 QUICK: dict[str, Any] = {"steps": 2, "tokens_per_batch": 256, "learning_rate": 1e-3, "precision": "32-true"}
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from tests.method.shapes import FAMILIES, random_model
-from winnow.hardware.feasibility import plan_of
+from winnow.core.errors import UserError
+from winnow.estimate.feasibility import plan_of
 from winnow.method import allocation, pipeline
 from winnow.method.masks import smallest, smallest_of_all, smallest_of_pattern
 from winnow.method.prune import Magnitude, Wanda
 from winnow.method.sparsegpt import SparseGPT
 from winnow.model.layers import linears
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.nano.model import trained
-from winnow.types import LM, UserError
+from winnow.nano.embedded import trained
 
 METHODS = (Magnitude, Wanda, SparseGPT)
 
@@ -168,7 +169,7 @@ def test_global_thresholds_meet_the_target_among_zeros_and_scales(target: float)
 
 def test_wanda_scores_by_the_norms_that_reach_each_layer(tiny: Path, run_in) -> None:
     """The first block's query projection against eq. 1 of the paper, computed from a plain forward with a hook."""
-    from winnow.model.calibration import calibration_batches
+    from winnow.data.calibration import calibration_batches
 
     lm = pretrained(str(tiny))
     query = lm.model.model.layers[0].self_attn.q_proj

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from winnow.core.errors import MissingExtra, UserError
+from winnow.core.types import Calibration
+from winnow.estimate.layout import plan_of
 from winnow.hardware.device import Hardware
-from winnow.hardware.runtime import candidates, chosen
+from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.bnb import FP4, NF4, Int8
 from winnow.method.kv import KV
@@ -22,10 +25,10 @@ from winnow.method.qlora import QLoRA, merged
 from winnow.method.rtn import RTN
 from winnow.method.soft_prompt import SoftPrompt
 from winnow.model import adapter, manifest
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.model.plan import plan_of
 from winnow.model.save import save
-from winnow.types import LM, Calibration, MissingExtra, Run, UserError
+from winnow.runtime import candidates, chosen
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from tests.method.test_conformance import logits
+from winnow.core.errors import UserError
 from winnow.method import pipeline
 from winnow.model.layers import linears
 from winnow.model.load import pretrained
-from winnow.types import UserError
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_rtn_is_lossless_on_disk_at_every_width(bits: int, tmp_path: Path, run_in) -> None:
     from winnow.method.rtn import RTN
     from winnow.model.save import save
-    from winnow.nano.model import trained
+    from winnow.nano.embedded import trained
 
     compressed = pipeline.apply(trained(), {"rtn": RTN(bits, 32)}, run_in)
     before = logits(compressed)

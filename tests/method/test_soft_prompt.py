@@ -12,22 +12,26 @@ import torch
 import torch.nn.functional as F
 
 from tests.method.shapes import random_model
-from winnow.hardware.runtime import serving
-from winnow.hardware.runtime.check import ENGLISH
+from winnow.benchmark.adapters import scorer
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration
+from winnow.data.encoding import IGNORED, Encoded, collate, collate_padded
+from winnow.estimate.layout import plan_of
+from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.bnb import NF4, Int8
 from winnow.method.rtn import RTN
 from winnow.method.soft_prompt import SoftPrompt, first_ids, prompted
 from winnow.model import adapter
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.model.plan import plan_of
 from winnow.model.save import save
-from winnow.nano.model import WEIGHTS
-from winnow.recovery.encoding import IGNORED, Encoded, collate, collate_padded
-from winnow.recovery.losses import cross_entropy
-from winnow.recovery.objective import CrossEntropy
-from winnow.recovery.prompted import PromptedStudent
-from winnow.types import LM, Calibration, Run, UserError
+from winnow.nano.embedded import WEIGHTS
+from winnow.runtime import serving
+from winnow.runtime.check import ENGLISH
+from winnow.training.losses import cross_entropy
+from winnow.training.objective import CrossEntropy
+from winnow.training.prompted import PromptedStudent
 
 peft = pytest.importorskip("peft")
 QUICK: dict[str, Any] = {"tokens": 8, "steps": 3, "tokens_per_batch": 128, "max_length": 64}
@@ -121,11 +125,11 @@ def test_scores_are_those_behind_the_prompt(artifact: Path) -> None:
         ("A", " B"),
     ]
     with serving(lm) as served:
-        found = served.scorer(3).loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+        found = scorer(served, lm, 3).loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
         ids = lm.tokenizer(ENGLISH)["input_ids"][:40]
         in_runtime = served.log_likelihoods(ids)
         assert served.context == lm.model.config.max_position_embeddings - 8
-        assert served.scorer(3).max_length == served.context
+        assert scorer(served, lm, 3).max_length == served.context
         assert served.request([ids, ids], 4).total_s > 0
 
     @torch.inference_mode()
@@ -171,12 +175,12 @@ def test_lm_eval_generates_behind_the_prompt(artifact: Path) -> None:
 
     lm = pretrained(str(artifact))
     with serving(lm) as served:
-        scorer = served.scorer(2)
+        pair = scorer(served, lm, 2)
         texts = ["Tom goes to the lake to look for a", "Anna"]
         requests = [Instance("generate_until", {}, (t, {"until": ["."], "max_gen_toks": 6}), 0) for t in texts]
-        together = scorer.generate_until(requests)
-        assert together[0] and all(scorer.count_tokens(answer) <= 6 and "." not in answer for answer in together)
-        with_one = served.scorer(1)
+        together = pair.generate_until(requests)
+        assert together[0] and all(pair.count_tokens(answer) <= 6 and "." not in answer for answer in together)
+        with_one = scorer(served, lm, 1)
         assert together == with_one.generate_until([dataclasses.replace(r) for r in requests])
 
 

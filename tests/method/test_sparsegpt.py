@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from winnow.core.errors import UserError
 from winnow.method.masks import smallest_of_all, smallest_of_pattern
 from winnow.method.prune import Wanda
 from winnow.method.sparsegpt import SparseGPT, inverse_factor, prune_columns
 from winnow.model.load import pretrained
-from winnow.nano.model import trained
-from winnow.types import UserError
+from winnow.nano.embedded import trained
 
 
 def problem(rows: int = 6, width: int = 32, tokens: int = 100) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from tests.method.shapes import FAMILIES, config_of, random_model
+from winnow.core.errors import UserError
+from winnow.data.calibration import calibration_batches
+from winnow.estimate.layout import Plan, dense_tensors
 from winnow.method import pipeline
 from winnow.method.importance import importances
 from winnow.method.rtn import RTN
 from winnow.method.width import Width, head_dim, strongest, strongest_heads
-from winnow.model.calibration import calibration_batches
+from winnow.model.lm import LM
 from winnow.model.load import load_config, pretrained
-from winnow.model.plan import Plan, dense_tensors
 from winnow.model.save import save
-from winnow.types import LM, UserError
 
 HALF = Width(mlp=0.5, heads=0.5, hidden=0.5)
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from tests.method.shapes import config_of
-from winnow.model.gguf.read_tokenizer import SPLITS
-from winnow.model.gguf.tokenizer import SAMPLES, WHOLE_WORDS
+from winnow.model.gguf.read_vocabulary import SPLITS
+from winnow.model.gguf.vocabulary import SAMPLES, WHOLE_WORDS
+from winnow.model.lm import LM
 from winnow.nano.items import held_out_text
-from winnow.types import LM
 
 LLAMA3 = {
     "rope_type": "llama3",

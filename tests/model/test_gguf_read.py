@@ -17,15 +17,16 @@ import gguf
 import numpy as np
 
 from tests.model.gguf_files import SHAPES, byte_level, random_model, rewritten, sentencepiece_like
+from winnow.core.errors import MissingExtra, UserError
 from winnow.method.gguf import GGUF
 from winnow.model.gguf import architectures, read
-from winnow.model.gguf import tokenizer as tokenizers
+from winnow.model.gguf import vocabulary as tokenizers
 from winnow.model.gguf.export import export
 from winnow.model.gguf.file import opened
-from winnow.model.gguf.read_tokenizer import SPLITS, merges_of, tokenizer_in
+from winnow.model.gguf.read_vocabulary import SPLITS, merges_of, tokenizer_in
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.nano.model import trained
-from winnow.types import LM, MissingExtra, UserError
+from winnow.nano.embedded import trained
 
 TEXTS = (*tokenizers.SAMPLES, "<s>a <tool> b</s>", "")
 

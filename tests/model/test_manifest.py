@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from winnow import files
+from winnow.core import files
 from winnow.model import folder, manifest
 from winnow.model.load import pretrained
 

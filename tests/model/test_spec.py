@@ -17,8 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from winnow.core.errors import UserError
 from winnow.model.spec import spec
-from winnow.types import UserError
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from winnow.types import Objective, Reason, Strategy, Summary, Trial
+from winnow.core.errors import Reason
+from winnow.core.types import Objective, Strategy, Summary, Trial
 
 HOSTILE = '</script><img src=x onerror="alert(1)"> & \u2028 \x1b[31mred\x00'
 

@@ -9,11 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.test_conf import composed
-from winnow import build, cli
+from winnow import build
+from winnow.core import cli
+from winnow.core.errors import UserError
 from winnow.model.load import pretrained
 from winnow.report import curves as module
 from winnow.report.curves import Curves
-from winnow.types import UserError
 
 ENVIRONMENT = ("WANDB_API_KEY", "WANDB_MODE")
 

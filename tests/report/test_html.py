@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from winnow.core.errors import Reason
+from winnow.core.types import Strategy, Summary, Trial
 from winnow.report.html import render, write_report
-from winnow.types import Reason, Strategy, Summary, Trial
 
 
 class Page(HTMLParser):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
-from winnow.report.methods import FIGURES, LABELS, NOT_MEASURED, PAGE, classes, described, page, settings
+from tests.conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "bench"))
+
+from methods_page import FIGURES, LABELS, NOT_MEASURED, PAGE, classes, described, page, settings
 
 METHODS = [name for name in classes() if name not in NOT_MEASURED]
 
@@ -21,7 +26,7 @@ def test_each_class_says_where_it_is_from_and_what_it_takes(name: str) -> None:
 
 def test_the_page_is_made_of_what_the_classes_say_now() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(json.loads(FIGURES.read_text(encoding="utf-8"))), (
-        "make it anew: python -m winnow.report.methods"
+        "make it anew: python bench/methods_page.py"
     )
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from winnow.core.formats import axes_of, digits, duration, human, label_of, unit_of
+from winnow.core.types import Summary
 from winnow.report.facts import base_of, best_kept
-from winnow.report.figures import axes_of, digits, duration, human, label_of, unit_of
 from winnow.report.table import front_json, front_table, results_json, trial_line
-from winnow.types import Summary
 
 
 def test_front_table(summary: Summary) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from winnow.core.errors import MissingExtra, UserError
+from winnow.core.types import Summary
 from winnow.report import tracking
 from winnow.report.runs import run_id
 from winnow.report.tracking import Tracker
-from winnow.types import MissingExtra, Summary, UserError
 
 SECRETS = ("wandbkeydummy0123456789", "sk-openaidummy", "argv-secret-dummy")
 PROGRAM = """

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.search import small_search
-from winnow.search.opening import open_study
-from winnow.types import UserError
+from winnow.core.errors import UserError
+from winnow.study.opening import open_study
 
 FORK = multiprocessing.get_context("fork")
 STARTING_S = 0.3  # about what a search takes until its first trial runs

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from winnow.cli import command, say
+from winnow.core.cli import command, say
 
 
 @command("search")
@@ -54,12 +54,12 @@ def search(config: DictConfig, arguments: list[str], launching: Any) -> None:
     from tests.search import small_search
     from winnow.agent.samplers import TPE
     from winnow.search import overrides
-    from winnow.search.budget import Budget
+    from winnow.search.forecaster import Forecasts
     from winnow.search.loop import Search
-    from winnow.search.opening import open_study
-    from winnow.search.outlook import Forecasts
-    from winnow.search.space import read_space
     from winnow.search.views import Views
+    from winnow.study.budget import Budget
+    from winnow.study.opening import open_study
+    from winnow.study.space import read_space
 
     typed = overrides.parse(arguments)
     folder = Path(config.outputs) / config.study

@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from winnow.agent.samplers import TPE
-from winnow.cli import INTERRUPTED
-from winnow.search import child, job, loop, start, storage, trial
-from winnow.search.budget import Budget
+from winnow.core.cli import INTERRUPTED
+from winnow.core.errors import UserError
+from winnow.core.types import Objective
+from winnow.search import child, job, loop, start, trial
+from winnow.search.forecaster import Forecasts
 from winnow.search.loop import Search
-from winnow.search.opening import open_study
-from winnow.search.outlook import Forecasts
-from winnow.search.space import read_space
-from winnow.search.study import Proposal
 from winnow.search.views import Views
-from winnow.types import Objective, UserError
+from winnow.study import storage
+from winnow.study.budget import Budget
+from winnow.study.opening import open_study
+from winnow.study.space import read_space
+from winnow.study.study import Proposal
 
 METHODS = {
     "rtn": {"_target_": "winnow.method.rtn.RTN", "bits": 4, "group_size": 64},

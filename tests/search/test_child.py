@@ -17,11 +17,11 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.test_conf import composed
 from winnow.benchmark import harness
-from winnow.cli import options
+from winnow.core.cli import options
+from winnow.core.errors import Reason
 from winnow.hardware.device import RUNTIMES
 from winnow.search import child
 from winnow.search.trial import preloads
-from winnow.types import Reason
 
 # what the fork server does with its modules, on a torch that looks as if it were built for CUDA
 LEAVES_OUT = """
@@ -65,7 +65,7 @@ def every_preload() -> list[str]:
     for benchmark in options("benchmark"):
         wanted += preloads(composed("search", f"method=[{methods}]", f"benchmark={benchmark}", "hardware=l40s_x2"))
     agents = [composed("search", f"agent={name}").agent._target_.rpartition(".")[0] for name in options("agent")]
-    runtimes = [f"winnow.hardware.runtime.{name}" for name in RUNTIMES]
+    runtimes = [f"winnow.runtime.{name}" for name in RUNTIMES]
     return list(dict.fromkeys([*wanted, *agents, *runtimes]))
 
 
@@ -110,7 +110,7 @@ def test_a_worker_of_joblib_can_start_children(tmp_path: Path) -> None:
 
 def test_the_fork_server_imports_what_methods_and_benchmark_name() -> None:
     assert {*harness.PRELOAD, "compressed_tensors"} <= set(preloads(composed("search", "method=[rtn]")))
-    assert "winnow.recovery.fit" in preloads(composed("search", "method=[lora]"))
+    assert "winnow.training.fit" in preloads(composed("search", "method=[lora]"))
 
 
 WORKERS = "tests.search.workers"

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+from winnow.core.errors import Reason, UserError
+from winnow.core.types import Strategy
 from winnow.hardware.device import Hardware
+from winnow.model.lm import LM
 from winnow.search import child, decoding, overrides
-from winnow.types import LM, Reason, Strategy, UserError
 
 GPU = Hardware("h200", device="cuda")
 METHODS = {
@@ -28,7 +30,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     answer: dict[str, Any] = {"because": None}
 
     def call(function: str, arguments: dict[str, Any], *rest: Any) -> dict[str, Any]:
-        assert function == "winnow.hardware.runtime.graph_support:unsupported_base"
+        assert function == "winnow.runtime.graph_support:unsupported_base"
         assert arguments == {"path": "there", "attention": "auto", "trust_remote_code": False, "device": "cuda"}
         return answer
 

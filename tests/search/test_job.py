@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from winnow.core.errors import Reason
 from winnow.search import child, trial
 from winnow.search.job import STOP, Job, read_spent
-from winnow.types import Reason
 
 STEP = "tests.search.workers:burn"
 

@@ -19,8 +19,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.quick import MEASUREMENTS
 from tests.search import kills, small_search
-from winnow.search.opening import open_study
-from winnow.types import Reason
+from winnow.core.errors import Reason
+from winnow.study.opening import open_study
 
 LAUNCHERS = {
     "joblib": ("joblib", "hydra_plugins.hydra_joblib_launcher"),

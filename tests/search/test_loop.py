@@ -11,14 +11,15 @@ import pytest
 
 from tests.agent import world
 from winnow.agent.samplers import Grid
-from winnow.search.budget import Budget, Convergence
+from winnow.core.errors import Reason, UserError
+from winnow.core.types import Strategy
+from winnow.search.forecaster import Forecasts
 from winnow.search.loop import Search
-from winnow.search.opening import open_study
-from winnow.search.outlook import Forecasts
-from winnow.search.study import Proposal
 from winnow.search.trial import RIVALS
 from winnow.search.views import Views
-from winnow.types import Reason, Strategy, UserError
+from winnow.study.budget import Budget, Convergence
+from winnow.study.opening import open_study
+from winnow.study.study import Proposal
 
 Outcome = dict[str, Any]
 

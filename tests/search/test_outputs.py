@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.search.small_search import OBJECTIVES
-from tests.search.test_storage import RTN, SPACE
-from winnow.agent.policy import Suggestion
+from tests.study.test_storage import RTN, SPACE
+from winnow.core.errors import UserError
+from winnow.core.types import Strategy, Trial
 from winnow.search import outputs
-from winnow.search.opening import open_study
-from winnow.search.study import Study
-from winnow.types import Strategy, Trial, UserError
+from winnow.study.opening import open_study
+from winnow.study.policy import Suggestion
+from winnow.study.study import Study
 
 
 def opened(database: Path) -> Study:

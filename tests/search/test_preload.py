@@ -64,7 +64,7 @@ def test_transformers_may_have_been_asked_for_a_package_before() -> None:
 import json
 from transformers.utils import import_utils
 asked = import_utils.is_sklearn_available() and import_utils.is_scipy_available()
-import winnow.model.preload
+import winnow.model.import_transformers
 from transformers.generation import candidate_generator
 from transformers.loss import loss_for_object_detection
 print(json.dumps([asked, hasattr(candidate_generator, "roc_curve"), hasattr(loss_for_object_detection, "linear_sum_assignment")]))

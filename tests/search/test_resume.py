@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from tests.search import kills, small_search
-from winnow.search.opening import open_study
+from winnow.study.opening import open_study
 
 KILLS = 20
 

@@ -17,21 +17,22 @@ import psutil
 import pytest
 
 from tests.search import kills, small_search
-from winnow.agent.policy import Suggestion
 from winnow.agent.samplers import TPE
+from winnow.core.errors import Reason, UserError
+from winnow.core.types import Strategy
 from winnow.hardware.device import Gpu, Hardware
 from winnow.search import launching
-from winnow.search.budget import Budget
+from winnow.search.forecaster import Forecasts
 from winnow.search.job import STOP
 from winnow.search.loop import Search
-from winnow.search.opening import open_study
-from winnow.search.outlook import Forecasts
-from winnow.search.space import read_space
-from winnow.search.study import Proposal
 from winnow.search.trial import failure
 from winnow.search.views import Views
 from winnow.search.workers import Workers
-from winnow.types import Reason, Strategy, UserError
+from winnow.study.budget import Budget
+from winnow.study.opening import open_study
+from winnow.study.policy import Suggestion
+from winnow.study.space import read_space
+from winnow.study.study import Proposal
 
 Answer = Callable[[Strategy, int], dict[str, Any]]  # and how often it was run before -> outcome
 

@@ -19,7 +19,7 @@ def add(a: int, b: int, log: Any) -> dict[str, int]:
 
 
 def fail(kind: str, log: Any) -> dict[str, Any]:
-    from winnow.types import MissingExtra, UserError
+    from winnow.core.errors import MissingExtra, UserError
 
     errors: dict[str, BaseException] = {
         "value": ValueError("a bad value"),

@@ -17,21 +17,24 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import REPOSITORY
 from tests.method.test_conformance import logits, look_before_saving, stage_of
 from tests.wild.architectures import ARCHITECTURES, random_model
-from winnow.knobs import Checked
-from winnow.method import pipeline, suits
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.estimate.layout import plan_of
+from winnow.hardware.run import Run
+from winnow.method import pipeline, suitability
 from winnow.method.bnb import NF4
+from winnow.method.knobs import Checked
 from winnow.method.lora import Lora, adapted, layers
 from winnow.method.oneshot import GPTQ
 from winnow.method.prune import Magnitude, Wanda
 from winnow.method.rtn import RTN
 from winnow.model import manifest
 from winnow.model.layers import decoder_blocks, linears
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
-from winnow.model.plan import plan_of
 from winnow.model.spec import context_of
 from winnow.model.unfused import fuse, fused, unfuse
-from winnow.recovery.student import Student
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.training.student import Student
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
 import architectures as page
@@ -149,7 +152,7 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_made(
     lm = pretrained(str(base(family)))
     plan = plan_of(lm)
     with pytest.raises(UserError) as forecast:
-        suits.check({name: stage}, plan.tensors, plan.spec.name)
+        suitability.check({name: stage}, plan.tensors, plan.spec.name)
     with pytest.raises(UserError) as refusal:
         pipeline.compress(lm, {name: stage}, run_in(tmp_path), tmp_path / "made")
     assert words in str(refusal.value)
@@ -209,6 +212,6 @@ def test_the_page_says_what_is_refused(family: str, base: Callable[[str], Path])
     plan = plan_of(pretrained(str(base(family))))
     for name, outcome in HELD[family].items():
         try:
-            suits.check({name: stage_of(name)}, plan.tensors, plan.spec.name)
+            suitability.check({name: stage_of(name)}, plan.tensors, plan.spec.name)
         except UserError as error:
             assert outcome == str(error), f"{name}: try it again with bench/architectures.py"

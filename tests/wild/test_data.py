@@ -12,13 +12,15 @@ from tests.benchmark.test_score import ITEMS, harness
 from tests.test_conf import composed
 from winnow import build
 from winnow.benchmark import divergence
-from winnow.benchmark.data import read
-from winnow.hardware.runtime import serving
-from winnow.model.calibration import calibration_batches
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Document
+from winnow.data import corpus
+from winnow.data.calibration import calibration_batches
+from winnow.data.corpus import documents
+from winnow.data.local_items import read
+from winnow.hardware.run import Run
 from winnow.model.load import pretrained
-from winnow.recovery import corpus
-from winnow.recovery.corpus import documents
-from winnow.types import Calibration, Document, Run, UserError
+from winnow.runtime import serving
 
 ROWS = [{"text": "Anna goes to the märket."}, {"text": "Tom takes a cup."}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

@@ -14,15 +14,18 @@ from lm_eval.api.instance import Instance
 
 from tests.wild import edits
 from tests.wild.edits import Edit, both, byte_order_mark, removed, setting, tensors, written
-from winnow.hardware.runtime import serving
+from winnow.benchmark.adapters import scorer
+from winnow.core.errors import Unservable, UserError
+from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.lora import Lora, adapted
 from winnow.method.qlora import QLoRA
 from winnow.method.rtn import RTN
 from winnow.model import adapter
+from winnow.model.lm import LM
 from winnow.model.load import pretrained
+from winnow.runtime import serving
 from winnow.search import start
-from winnow.types import LM, Run, Unservable, UserError
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -35,12 +38,12 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 def answers(lm: LM) -> list[str]:
     """To two prompts of different lengths at once; choices are scored, too."""
     with serving(lm) as served:
-        scorer = served.scorer(2, 4)
+        asked_model = scorer(served, lm, 2, 4)
         asked = [Instance("loglikelihood", {}, ("", " yes"), 0), Instance("loglikelihood", {}, ("Is it so?", " no"), 1)]
-        assert all(torch.tensor([score for score, _ in scorer.loglikelihood(asked)]).isfinite())
+        assert all(torch.tensor([score for score, _ in asked_model.loglikelihood(asked)]).isfinite())
         prompts = ["Tom", "Anna goes to the market to look for"]
         return list(
-            scorer.generate_until(
+            asked_model.generate_until(
                 [Instance("generate_until", {}, (text, {"until": ["\n"]}), n) for n, text in enumerate(prompts)]
             )
         )
@@ -153,22 +156,22 @@ A_OF_UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 
 ADAPTERS: dict[str, tuple[Edit, str]] = {
     "a tensor is missing": (
-        tensors(lambda held: {k: t for k, t in held.items() if k != A_OF_UP}, "adapter/adapter_model.safetensors"),
+        tensors(lambda held: {k: t for k, t in held.items() if k != A_OF_UP}, "adapter/asked_modelmodel.safetensors"),
         f"missing: {A_OF_UP}",
     ),
     "a tensor too many": (
-        tensors(lambda held: {**held, "x.lora_A.weight": torch.zeros(4, 4)}, "adapter/adapter_model.safetensors"),
+        tensors(lambda held: {**held, "x.lora_A.weight": torch.zeros(4, 4)}, "adapter/asked_modelmodel.safetensors"),
         "unexpected: x.lora_A",
     ),
     "a tensor of another shape": (
-        tensors(lambda held: {**held, A_OF_UP: torch.zeros(4, 3)}, "adapter/adapter_model.safetensors"),
+        tensors(lambda held: {**held, A_OF_UP: torch.zeros(4, 3)}, "adapter/asked_modelmodel.safetensors"),
         r"of another shape: .*\(4, 3\) for \(4, 64\)",
     ),
 }
 
 
 @pytest.mark.parametrize("name", [None, *ADAPTERS])
-def test_an_adapter_is_whole_or_refused(name: str | None, folder: Path) -> None:
+def test_an_asked_modelis_whole_or_refused(name: str | None, folder: Path) -> None:
     adapter.write(adapted(pretrained(str(folder)).model, Lora(rank=4), 0), folder / adapter.NAME)
     if name is None:
         assert adapter.is_adapted(pretrained(str(folder)).model)

@@ -15,11 +15,11 @@ from tests.agent import world
 from tests.conftest import REPOSITORY
 from tests.quick import MEASUREMENTS
 from tests.started import run
-from winnow import grammar
-from winnow.search.opening import open_study
+from winnow.core import grammar
+from winnow.core.types import Strategy
 from winnow.search.overrides import command_lines
-from winnow.search.storage import sqlite_file, sqlite_url
-from winnow.types import Strategy
+from winnow.study.opening import open_study
+from winnow.study.storage import sqlite_file, sqlite_url
 
 NAMES = [
     "plain", "a b", " a ", "a#b", "a?b=c&d", "100%", "a%20b", "a,b", "[a]", "{a}", "a=b", "a'b", 'a"b', "a\\b", "a\\'b", "(a)",

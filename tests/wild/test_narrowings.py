@@ -18,17 +18,19 @@ from winnow import build
 from winnow.agent.gp import GP
 from winnow.agent.llm.critic import strategy_of
 from winnow.agent.llm.schema import as_proposal
-from winnow.agent.policy import Suggestion
 from winnow.agent.recipe import read_recipe
 from winnow.agent.samplers import TPE, Grid
-from winnow.cli import options
-from winnow.knobs import knobs_of
+from winnow.core.cli import options
+from winnow.core.errors import UserError
+from winnow.core.targets import target_of
+from winnow.core.types import Strategy, Trial
+from winnow.method.knobs import knobs_of
 from winnow.search import overrides
-from winnow.search.history import History
-from winnow.search.opening import open_study
-from winnow.search.space import Space, read_space
 from winnow.search.start import first_strategies
-from winnow.types import Strategy, Trial, UserError
+from winnow.study.history import History
+from winnow.study.opening import open_study
+from winnow.study.policy import Suggestion
+from winnow.study.space import Space, read_space
 
 SEEDS = range(6)
 
@@ -172,7 +174,7 @@ def test_every_strategy_of_a_space_can_be_tried(seed: int, tmp_path: Path) -> No
 
 def narrowings(name: str, rng: random.Random) -> Iterator[str]:
     """Some settings of a method, as somebody may type them."""
-    knobs = knobs_of(build.target_of(methods()[name]["_target_"]))
+    knobs = knobs_of(target_of(methods()[name]["_target_"]))
     for setting, knob in knobs.items():
         key, kind = f"method.{name}.{setting}", rng.randrange(6)
         if knob.when or setting in ("teacher", "hidden_weight", "dense"):  # these clash with what others may be

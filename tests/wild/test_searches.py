@@ -16,10 +16,10 @@ from tests.search.test_loop import Found, outcome
 from tests.test_conf import composed
 from winnow import build
 from winnow.agent.gp import GP
-from winnow.agent.policy import Policy
 from winnow.agent.samplers import NSGA2, TPE, Grid, Random
-from winnow.search.budget import Budget
-from winnow.search.study import Proposal
+from winnow.study.budget import Budget
+from winnow.study.policy import Policy
+from winnow.study.study import Proposal
 
 POLICIES: dict[str, Callable[[], Policy]] = {"random": Random, "grid": Grid, "tpe": TPE, "nsga2": NSGA2, "gp": GP}
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from winnow.agent.policy import Outlook, Suggestion, fresh
-from winnow.search.history import History
-from winnow.search.space import NONE, Space
-from winnow.types import Strategy, Trial
+from winnow.core.types import Strategy, Trial
+from winnow.study.history import History
+from winnow.study.policy import Outlook, Suggestion, fresh
+from winnow.study.space import NONE, Space
 
 RECENT = 1000  # trials: 0.97 to this power is nothing
 

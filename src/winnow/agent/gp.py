@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from winnow.agent.policy import ENUMERABLE, Outlook, Suggestion, drawn, fresh
-from winnow.search.history import History
-from winnow.search.improvement import boxes, expected, nondominated
-from winnow.search.objectives import KL
-from winnow.search.space import Space
-from winnow.search.surrogate import Features, GaussianProcess, Settings, features, fitted
-from winnow.types import Objective, Strategy, Trial
+from winnow.agent.improvement import boxes, expected, nondominated
+from winnow.agent.surrogate import Features, GaussianProcess, Settings, features, fitted
+from winnow.core.types import Objective, Strategy, Trial
+from winnow.study.history import History
+from winnow.study.objectives import KL
+from winnow.study.policy import ENUMERABLE, Outlook, Suggestion, drawn, fresh
+from winnow.study.space import Space
 
 MOST_OBSERVATIONS = 300  # that a process is conditioned on: solving for them is cubic
 ESTIMATED, GUESSED = 5.0, 30.0  # the noise of what was scored on some items, and of what only the divergence tells
@@ -148,7 +148,7 @@ class _Moment:
 
     Attributes:
         tops: the best value of each objective.
-        open_boxes, volume: what no trial dominates yet, as of `winnow.search.improvement.boxes`; of the whole box.
+        open_boxes, volume: what no trial dominates yet, as of `winnow.agent.improvement.boxes`; of the whole box.
         processes: by objective.
     """
 

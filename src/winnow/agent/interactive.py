@@ -13,11 +13,12 @@ from typing import Any
 
 from winnow.agent.llm.critic import clean, objections_to, strategy_of
 from winnow.agent.llm.schema import as_proposal
-from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion
-from winnow.cli import say
-from winnow.search.history import History
-from winnow.search.space import Space
-from winnow.types import Strategy, UserError
+from winnow.core.cli import say
+from winnow.core.errors import UserError
+from winnow.core.types import Strategy
+from winnow.study.history import History
+from winnow.study.policy import Exhausted, Outlook, Policy, Suggestion
+from winnow.study.space import Space
 
 MOST_REJECTED = 5  # for one trial
 QUESTION = "[a]ccept, [e]dit, [r]eject, [q]uit? "

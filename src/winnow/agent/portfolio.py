@@ -12,10 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from winnow.agent.bandit import Rates, recent
-from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion
-from winnow.search.history import History
-from winnow.search.space import Space
-from winnow.types import Strategy, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Strategy
+from winnow.study.history import History
+from winnow.study.policy import Exhausted, Outlook, Policy, Suggestion
+from winnow.study.space import Space
 
 _GOLDEN = (5**0.5 - 1) / 2
 

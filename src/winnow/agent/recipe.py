@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from winnow.agent.policy import Exhausted, Outlook, Suggestion
-from winnow.cli import say
-from winnow.search.history import History
-from winnow.search.space import Method, Space
-from winnow.types import Strategy, UserError
+from winnow.core.cli import say
+from winnow.core.errors import UserError
+from winnow.core.types import Strategy
+from winnow.study.history import History
+from winnow.study.policy import Exhausted, Outlook, Suggestion
+from winnow.study.space import Method, Space
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from winnow.agent.llm.critic import strategy_of
 from winnow.agent.llm.schema import as_proposal
-from winnow.agent.policy import Exhausted, Outlook, Suggestion
-from winnow.cli import say
-from winnow.search.history import History
-from winnow.search.space import Space
-from winnow.types import UserError
+from winnow.core.cli import say
+from winnow.core.errors import UserError
+from winnow.study.history import History
+from winnow.study.policy import Exhausted, Outlook, Suggestion
+from winnow.study.space import Space
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Replay:
         Raises:
             UserError: there is none of that name.
         """
-        from winnow.search import storage as storages
-        from winnow.search.study import recorded
+        from winnow.study import storage as storages
+        from winnow.study.study import recorded
 
         if not self.study:
             raise UserError("agent.study is not set: agent=replay needs the name or the folder of a study to replay")

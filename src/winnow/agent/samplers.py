@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from winnow.agent.policy import Exhausted, Near, Outlook, Suggestion, fresh
-from winnow.search.history import History
-from winnow.search.space import Space, distributions
-from winnow.types import Trial
+from winnow.core.types import Trial
+from winnow.study.history import History
+from winnow.study.policy import Exhausted, Near, Outlook, Suggestion, fresh
+from winnow.study.space import Space, distributions
 
 if TYPE_CHECKING:
     import optuna

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from winnow.benchmark.samples import Sample, read
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 Z = 1.959964  # 97.5% quantile of the normal distribution
 ALL = "all"

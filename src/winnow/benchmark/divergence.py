@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from winnow.files import whole
+from winnow.core.files import whole
+from winnow.core.types import Figures
+from winnow.hardware.run import Run
+from winnow.model.lm import LM
 from winnow.model.spec import context_of
-from winnow.types import LM, Figures, Run
 
 if TYPE_CHECKING:
-    from winnow.hardware.runtime import Served
+    from winnow.runtime import Served
 
 TOKENS = 4096
 TOP = 256
@@ -54,7 +56,7 @@ def reference(base: LM, served: Served | None, run: Run, device: str) -> Referen
         UserError: the calibration source is missing or empty.
         NotImplementedError: the runtime cannot tell.
     """
-    from winnow.recovery.corpus import content
+    from winnow.data.corpus import content
 
     how = [base.loading.dtype, base.loading.attention, device]
     key = [base.sha256(), run.seed, asdict(run.calibration), content(run.calibration), TOKENS, TOP, how]
@@ -80,7 +82,7 @@ def reference(base: LM, served: Served | None, run: Run, device: str) -> Referen
 
 def _computed(base: LM, served: Served | None, run: Run, device: str) -> Reference:
     from winnow.hardware.device import Hardware
-    from winnow.hardware.runtime import serving
+    from winnow.runtime import serving
 
     rows = _rows(base, run)
     if served is None:
@@ -96,8 +98,8 @@ def _computed(base: LM, served: Served | None, run: Run, device: str) -> Referen
 
 def _rows(base: LM, run: Run) -> list[list[int]]:
     """Documents of the calibration source, as token ids, up to `TOKENS` of them together."""
-    from winnow.recovery.corpus import documents
-    from winnow.recovery.encoding import encode
+    from winnow.data.corpus import documents
+    from winnow.data.encoding import encode
 
     context = context_of(base.model.config)
     # a soft prompt takes some positions of a model that is compared

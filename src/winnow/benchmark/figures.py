@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from winnow.benchmark.samples import Sample
-from winnow.benchmark.spec import PERPLEXITY, Spec
-from winnow.types import Figures
+from winnow.core.types import Figures
+from winnow.data.task_spec import PERPLEXITY, Spec
 
 
 def mean_and_error(values: Mapping[str, Sequence[float]], by: str = "items") -> tuple[float, float]:

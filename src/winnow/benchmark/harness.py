@@ -9,24 +9,25 @@ fixed batch size and items and exemplars that depend on the seed alone make a sc
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import logging
-import os
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.benchmark import figures, samples
+from winnow.benchmark.adapters import scorer
 from winnow.benchmark.order import Order, read
-from winnow.benchmark.spec import Spec
-from winnow.files import sha256_of
-from winnow.hardware.runtime import serving
-from winnow.types import LM, Figures, Run, UserError
+from winnow.core.errors import UserError
+from winnow.core.files import sha256_of
+from winnow.core.types import Figures
+from winnow.data.task_spec import Spec
+from winnow.data.tasks import quiet
+from winnow.hardware.run import Run
+from winnow.model.lm import LM
+from winnow.runtime import Served, serving
 
 if TYPE_CHECKING:
     from winnow.benchmark.score import Question
@@ -38,8 +39,8 @@ PRELOAD = [
     "datasets",
     "lm_eval.tasks",
     "lm_eval.models.huggingface",
-    "winnow.benchmark.adapter",
-    "winnow.hardware.runtime.transformers",
+    "winnow.benchmark.transformers_adapter",
+    "winnow.runtime.transformers",
 ]
 
 
@@ -49,7 +50,7 @@ class Harness:
 
     Attributes:
         name: the option's own name, `benchmark=<name>`.
-        tasks: the benchmarks, by name; the keys of each are those of `winnow.benchmark.spec.Spec`.
+        tasks: the benchmarks, by name; the keys of each are those of `winnow.data.task_spec.Spec`.
         data_dir: a folder with the items as JSONL, laid out as each YAML says under `data`; None takes the hub's.
         limit: items of each benchmark, chosen by hash: those of a lower limit are among those of a higher one.
         num_fewshot: exemplars before each question; None leaves each benchmark's own number.
@@ -112,11 +113,12 @@ class Harness:
         files = [path for spec in self.specs for path in spec.files(self.data_dir)]
         return sha256_of(files) if files else None
 
-    def __call__(self, lm: LM, run: Run, watch: Watch | None = None) -> Figures:
+    def __call__(self, lm: LM, run: Run, watch: Watch | None = None, served: Served | None = None) -> Figures:
         """Scores `lm`, in rounds; writes `samples.parquet` and `rounds.json` into the run's folder.
 
         Args:
             watch: shown all outcomes after each round and how many are to come; what it raises ends the scoring.
+            served: `lm`, where a runtime has it open.
 
         Raises:
             UserError: items are missing, or code cannot be run safely here.
@@ -126,9 +128,9 @@ class Harness:
         found: dict[str, list[samples.Sample]] = {spec.name: [] for spec in self.specs}
         seconds: dict[str, float] = dict.fromkeys(found, 0.0)
         spent: list[dict[str, Any]] = []
-        with quiet(), serving(lm, log=run.log) as served:
+        with quiet(), serving(lm, log=run.log, served=served) as opened:
             asked, exemplars = self.asked()  # all before any is put
-            adapter = served.scorer(self.batch_size, self.max_gen_toks)
+            adapter = scorer(opened, lm, self.batch_size, self.max_gen_toks)
             try:
                 for chunk, left in self.schedule(asked):
                     begun = dict(seconds)
@@ -160,7 +162,7 @@ class Harness:
             UserError: items are missing.
         """
         from winnow.benchmark.score import questions
-        from winnow.benchmark.tasks import load
+        from winnow.data.tasks import load
 
         loaded = {spec.name: load(spec, self.data_dir, self.num_fewshot) for spec in self.specs}
         chosen = (self.limit, self.seed, self.held_back, self.confirming)
@@ -204,28 +206,3 @@ def _line(spec: Spec, found: list[samples.Sample], seconds: float) -> str:
     else:
         outcome = f"{values[spec.name]:.3f} ± {values[f'{spec.name}_stderr']:.3f}"
     return f"{spec.name}: {len(found)} items, {outcome}, {seconds:.1f} s"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without remarks and progress bars of the libraries below; loggers, warnings and environment are afterwards as they were."""
-    import datasets
-
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "huggingface_hub", "httpx")]
-    levels = [logger.level for logger in loggers]
-    environment, bars_shown = dict(os.environ), not datasets.are_progress_bars_disabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        datasets.disable_progress_bars()
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-            if bars_shown:
-                datasets.enable_progress_bars()
-            for key in set(os.environ) - set(environment):
-                del os.environ[key]
-            os.environ.update(environment)

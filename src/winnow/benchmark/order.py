@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 FILE = "order.parquet"
 Item = tuple[str, str]  # benchmark and the item's hash

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from winnow.model.adapter import bare, virtual_tokens
-from winnow.recovery.attention import NOT_TOLD, Segment, Segments, attending, segments_attention
+from winnow.model.packed_attention import NOT_TOLD, Segment, Segments, attending, segments_attention
 
 Request = tuple[Sequence[int], Sequence[int]]  # the ids of a context, and of its continuation; neither is empty
 Score = tuple[float, bool]  # the continuation's log-likelihood in nats, and whether greedy decoding gives it

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 FILE = "samples.parquet"
 

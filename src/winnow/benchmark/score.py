@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from winnow.benchmark.samples import Sample
-from winnow.benchmark.spec import Spec
-from winnow.benchmark.tasks import Loaded
-from winnow.types import UserError
+from winnow.core.errors import UserError
+from winnow.data.task_spec import Spec
+from winnow.data.tasks import Loaded
 
 
 @dataclass(frozen=True)

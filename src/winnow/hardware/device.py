@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from winnow.core.errors import UserError
 from winnow.hardware.compute import fastest
-from winnow.types import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARALLEL = ("auto", "ddp", "fsdp")
 DECODE = ("auto", "graph", "eager")
-RUNTIMES = ("transformers", "vllm", "llama_cpp")  # modules of winnow.hardware.runtime
+RUNTIMES = ("transformers", "vllm", "llama_cpp")  # modules of winnow.runtime
 WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; what codecarbon, too, takes for an unknown country
 
 

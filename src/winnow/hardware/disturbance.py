@@ -35,7 +35,7 @@ from winnow.hardware.device import available_cores
 
 T = TypeVar("T")
 
-# Share of the wall time that may be lost. Latencies that differ by 5 % are equal on the front (`winnow.search.objectives.TIME`);
+# Share of the wall time that may be lost. Latencies that differ by 5 % are equal on the front (`winnow.study.objectives.TIME`);
 # the table above has 0.015 at most where the latency did not suffer, and 0.37 at least where it did.
 MOST_LOST = 0.05
 # The thread that puts requests computes, or spins while others do, all the time: 0.98 at least in the table, 0.64 at most beside

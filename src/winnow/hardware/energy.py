@@ -5,7 +5,7 @@ power model, with the processor's rated power times the share of it that this pr
 power for the memory modules. An energy model is not a meter, and the label says so. Nothing is ever sent anywhere.
 
 Cost: codecarbon finds out what the machine is in 1.6 s, 1 s of which py-cpuinfo sleeps to count clock ticks. That is done once a
-process and inherited by forks, so a fork server that imports `winnow.hardware.preload` meters in its children for some 10 ms.
+process and inherited by forks: children of a fork server that imports `winnow.hardware.energy_preload` meter for some 10 ms.
 
     with EnergyMeter() as energy:
         work()
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from winnow.core.libraries import is_installed, require
 from winnow.hardware.device import WORLD_AVERAGE_G_PER_KWH, Gpu, used_gpus
-from winnow.libraries import is_installed, require
 
 _COUNTERS = ("intel_rapl", "windows_emi")  # codecarbon's modes that read counters; AMD's processors have RAPL too
 _J_PER_WH = 3600.0

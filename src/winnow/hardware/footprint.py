@@ -13,10 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from winnow.core.errors import UserError
+from winnow.core.libraries import require
 from winnow.hardware.device import visible_gpus
-from winnow.libraries import require
 from winnow.model import manifest
-from winnow.types import LM, UserError
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

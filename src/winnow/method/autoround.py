@@ -14,12 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import LINEAR, Checked, knob
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.holders import LINEAR
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan, Stored
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan, Stored
 
 DRIVER = "winnow.method.autoround_driver"
 WORD = 32  # bits of the integers into which the auto_round format packs
@@ -76,7 +80,7 @@ class AutoRound(Checked):
         return plan.in_16_bits().with_linears(change)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work, counted
+        from winnow.estimate.cost import Work, counted
 
         seen, walked = counted(calibration), Work.calibrated(plan, calibration, passes=3)
         longest = min(calibration.max_length, 2 * seen.tokens / calibration.samples)  # roughly
@@ -93,7 +97,7 @@ class AutoRound(Checked):
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch
 
-        from winnow.model.calibration import calibration_batches
+        from winnow.data.calibration import calibration_batches
         from winnow.model.packing import attach_scheme, cast_weights
 
         model = lm.model

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from winnow.hardware.run import Run
 from winnow.model.layers import decoder_blocks, linears_in
-from winnow.types import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

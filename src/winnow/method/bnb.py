@@ -12,16 +12,19 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import LINEAR, TRANSPOSED, Checked, knob
-from winnow.types import LM, Calibration, Run, Slot
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.holders import LINEAR, TRANSPOSED
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan, Stored
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan, Stored
 
 BLOCK = 64  # weights that share an 8-bit scale
 BLOCKS = 256  # blocks whose scales share a 32-bit one
@@ -40,7 +43,7 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
 
     from winnow.model.load import quiet
     from winnow.model.unfused import fused
-    from winnow.recovery.devices import local_device, world
+    from winnow.training.dist_env import local_device, world
 
     scratch = run.folder / f"dense-{world().rank}"
     try:
@@ -107,7 +110,7 @@ class Int8(Checked):
         return plan.in_16_bits().with_linears(change)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         return Work.reloaded(plan, bits=8)
 
@@ -131,7 +134,7 @@ class _FourBit(Checked):
         return plan.in_16_bits().with_linears(change)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         return Work.reloaded(plan, bits=BITS)
 

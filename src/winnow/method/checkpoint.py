@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from winnow.files import whole
-from winnow.types import LM, Run
+from winnow.core.files import whole
+from winnow.hardware.run import Run
+from winnow.model.lm import LM
 
 SAVE_EVERY_S = 300.0
 

@@ -11,17 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from winnow.hardware.work import Work
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan, Stored
     from winnow.method.blocks import Caught
-    from winnow.model.plan import Plan, Stored
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configurations with an entry a layer
 
@@ -69,7 +72,7 @@ class Depth(Checked):
         return plan.reshaped(shallower(plan.config, range(self.kept(layers))))
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work, counted
+        from winnow.estimate.cost import Work, counted
 
         seen, layers = counted(calibration), plan.spec.layers
         if self.by == "influence":
@@ -78,8 +81,8 @@ class Depth(Checked):
         return Work.calibrated(plan, calibration, passes=self._dropped(layers) * layers / 2) + states
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.method import statistics
-        from winnow.model.calibration import calibration_batches
+        from winnow.data.calibration import calibration_batches
+        from winnow.method import calibration_statistics
         from winnow.model.layers import decoder_blocks
         from winnow.model.reshape import rebuilt
 
@@ -87,7 +90,7 @@ class Depth(Checked):
         count = self._dropped(len(blocks))
         batches, digest = calibration_batches(lm, run)
         if self.by == "influence":
-            found = statistics.kept(
+            found = calibration_statistics.kept(
                 lm.model, run, "influence", (digest,), lambda: {"blocks": block_influences(lm.model, batches, run)}
             )
             scores = found["blocks"].tolist()
@@ -186,8 +189,8 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
 
 def answer_starts(lm: LM, run: Run) -> list[int]:
     """Of each row of the calibration batches, one after another, the first position that the loss counts."""
-    from winnow.recovery.corpus import documents
-    from winnow.recovery.encoding import encode
+    from winnow.data.corpus import documents
+    from winnow.data.encoding import encode
 
     found = encode(
         documents(run.calibration, run.calibration.samples, run.seed), lm.tokenizer, run.calibration.max_length

@@ -13,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import knob
-from winnow.method.training import Training
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import knob
+from winnow.method.trainable import Training
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
-    from winnow.recovery.encoding import Encoded
-    from winnow.recovery.losses import Loss
-    from winnow.recovery.objective import Objective
-    from winnow.recovery.student import Student
+    from winnow.data.encoding import Encoded
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
+    from winnow.training.losses import Loss
+    from winnow.training.objective import Objective
+    from winnow.training.student import Student
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -72,7 +75,7 @@ class Distilling(Training):
     @property
     def divergence(self) -> Loss:
         """Of logits [N, V] from the teacher's."""
-        from winnow.recovery import losses
+        from winnow.training import losses
 
         if self.loss == "jsd":
             return functools.partial(losses.jensen_shannon, temperature=self.temperature, beta=self.beta)
@@ -81,7 +84,7 @@ class Distilling(Training):
 
     def documents_for(self, lm: LM, teacher: LM, run: Run) -> list[Encoded]:
         """The documents of one training: no more than its steps see, so that no target is computed in vain."""
-        from winnow.recovery.teacher import context
+        from winnow.training.teacher import context
 
         longest = min(self.max_length, context(teacher) or self.max_length)
         rows = dataclasses.replace(self, max_length=longest).encoded(lm, run)
@@ -98,8 +101,8 @@ class Distilling(Training):
 
         from winnow.hardware.compute import FLOAT32
         from winnow.model.packing import cast_weights
-        from winnow.recovery import zeros
-        from winnow.recovery.student import Student
+        from winnow.training import zeros
+        from winnow.training.student import Student
 
         dtype, home = model.dtype, model.device
         if run.compute_dtype == FLOAT32:
@@ -124,10 +127,10 @@ class Distilling(Training):
         return fitted.record()
 
     def _objective(self, student: Student, teacher: LM, rows: Sequence[Encoded], run: Run) -> Objective:
-        from winnow.recovery.devices import local_device
-        from winnow.recovery.objective import Distillation, SampledDistillation
-        from winnow.recovery.targets import Sampling, targets_of
-        from winnow.recovery.teacher import frozen
+        from winnow.training.dist_env import local_device
+        from winnow.training.objective import Distillation, SampledDistillation
+        from winnow.training.targets import Sampling, targets_of
+        from winnow.training.teacher import frozen
 
         def load() -> Student:
             return frozen(teacher, local_device(run))
@@ -144,7 +147,7 @@ class Distilling(Training):
 
     def training_work(self, plan: Plan, calibration: Calibration) -> Work:
         """What the training of a student of this plan costs, its teacher included."""
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         parameters = sum(t.numel for t in plan.tensors.values())
         trained = self.cost(plan, calibration, parameters, adapters=False)
@@ -191,7 +194,7 @@ class Distill(Distilling):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.student is not None:
-            from winnow.method.carving import check_shape
+            from winnow.method.student_init import check_shape
 
             if isinstance(self.student, str) or not hasattr(self.student, "items"):
                 raise UserError(
@@ -203,8 +206,8 @@ class Distill(Distilling):
     def predict(self, plan: Plan) -> Plan:
         if self.student is None:
             return plan
-        from winnow.method.carving import check_blocks, smaller
         from winnow.method.depth import check_alike
+        from winnow.method.student_init import check_blocks, smaller
 
         check_blocks(plan.config, self.student)
         if "num_hidden_layers" in self.student:
@@ -212,7 +215,7 @@ class Distill(Distilling):
         return plan.reshaped(smaller(plan.config, self.student, f"{self.option}.student"))
 
     def check(self, plan: Plan, base: LM, run: Run) -> None:
-        from winnow.recovery.teacher import check_pair, check_widths
+        from winnow.training.teacher import check_pair, check_widths
 
         super().check(plan, base, run)
         teacher = self._teacher(base, run)
@@ -224,7 +227,7 @@ class Distill(Distilling):
         return self.training_work(self.predict(plan), calibration)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.method.carving import carved, smaller
+        from winnow.method.student_init import carved, smaller
 
         teacher = self._teacher(lm, run)
         self._check_other(lm, teacher)
@@ -241,7 +244,7 @@ class Distill(Distilling):
         Raises:
             UserError: there is none, or it is the student itself.
         """
-        from winnow.recovery.teacher import teacher_at
+        from winnow.training.teacher import teacher_at
 
         option = f"{self.option}.teacher_path"
         path = self.teacher_path or run.base or lm.path

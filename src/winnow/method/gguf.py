@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
-from winnow.types import LM, Calibration, Run, Slot
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 
@@ -73,7 +75,7 @@ class GGUF(Checked):
         return dataclasses.replace(plan, tensors=tensors, other_bytes=plan.other_bytes + vocabulary, kind="gguf")
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         largest = max(t.numel for t in plan.tensors.values())
         written = Work(
@@ -82,8 +84,8 @@ class GGUF(Checked):
         return Work.calibrated(plan, calibration).then(written) if self._calibrated else written
 
     def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.method.imatrix import collect
         from winnow.model.gguf import architectures, mix
-        from winnow.model.gguf.importance import collect
         from winnow.model.gguf.quantize import tensor_types
 
         architectures.family_of(lm.model.config)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from winnow.types import Run
+from winnow.hardware.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,17 +43,17 @@ def kept_importances(
     model: PreTrainedModel, heads: int, batches: Sequence[torch.Tensor], digest: str, run: Run
 ) -> Importances:
     """`importances`, or what they were when the same weights saw the same texts, those of the `digest`, before."""
-    from winnow.method import statistics
+    from winnow.method import calibration_statistics
 
     norms = {module: f"energy.{name}" for name, module in model.named_modules()}
 
-    def compute() -> statistics.Statistics:
+    def compute() -> calibration_statistics.Statistics:
         found = importances(model, heads, batches, run)
         layers = {f"channels.{n}": each for n, each in enumerate(found.channels)}
         layers |= {f"heads.{n}": each for n, each in enumerate(found.heads)}
         return layers | {"hidden": found.hidden} | {norms[norm]: each for norm, each in found.energy.items()}
 
-    found = statistics.kept(model, run, "widths", (heads, digest), compute)
+    found = calibration_statistics.kept(model, run, "widths", (heads, digest), compute)
     count = sum(name.startswith("channels.") for name in found)
     return Importances(
         [found[f"channels.{n}"] for n in range(count)],

@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 GROUPS = (16, 32, 64, 128)
 
@@ -76,7 +79,7 @@ class KV(Checked):
         return dataclasses.replace(plan, config=config, cache_bits=bits, cache_residual=self.residual)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         return Work()
 

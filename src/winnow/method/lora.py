@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
-from winnow.knobs import knob
-from winnow.method.training import Training
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import knob
+from winnow.method.trainable import Training
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 ALL = "all"
 _LEAST_NORM = 1e-30  # of a row: what a length of 0 is divided by
@@ -92,7 +95,7 @@ class Lora(Adapting):
 
     slot: ClassVar[Slot] = Slot.RECOVER
     shown_after: ClassVar[tuple[str, ...]] = ("wanda",)
-    preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
+    preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.training.fit")
 
     def predict(self, plan: Plan) -> Plan:
         self.targeted(plan)

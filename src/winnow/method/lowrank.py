@@ -11,15 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ class LowRank(Checked):
     multiple: int = knob(64, choices=(16, 32, 64, 128), search=False)
 
     def predict(self, plan: Plan) -> Plan:
-        from winnow.model.lowrank import code_bytes, factorised
+        from winnow.model.own_architectures import code_bytes, factorised
 
         config, _ = factorised(plan.config, self.ranks(plan.config))
         grown = len(config.to_json_string()) - len(plan.config.to_json_string())
         return dataclasses.replace(plan.reshaped(config), other_bytes=plan.other_bytes + code_bytes() + grown)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work, counted
+        from winnow.estimate.cost import Work, counted
 
         ranks = self.ranks(plan.config)
         weights = {name: plan.tensors[f"{name}.weight"] for name in ranks}
@@ -83,11 +86,11 @@ class LowRank(Checked):
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch
 
+        from winnow.data.calibration import calibration_batches
         from winnow.method.blocks import input_sums, walk_blocks
-        from winnow.model.calibration import calibration_batches
         from winnow.model.layers import decoder_blocks, linears
-        from winnow.model.lowrank import factorised
         from winnow.model.modeling_lowrank import product_in_place_of
+        from winnow.model.own_architectures import factorised
         from winnow.model.reshape import rebuilt
 
         ranks = self.ranks(lm.model.config)
@@ -124,7 +127,7 @@ class LowRank(Checked):
             UserError: there is no factorised form of the architecture.
         """
         from winnow.model.layers import linears
-        from winnow.model.lowrank import FAMILIES
+        from winnow.model.own_architectures import FAMILIES
         from winnow.model.spec import on_meta
 
         if config.model_type not in FAMILIES:

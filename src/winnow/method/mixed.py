@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import LINEAR, Checked, knob
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.holders import LINEAR
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 WIDTHS = (2, 3, 4, 8)  # that compressed-tensors packs; without 3 a searched recipe can lose to a uniform one
 GRID = 1 << 16  # the most steps that a budget is divided into; nearly all shapes need fewer, and are solved exactly
@@ -74,7 +78,7 @@ class Mixed(Checked):
         _check_halves(run.calibration.samples)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work, counted
+        from winnow.estimate.cost import Work, counted
 
         seen, spec = counted(calibration), plan.spec
         linears = [t for t in plan.largest_block if t.linear]
@@ -92,9 +96,9 @@ class Mixed(Checked):
         return (passes + held).then(Work.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.data.calibration import calibration_batches
         from winnow.method.rtn import rtn_scale
         from winnow.method.sensitivity import divergences, halves, unit_of
-        from winnow.model.calibration import calibration_batches
         from winnow.model.layers import linears
         from winnow.model.packing import attach_scheme, quantize_linear
 
@@ -138,14 +142,14 @@ class Mixed(Checked):
         """By unit and width; of an earlier run with the same weights, calibration, group size and seed, if there was one."""
         import torch
 
-        from winnow.method import sensitivity, statistics
+        from winnow.method import calibration_statistics, sensitivity
 
         def score() -> dict[str, torch.Tensor]:
             found = sensitivity.sensitivities(lm.model, batches, WIDTHS, self.group_size, run)
             return {unit: torch.tensor(list(found[unit].values()), dtype=torch.float64) for unit in units}
 
         said = (digest, self.group_size, run.seed, WIDTHS)
-        found = statistics.kept(lm.model, run, "sensitivity", said, score)
+        found = calibration_statistics.kept(lm.model, run, "sensitivity", said, score)
         return {unit: dict(zip(WIDTHS, found[unit].tolist(), strict=True)) for unit in units}
 
 

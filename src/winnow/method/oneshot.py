@@ -19,16 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
-from winnow.knobs import EXPERT, LINEAR, Checked, knob
-from winnow.origins import raised_below
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError, raised_below
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.holders import EXPERT, LINEAR
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan, Stored
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan, Stored
 
 _SCALES_WHAT_HAS_NO_WEIGHT = {"BloomForCausalLM"}  # the library would move scales of AWQ into its activation function
 DRIVER = "winnow.method.oneshot_driver"
@@ -95,7 +98,7 @@ class GPTQ(_Grouped):
     act_order: str = knob("static", choices=("static", "none"), search=False)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         seen = Work.calibrated(plan, calibration) + Work.hessians(plan, calibration)
         return (seen + Work.solved(plan) + Work.widened(plan)).then(Work.packed(plan))
@@ -137,7 +140,7 @@ class AWQ(_Grouped):
     grid: int = knob(20, low=3, high=100, search=False)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work, counted
+        from winnow.estimate.cost import Work, counted
 
         inputs = max(t.shape[1] for t in plan.linears)
         held = Work(device_bytes=3 * 2 * counted(calibration).tokens * inputs)  # of one part, with two of its outputs
@@ -189,7 +192,7 @@ class SmoothQuant(_OneShot):
     strength: float = knob(0.5, low=0.0, high=1.0)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         return (Work.calibrated(plan, calibration) + Work.widened(plan)).then(Work.packed(plan))
 
@@ -237,7 +240,7 @@ class FP8(_OneShot):
     scales: str = knob("channel", choices=("channel", "block"))
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         return Work.streamed(plan).then(Work.packed(plan))
 
@@ -263,8 +266,8 @@ class FP8(_OneShot):
 
 
 def _calibrated(lm: LM, run: Run, name: str, recipe: list[Any]) -> LM:
+    from winnow.data.calibration import calibration_batches
     from winnow.method.oneshot_driver import oneshot
-    from winnow.model.calibration import calibration_batches
 
     batches, digest = calibration_batches(lm, run)
     try:

@@ -12,9 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.method import prefixes, suits
+from winnow.core.errors import UserError
+from winnow.core.types import Slot
+from winnow.hardware.run import Run
+from winnow.method import prefixes, suitability
+from winnow.method.knobs import Stage
 from winnow.model import adapter
-from winnow.types import LM, Run, Slot, Stage, UserError
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +102,7 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
     took before its last resumption is not in it; `resumed_at_step` says where that was.
     """
     from winnow.hardware.energy import EnergyMeter
-    from winnow.recovery import devices, launch
+    from winnow.training import dist_env, torchrun
 
     for number, (name, stage) in enumerate(stages.items()):
         if number:
@@ -107,7 +111,7 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
         started = time.perf_counter()
         before = _readied(stage, lm)
         with EnergyMeter(run.carbon_g_per_kwh, run.device, run.devices) as energy:
-            lm = launch.spread(name, stage, lm, run) if launch.is_spread(stage, run) else stage(lm, run)
+            lm = torchrun.spread(name, stage, lm, run) if torchrun.is_spread(stage, run) else stage(lm, run)
         record: dict[str, Any] = {
             "method": name,
             "slot": stage.slot.name.lower(),
@@ -115,11 +119,11 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
             "seed": run.seed,
             "computed_in": run.compute_dtype,
             "seconds": round(time.perf_counter() - started, 3),
-            **devices.together(energy, run).record(),
+            **dist_env.together(energy, run).record(),
             **lm.manifest.pop("_notes", {}),
         }
         if before and lm.path is None:  # what is files by now is of another format, or was checked where it was made
-            suits.check_changed(name, before, lm.model)
+            suitability.check_changed(name, before, lm.model)
             record |= _experts_without_tokens(name, lm, run)
         lm.manifest = {**lm.manifest, "stages": [*lm.manifest.get("stages", []), record]}
         run.log(f"{name}: done in {record['seconds']:.1f} s")
@@ -134,7 +138,7 @@ def _readied(stage: Stage, lm: LM) -> dict[str, torch.Tensor]:
         return {}
     unfused.ready(lm.model, getattr(stage, "matrices", None))
     unfused.count_tokens(lm.model)
-    return suits.sample(lm.model)
+    return suitability.sample(lm.model)
 
 
 def _experts_without_tokens(name: str, lm: LM, run: Run) -> dict[str, Any]:
@@ -171,11 +175,11 @@ def check(stages: Mapping[str, Stage], lm: LM, run: Run) -> None:
     Raises:
         UserError: a stage does not suit the model that those before it will make.
     """
-    from winnow.model.plan import Plan, dense_tensors
+    from winnow.estimate.layout import Plan, dense_tensors
 
     config = lm.model.config
     plan = Plan(config, dense_tensors(config), computed_in=run.compute_dtype)
-    suits.check(stages, plan.tensors, type(lm.model).__name__)
+    suitability.check(stages, plan.tensors, type(lm.model).__name__)
     for stage in stages.values():
         stage.check(plan, lm, run)
         plan = stage.predict(plan)
@@ -191,7 +195,7 @@ def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
     Raises:
         UserError: the model is quantized already, and a stage would change its weights; or it is damaged.
     """
-    from winnow.recovery.devices import world
+    from winnow.training.dist_env import world
 
     if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
         lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256(), **origin(lm)}, "stages": []}
@@ -215,10 +219,10 @@ def _made(
     lm: LM, stages: Mapping[str, Stage], run: Run, output: Path, keep: Callable[[LM], None] = lambda made: None
 ) -> LM:
     """See `compress`; `keep` is shown what lies between two stages, and the artifact."""
-    from winnow.hardware.runtime.check import tried
     from winnow.model import manifest
     from winnow.model.save import save
-    from winnow.recovery.devices import world
+    from winnow.runtime.check import tried
+    from winnow.training.dist_env import world
 
     config = lm.model.config
     check_dense(lm, config, stages)

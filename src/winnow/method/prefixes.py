@@ -24,10 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from winnow.files import sha256
+from winnow.core.errors import UserError
+from winnow.core.files import sha256
+from winnow.core.types import Slot
+from winnow.data import corpus
+from winnow.hardware.run import Run
+from winnow.method.knobs import Stage
 from winnow.model import adapter, manifest
-from winnow.recovery import corpus
-from winnow.types import LM, Run, Slot, Stage, UserError
+from winnow.model.lm import LM
 
 FOLDER = "prefixes"
 DISK_BYTES_PER_SECOND = 200e6  # what is made faster than a slow disk writes it is not worth keeping

@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from winnow.knobs import knob
-from winnow.method.training import Training
-from winnow.types import LM, Calibration, Run, Slot
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import knob
+from winnow.method.trainable import Training
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 
 @dataclass(frozen=True)

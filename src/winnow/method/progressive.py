@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
 from winnow.method.distill import Distilling
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.method.knobs import Checked, knob
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 PRUNERS = ("depth", "width", "wanda", "magnitude")
 LEAST_SHARE = 0.02  # of the layers that a round of depth can drop
@@ -109,7 +112,7 @@ class Progressive(Distilling):
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.model.save import save
         from winnow.model.unfused import ready
-        from winnow.recovery.teacher import teacher_at
+        from winnow.training.teacher import teacher_at
 
         path = lm.path or run.base
         if path is None:
@@ -144,7 +147,7 @@ class Progressive(Distilling):
         return lm
 
     def _fingerprint(self, teacher: LM, run: Run) -> str:
-        from winnow.recovery.corpus import content
+        from winnow.data.corpus import content
 
         data = [dataclasses.asdict(run.calibration), content(run.calibration)]
         known = [dataclasses.asdict(self), teacher.sha256(), run.seed, data]

@@ -16,15 +16,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 PATTERNS = ("unstructured", "2:4", "4:8")
 ALLOCATIONS = ("uniform", "global", "owl")
@@ -85,7 +88,7 @@ class Pruning(Checked):
         self, lm: LM, run: Run, batches: Sequence[torch.Tensor] | None, digest: str | None
     ) -> dict[str, float]:
         """The share of each linear layer, by name. `batches` (of that digest) to see inputs with; None ranks by magnitude alone."""
-        from winnow.method import allocation, statistics
+        from winnow.method import allocation, calibration_statistics
         from winnow.model.layers import decoder_blocks, linears
 
         names = {linear: name for name, linear in linears(lm.model).items()}
@@ -103,10 +106,12 @@ class Pruning(Checked):
                 }
 
             # without data they are counted as fast as looked up
-            counts = count() if digest is None else statistics.kept(lm.model, run, "scores", (digest,), count)
+            counts = (
+                count() if digest is None else calibration_statistics.kept(lm.model, run, "scores", (digest,), count)
+            )
             ordered = {name: counts[name] for name in names.values() if name in counts}  # as kept they are in another
             return allocation.global_threshold(ordered, self.sparsity)
-        found = statistics.kept(
+        found = calibration_statistics.kept(
             lm.model, run, "outliers", (digest, self.owl_m), lambda: self._outliers(lm, run, batches)
         )
         blocks = [[m for m in block.modules() if m in names] for block in decoder_blocks(lm.model)]
@@ -160,14 +165,14 @@ class Magnitude(Pruning):
     perplexity_bound: ClassVar[float] = 1.02  # measured: 1.005
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         ranked = Work.selected(plan) if self.pattern == "unstructured" else Work.sorted(plan)
         return Work.calibrated(plan, calibration).then(ranked) if self.allocation == "owl" else ranked
 
     def __call__(self, lm: LM, run: Run) -> LM:
 
-        from winnow.model.calibration import calibration_batches
+        from winnow.data.calibration import calibration_batches
         from winnow.model.layers import decoder_blocks, linears, linears_in
 
         names = {linear: name for name, linear in linears(lm.model).items()}
@@ -189,15 +194,15 @@ class CalibratedPruning(Pruning):
     """A walk over the blocks in which each linear layer is pruned by what its inputs were, after the pruned blocks before."""
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         walks = 1 if self.allocation == "uniform" else 2
         return Work.calibrated(plan, calibration, passes=2 * walks) + Work.sorted(plan)
 
     def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.data.calibration import calibration_batches
         from winnow.method.blocks import walk_blocks
         from winnow.method.checkpoint import checkpoint_of
-        from winnow.model.calibration import calibration_batches
         from winnow.model.layers import decoder_blocks, linears
 
         names = {linear: name for name, linear in linears(lm.model).items()}

@@ -11,15 +11,19 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import LINEAR, TRANSPOSED, knob
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import knob
 from winnow.method.lora import Adapting
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.model.holders import LINEAR, TRANSPOSED
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class QLoRA(Adapting):
 
     slot: ClassVar[Slot] = Slot.ADAPT
     matrices: ClassVar[tuple[str, ...] | None] = (LINEAR, TRANSPOSED)
-    preload: ClassVar[tuple[str, ...]] = ("bitsandbytes", "peft", "winnow.recovery.fit")
+    preload: ClassVar[tuple[str, ...]] = ("bitsandbytes", "peft", "winnow.training.fit")
     perplexity_bound: ClassVar[float] = 1.02
 
     merge: bool = knob(False, choices=(False, True), search=False)
@@ -58,8 +62,8 @@ class QLoRA(Adapting):
         return ("bitsandbytes", "peft")
 
     def predict(self, plan: Plan) -> Plan:
+        from winnow.estimate.layout import Stored, dense_tensors
         from winnow.model.adapter import CONFIG_BYTES
-        from winnow.model.plan import Stored, dense_tensors
 
         if self.merge:
             return dataclasses.replace(plan.in_16_bits(), tensors=dense_tensors(plan.in_16_bits().config))

@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import EXPERT, LINEAR, Checked, knob
-from winnow.types import LM, Calibration, Run, Slot
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.holders import EXPERT, LINEAR
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class RTN(Checked):
         return plan.grouped(self.bits, self.group_size)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         return Work.streamed(plan).then(Work.packed(plan))
 

@@ -34,7 +34,7 @@ from winnow.model.layers import decoder_blocks, linears
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from winnow.types import Run
+    from winnow.hardware.run import Run
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 

@@ -10,17 +10,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import knob
-from winnow.method.training import Training
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import knob
+from winnow.method.trainable import Training
+from winnow.model.lm import LM
 from winnow.model.spec import context_of
-from winnow.types import LM, Calibration, Run, Slot, UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class SoftPrompt(Training):
     slot: ClassVar[Slot] = Slot.PROMPT
     matrices: ClassVar[tuple[str, ...] | None] = None
     known_as: ClassVar[str] = "soft_prompt"
-    preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.recovery.fit")
+    preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.training.fit")
     perplexity_bound: ClassVar[float] = 1.5
     leaves_adapter: ClassVar[bool] = True
     eager_because: ClassVar[str | None] = "puts its prompt before the text in Python"
@@ -61,8 +64,8 @@ class SoftPrompt(Training):
 
     def predict(self, plan: Plan) -> Plan:
         self._longest(plan.config)
+        from winnow.estimate.layout import Stored
         from winnow.model.adapter import CONFIG_BYTES
-        from winnow.model.plan import Stored
 
         numbers = self.tokens * plan.spec.hidden_size
         prompt = Stored((self.tokens, plan.spec.hidden_size), 4 * numbers, 4 * numbers)
@@ -70,7 +73,7 @@ class SoftPrompt(Training):
         return dataclasses.replace(plan, tensors=tensors, other_bytes=plan.other_bytes + CONFIG_BYTES)
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import counted
+        from winnow.estimate.cost import counted
 
         seen = counted(calibration)
         length = max(1.0, seen.tokens / max(1, seen.samples))
@@ -81,8 +84,8 @@ class SoftPrompt(Training):
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method.bnb import keep_packing
         from winnow.model import adapter
-        from winnow.recovery.devices import local_device
-        from winnow.recovery.prompted import PromptedStudent
+        from winnow.training.dist_env import local_device
+        from winnow.training.prompted import PromptedStudent
 
         adapter.check_alone(lm, "soft_prompt")
         rows = dataclasses.replace(self, max_length=self._longest(lm.model.config)).encoded(lm, run)

@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from winnow.knobs import knob
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration
+from winnow.method.knobs import knob
 from winnow.method.prune import CalibratedPruning
-from winnow.types import Calibration, UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 ATTEMPTS = 4  # at a damping ten times the last
 
@@ -48,7 +49,7 @@ class SparseGPT(CalibratedPruning):
     damping: float = knob(0.01, low=0.0001, high=1.0, log=True, search=False)  # of the mean of the Hessian's diagonal
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         passes = 2 if self.allocation == "uniform" else 3
         seen = Work.calibrated(plan, calibration, passes) + Work.hessians(plan, calibration)

@@ -12,16 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from winnow.knobs import Checked, knob
-from winnow.types import LM, Calibration, Run, Slot, UserError
+from winnow.core.errors import UserError
+from winnow.core.types import Calibration, Slot
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from winnow.hardware.work import Work
-    from winnow.model.plan import Plan
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
 
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -75,7 +78,7 @@ class Width(Checked):
         return plan.reshaped(self.narrower(plan.config))
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.hardware.work import Work
+        from winnow.estimate.cost import Work
 
         sliced = Work(
             host_bytes=sum(t.memory_bytes for t in plan.linears)
@@ -83,8 +86,8 @@ class Width(Checked):
         return Work.calibrated(plan, calibration).then(sliced)
 
     def __call__(self, lm: LM, run: Run) -> LM:
+        from winnow.data.calibration import calibration_batches
         from winnow.method.importance import kept_importances
-        from winnow.model.calibration import calibration_batches
         from winnow.model.reshape import rebuilt
 
         old, new = lm.model.config, self.narrower(lm.model.config)

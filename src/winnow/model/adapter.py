@@ -13,10 +13,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.libraries import require
+from winnow.core.errors import UserError
+from winnow.core.libraries import require
 from winnow.model.folder import ADAPTER, ADAPTER_FILES
 from winnow.model.keys import check_adapter
-from winnow.types import LM, UserError
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch

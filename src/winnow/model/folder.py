@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -10,7 +10,7 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from winnow.core.errors import Unservable
 from winnow.model.folder import header_of
-from winnow.types import Unservable
 
 
 def check_keys(found: Mapping[str, Any], path: str, what: str = "weights") -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:

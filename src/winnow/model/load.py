@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from winnow.libraries import require
-from winnow.model import adapter, generation, lowrank, manifest
+from winnow.core.errors import UserError
+from winnow.core.libraries import require
+from winnow.core.scalars import check_scalars
+from winnow.model import adapter, generation, manifest, own_architectures
 from winnow.model.folder import INDEX, WEIGHTS, header_of, weight_files
 from winnow.model.keys import check_keys
+from winnow.model.lm import LM, Loading
 from winnow.model.loading_errors import plain_errors
-from winnow.scalars import check_scalars
-from winnow.types import LM, Loading, UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ def pretrained(
     """A model by folder, hub id or GGUF file, not in memory yet; a folder is checked at once.
 
     A GGUF file, or a folder that holds one and no configuration, is read into a folder of the cache, and that is loaded
-    (`winnow.model.gguf.cached`); without `dequantize` it stays as it is, for llama.cpp to serve. Without `weights` only the
+    (`winnow.model.gguf.dequantized`); without `dequantize` it stays as it is, for llama.cpp to serve. Without `weights` only the
     configuration will be read, and a folder need not hold more.
 
     Raises:
@@ -68,10 +69,10 @@ def pretrained(
     folder = Path(path)
     file = folder if folder.is_file() else None if (folder / "config.json").is_file() else gguf_file(folder)
     if file is not None:
-        from winnow.model.gguf import cached
+        from winnow.model.gguf import dequantized
 
         name = name or file.stem
-        folder = cached.folder_of(file, dequantize and weights)
+        folder = dequantized.folder_of(file, dequantize and weights)
     if folder.is_dir():
         check_folder(folder, loading, weights)
         return LM(folder, manifest=manifest.checked(folder), loading=loading, name=name or folder.resolve().name)
@@ -91,7 +92,7 @@ def check_folder(folder: Path, loading: Loading, need_weights: bool = True) -> N
         raise UserError(f"model.path={folder} is not a model folder: it has no config.json and no .gguf file")
     settings = check_json(config)
     own = (
-        settings.get("model_type") in lowrank.MODEL_TYPES
+        settings.get("model_type") in own_architectures.MODEL_TYPES
     )  # loaded by the classes of this package, not by the folder's
     if settings.get("auto_map") and not own and not loading.trust_remote_code:
         raise UserError(
@@ -174,7 +175,7 @@ def _require_libraries(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _import_quickly() -> None:
     """Imports transformers, if nothing has, without the optional packages that it would import."""
-    importlib.import_module("winnow.model.preload")
+    importlib.import_module("winnow.model.import_transformers")
 
 
 def load_model(path: str, loading: Loading) -> PreTrainedModel:
@@ -194,7 +195,7 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
 
     from winnow.model.packing import set_product_dtype
 
-    lowrank.register()
+    own_architectures.register()
     dtype: Any = loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype)
     with quiet(), plain_errors(path):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -262,7 +263,7 @@ def load_config(lm: LM) -> PretrainedConfig:
 
     if lm.path is None:
         return copy.deepcopy(lm.model.config)
-    lowrank.register()
+    own_architectures.register()
     with quiet(), plain_errors(lm.path):
         config: PretrainedConfig = AutoConfig.from_pretrained(lm.path, trust_remote_code=lm.loading.trust_remote_code)
     return config
@@ -277,7 +278,7 @@ def load_tokenizer(path: str, loading: Loading) -> PreTrainedTokenizerBase:
     _import_quickly()
     from transformers import AutoConfig, AutoTokenizer
 
-    lowrank.register()
+    own_architectures.register()
     with quiet(), plain_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=loading.trust_remote_code)
         try:

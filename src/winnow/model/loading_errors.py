@@ -7,9 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from winnow.core.errors import Unservable, UserError, behind, raised_below
 from winnow.model.hub import offline_if_unreachable
-from winnow.origins import behind, raised_below
-from winnow.types import Unservable, UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]  # what is raised in winnow's own code is a defect
 

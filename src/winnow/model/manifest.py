@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from winnow.files import sha256, write_json
+from winnow.core.errors import UserError
+from winnow.core.files import sha256, write_json
 from winnow.model.folder import content_files, decides_weights, is_weights
-from winnow.types import UserError
 
 NAME = "manifest.json"
 _LOG = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from winnow.core.errors import UserError
 from winnow.model.layers import linears
-from winnow.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

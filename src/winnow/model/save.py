@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from winnow.core.errors import UserError, is_disk_full
 from winnow.model import manifest as manifests
-from winnow.types import LM, UserError
+from winnow.model.lm import LM
 
 
 @contextlib.contextmanager
@@ -55,13 +55,6 @@ def remove_empty(folder: Path, until: Path) -> None:
         while folder != until and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, of Python or of the safetensors library, says that no space is left."""
-    number = getattr(error, "errno", None)
-    words = ("No space left on device", "database or disk is full")  # safetensors; SQLite
-    return number in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words)
 
 
 def _sync(folder: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,7 +172,7 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
     """
     from transformers import AutoConfig
 
-    from winnow.model.lowrank import register
+    from winnow.model.own_architectures import register
 
     register()
     whole = AutoConfig.from_pretrained(config) if isinstance(config, str | Path) else config

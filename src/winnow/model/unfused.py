@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from winnow.knobs import EXPERT, STACKED, TRANSPOSED
+from winnow.model.holders import EXPERT, STACKED, TRANSPOSED
 
 
 @dataclass(frozen=True)

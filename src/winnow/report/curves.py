@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from winnow.report.figures import plain
+from winnow.core.formats import plain
 from winnow.report.runs import NAME_LENGTH
 from winnow.report.tracking import check_mode, session, settings
 

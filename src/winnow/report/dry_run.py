@@ -17,19 +17,23 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
-from winnow.knobs import knobs_of
-from winnow.report.figures import MISSING, digits, duration, human, plain, scale
+from winnow.core.errors import UserError
+from winnow.core.formats import MISSING, digits, duration, human, plain, scale
+from winnow.core.targets import target_of
+from winnow.core.types import Calibration, Strategy
+from winnow.hardware.run import Run
+from winnow.method.knobs import Stage, knobs_of
+from winnow.model.lm import LM
 from winnow.report.table import aligned
-from winnow.types import LM, Calibration, Run, Stage, Strategy, UserError
 
 if TYPE_CHECKING:
+    from winnow.estimate.cost import Counted
+    from winnow.estimate.feasibility import Feasibility, Step
+    from winnow.estimate.layout import Plan
+    from winnow.estimate.machine import Machine
     from winnow.hardware.device import Hardware
-    from winnow.hardware.feasibility import Feasibility, Step
-    from winnow.hardware.machine import Machine
-    from winnow.hardware.work import Counted
-    from winnow.model.plan import Plan
-    from winnow.search.budget import Budget
-    from winnow.search.space import Method, Space
+    from winnow.study.budget import Budget
+    from winnow.study.space import Method, Space
 
 SIZES = ("on disk", "weights", "KV cache", "served", "main memory", "GPU memory")
 _ENDS = 2  # values of a range that the table shows
@@ -45,13 +49,15 @@ class Base:
     name: str
 
     def feasibility(self, stages: Mapping[str, Stage], machine: Machine) -> Feasibility:
-        from winnow.hardware.feasibility import feasibility
+        from winnow.estimate.feasibility import feasibility
+        from winnow.method import suitability
 
+        suitability.check(stages, self.plan.tensors, self.plan.spec.name)
         return feasibility(self.plan, stages, self.hardware, self.calibration, machine)
 
     def machine(self, stages: Sequence[Stage], without: Collection[str] = ()) -> Machine:
         """This machine, once everything that the stages import is in this process, `without` some modules."""
-        from winnow.hardware.machine import measured
+        from winnow.estimate.machine import measured
 
         for stage in stages:
             stage.work(self.plan, self.calibration)  # counts calibration texts, which takes libraries of its own
@@ -65,9 +71,9 @@ def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
     Raises:
         UserError: there is none, or it is not one that could be compressed.
     """
+    from winnow.data.corpus import check_source
+    from winnow.estimate.layout import plan_of
     from winnow.method.pipeline import check_dense
-    from winnow.model.plan import plan_of
-    from winnow.recovery.corpus import check_source
 
     hardware, lm = build.hardware(cfg), build.model(cfg, weights=False)
     hardware = dataclasses.replace(hardware, memory_limit_bytes=hardware.memory_bytes() or None)  # looked up once
@@ -84,11 +90,11 @@ def countable(lm: LM, calibration: Calibration, seed: int) -> Calibration:
 
     Texts from elsewhere than this machine, and those of a model without a tokenizer, count as long as they may be.
     """
-    from winnow.hardware.work import Countable, Counted, counted
+    from winnow.estimate.cost import Countable, Counted, counted
 
     @functools.cache
     def count() -> Counted:
-        from winnow.model.calibration import calibration_batches
+        from winnow.data.calibration import calibration_batches
 
         if calibration.source != "nano" and not Path(calibration.source).is_file():
             return counted(calibration)
@@ -171,7 +177,7 @@ def variants(method: Method, cfg: DictConfig) -> list[Strategy]:
     changes: list[dict[str, Any]] = [{}]
     for main in method.dimensions[:1]:
         changes += [{main.key: value} for value in main.grid(_ENDS)]
-    most = build.target_of(cfg.method[method.name]["_target_"]).aggressive
+    most = target_of(cfg.method[method.name]["_target_"]).aggressive
     prefix = f"method.{method.name}."
     allowed = {d.key: d for d in method.dimensions}
     changes.append({prefix + k: v for k, v in most.items() if prefix + k in allowed and allowed[prefix + k].holds(v)})

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from winnow.report.figures import Axis, axes_of, unit_of
-from winnow.types import Objective, Summary, Trial
+from winnow.core.formats import Axis, axes_of, unit_of
+from winnow.core.types import Objective, Summary, Trial
 
 WITHIN_POINTS = 2.0  # an accuracy this near to the base model's counts as kept, in the headline
 

@@ -19,11 +19,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from winnow.files import whole
-from winnow.report import rows
+from winnow.core.files import whole
+from winnow.core.formats import Axis, axes_of, directions, plain, plain_lines
+from winnow.core.types import Summary
+from winnow.report import html_rows
 from winnow.report.facts import WITHIN_POINTS, base_of, best_kept, counts, headline, payback, points, quality_of, ratio
-from winnow.report.figures import Axis, axes_of, directions, plain, plain_lines
-from winnow.types import Summary
 
 SCRIPTS = ("charts.js", "table.js")
 
@@ -60,8 +60,8 @@ def render(summary: Summary) -> str:
             "directions": escape(directions(axes)),
             "tiles": "\n".join(tiles(summary, axes)),
             "fingerprint": "\n".join(fingerprint_rows(summary.fingerprint)),
-            "head": rows.head(axes),
-            "rows": "\n".join(rows.body(summary, axes)),
+            "head": html_rows.head(axes),
+            "rows": "\n".join(html_rows.body(summary, axes)),
             "failed": str(tally["failed"]),
             "front": str(tally["front"]),
             "trials": str(tally["trials"]),

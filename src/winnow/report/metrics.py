@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from winnow.report.figures import human
+from winnow.core.formats import human
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:

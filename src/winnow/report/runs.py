@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from winnow.core.formats import axes_of, plain, total_seconds
+from winnow.core.types import Summary, Trial
 from winnow.report.facts import base_of, quality_of, size_of
-from winnow.report.figures import axes_of, plain, total_seconds
 from winnow.report.table import state_of
-from winnow.types import Summary, Trial
 
 NAME_LENGTH = 120  # W&B refuses names of more than 128 characters
 

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from winnow.report.facts import base_of, counts, finite, front_of, headline, payback, points, ratio
-from winnow.report.figures import (
+from winnow.core.formats import (
     DISTURBED_LEGEND,
     Axis,
     axes_of,
@@ -19,7 +18,8 @@ from winnow.report.figures import (
     plain,
     total_seconds,
 )
-from winnow.types import Objective, Summary, Trial
+from winnow.core.types import Objective, Summary, Trial
+from winnow.report.facts import base_of, counts, finite, front_of, headline, payback, points, ratio
 
 
 def front_table(summary: Summary) -> str:
@@ -72,7 +72,7 @@ def front_table(summary: Summary) -> str:
 
 def luck_of(summary: Summary) -> dict[int, str]:
     """The trials whose place on the front does not hold on items that the search did not use, and why."""
-    from winnow.search.confirm import luck
+    from winnow.study.pareto import luck
 
     front = front_of(summary)
     found = {trial.number: luck(trial, front, summary.confirmed, summary.objectives) for trial in front}

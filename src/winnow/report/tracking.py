@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from winnow.files import write_json
-from winnow.libraries import require
-from winnow.report.figures import plain
+from winnow.core.errors import UserError
+from winnow.core.files import write_json
+from winnow.core.formats import plain
+from winnow.core.libraries import require
+from winnow.core.types import Summary
 from winnow.report.runs import NAME_LENGTH, Entry, front_entry, trial_entry
-from winnow.types import Summary, UserError
 
 MODES = ("offline", "online", "disabled")
 TIMEOUT_SECONDS = 30.0

@@ -7,7 +7,6 @@ used in forks, children are fresh processes.
 
 from __future__ import annotations
 
-import errno
 import gc
 import importlib
 import json
@@ -25,10 +24,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from winnow.cli import say
-from winnow.hardware.process import end_with_parent
+from winnow.core.cli import say
+from winnow.core.errors import Reason, classify, describe
+from winnow.core.process import end_with_parent
 from winnow.search import spoilt
-from winnow.types import MissingExtra, Reason, Unservable, UserError
 
 PRELOAD = (
     "winnow.search.preload",
@@ -328,32 +327,6 @@ def _main(
             connection.send(("failed", (classify(error).value, describe(error))))
     # interpreter shutdown would run exit handlers of libraries that the parent preloaded; everything is written by now
     os._exit(0)
-
-
-def classify(error: BaseException) -> Reason:
-    """The typed reason of an exception."""
-    from winnow.model.save import is_disk_full
-
-    cause = error.__cause__
-    if is_disk_full(error) or (cause is not None and is_disk_full(cause)):
-        return Reason.DISK_FULL
-    if isinstance(error, MissingExtra | ModuleNotFoundError):
-        return Reason.MISSING
-    if isinstance(error, Unservable):
-        return Reason.UNSERVABLE
-    if isinstance(error, UserError):
-        return Reason.INVALID
-    text = f"{type(error).__name__}: {error}"
-    no_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    if no_memory or "OutOfMemory" in text or "can't allocate memory" in text or "out of memory" in text:
-        return Reason.OUT_OF_MEMORY
-    return Reason.ERROR
-
-
-def describe(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else ""
-    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
 def _death(code: int | None, output: Path) -> Failed:

@@ -17,11 +17,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from winnow import build
+from winnow.core.errors import Reason, UserError
+from winnow.core.targets import target_of
 from winnow.hardware.compute import slow_here
 from winnow.hardware.device import Hardware
+from winnow.model.lm import LM
 from winnow.search import child
 from winnow.search.overrides import Typed
-from winnow.types import LM, Reason, UserError
 
 KEY, DTYPE = "hardware.decode", "hardware.dtype"
 
@@ -78,7 +80,7 @@ def _with(typed: Typed, key: str, value: str, known: bool = True) -> Typed:
 
 def _methods_because(methods: Mapping[str, Any]) -> str:
     """Which methods do not allow graphs, why, and what to leave out; empty where all do."""
-    found = {name: build.target_of(node["_target_"]).eager_because for name, node in methods.items()}
+    found = {name: target_of(node["_target_"]).eager_because for name, node in methods.items()}
     eager = {name: because for name, because in found.items() if because is not None}
     said = " and ".join(f"method {name} {because}" for name, because in eager.items())
     return f"{said}; leave {'it' if len(eager) == 1 else ', '.join(eager)} out of method=[...]" if eager else ""
@@ -93,7 +95,7 @@ def _base_because(lm: LM, device: str | None, log: Callable[[str], None]) -> str
         "trust_remote_code": loading.trust_remote_code,
         "device": device,
     }
-    function = "winnow.hardware.runtime.graph_support:unsupported_base"
+    function = "winnow.runtime.graph_support:unsupported_base"
     with tempfile.TemporaryDirectory() as scratch:  # nothing is written to the study's folder yet
         try:
             result = child.call(function, arguments, child.Limits(), log, Path(scratch) / "log.txt")

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from winnow.files import write_json
-from winnow.search.history import History
+from winnow.core.files import write_json
 from winnow.search.job import STOP, read_spent
-from winnow.search.objectives import KL
 from winnow.search.trial import RIVALS
+from winnow.study.history import History
+from winnow.study.objectives import KL
 
 MESSAGES = "messages.json"  # what was said with a language model to come to the strategy
 LATEST = 64  # complete trials that a new one is told of, beside the front

@@ -16,10 +16,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from winnow.files import write_json
+from winnow.core.errors import Reason, classify, describe
+from winnow.core.files import write_json
 from winnow.hardware.energy import EnergyCounters
 from winnow.search import child
-from winnow.types import Reason
 
 STOP = "stop"  # a file in a job's folder, put by the search: nobody waits for it any more
 LOOK_S = 1.0  # between looks for it
@@ -127,7 +127,7 @@ def metered(
             found["result"] = child.named(function)(settings=settings, **arguments, log=log)
         except BaseException as error:
             traceback.print_exc()
-            found["failed"] = (child.classify(error).value, child.describe(error))
+            found["failed"] = (classify(error).value, describe(error))
     return found | cost.record()
 
 

@@ -21,11 +21,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from winnow.cli import say
+from winnow.core.cli import say
+from winnow.core.errors import Reason, UserError, describe
+from winnow.core.libraries import require
 from winnow.hardware.device import Hardware, available_cores, visible_gpus
-from winnow.libraries import require
-from winnow.search import child, trial
-from winnow.types import Reason, UserError
+from winnow.search import trial
 
 MOST_FAILURES = 3  # of the launcher itself, one after the other: then it is not the trials
 
@@ -91,10 +91,10 @@ class Launching:
             SystemExit,
         ) as error:  # the job's own exceptions come back in `job`: this is a lost node or worker
             self._failures.add(error, started)
-            return trial.failure(Reason.LOST, f"{self.name}: {child.describe(error)}")
+            return trial.failure(Reason.LOST, f"{self.name}: {describe(error)}")
         self._failures.clear()
         if job.status.name != "COMPLETED":
-            return trial.failure(Reason.ERROR, child.describe(job._return_value))  # `return_value` would raise it
+            return trial.failure(Reason.ERROR, describe(job._return_value))  # `return_value` would raise it
         return job.return_value  # type: ignore[no-any-return]
 
     def _copy(self) -> Any:
@@ -131,7 +131,7 @@ class Launching:
                 ray.shutdown()
                 if last:
                     raise UserError(
-                        f"hydra/launcher=ray: Ray cannot be started or reached ({child.describe(error)}); "
+                        f"hydra/launcher=ray: Ray cannot be started or reached ({describe(error)}); "
                         "see hydra.launcher.ray.init, or leave it out to run here"
                     ) from error
 
@@ -159,7 +159,7 @@ class Failures:
             if self._count >= MOST_FAILURES:
                 raise UserError(
                     f"hydra/launcher={self._launcher} has failed {self._count} times in a row, and no trial came back: "
-                    f"{child.describe(error)}; check its settings (hydra.launcher.*), or leave it out to run here"
+                    f"{describe(error)}; check its settings (hydra.launcher.*), or leave it out to run here"
                 ) from error
 
     def clear(self) -> None:

@@ -17,18 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from winnow.agent.policy import Exhausted, Outlook, Policy, Suggestion, fresh
-from winnow.search.budget import Budget, Convergence
+from winnow.core.errors import Reason, UserError
+from winnow.core.types import Strategy, Trial
 from winnow.search.folders import MESSAGES, Folders
-from winnow.search.history import tried_again
-from winnow.search.outlook import smallest
+from winnow.search.forecaster import smallest
 from winnow.search.overrides import command_lines
-from winnow.search.space import Space
-from winnow.search.study import Proposal, Study
 from winnow.search.trial import read_outcome
 from winnow.search.views import Views
 from winnow.search.workers import Launch, Workers
-from winnow.types import Reason, Strategy, Trial, UserError
+from winnow.study.budget import Budget, Convergence
+from winnow.study.history import tried_again
+from winnow.study.policy import Exhausted, Outlook, Policy, Suggestion, fresh
+from winnow.study.space import Space
+from winnow.study.study import Proposal, Study
 
 KEEP = ("front", "all", "none")
 MOST_REFUSED = 20  # proposals in a row, before the space is searched for one that is possible

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 if TYPE_CHECKING:
-    from winnow.search.study import Study
+    from winnow.study.study import Study
 
 FILE = "study.json"  # beside the folders of the trials
 

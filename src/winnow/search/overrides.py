@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from winnow import grammar
 from winnow.benchmark.order import FILE as ORDER
-from winnow.knobs import Knob
-from winnow.types import LM, Strategy, UserError
+from winnow.core import grammar
+from winnow.core.errors import UserError
+from winnow.core.types import Strategy
+from winnow.method.knobs import Knob
+from winnow.model.lm import LM
 
 COMPRESS_KEYS = ("experiment", "debug", "model", "calibration", "seed", "hardware")
 EVALUATE_KEYS = ("experiment", "debug", "model", "benchmark", "hardware", "seed")

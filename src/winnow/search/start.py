@@ -16,23 +16,27 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
-from winnow.agent.policy import Policy
 from winnow.agent.recipe import read_recipe
-from winnow.cli import say
-from winnow.files import write_json
-from winnow.scalars import check_scalars
-from winnow.search import child, confirm, decoding, outlook, outputs, overrides, storage, trial
-from winnow.search.budget import Budget, Convergence
-from winnow.search.gates import Racing
+from winnow.core.cli import say
+from winnow.core.errors import UserError, check_seed
+from winnow.core.files import write_json
+from winnow.core.scalars import check_scalars
+from winnow.core.types import Slot, Strategy
+from winnow.hardware.run import Run
+from winnow.model.lm import LM, Loading
+from winnow.search import child, decoding, forecaster, holdout, outputs, overrides, trial
+from winnow.search.early_stopping import Racing
 from winnow.search.launching import Launching, shares
 from winnow.search.loop import KEEP, Search
-from winnow.search.objectives import constraints, objectives
-from winnow.search.opening import open_study
-from winnow.search.space import Space, read_space
-from winnow.search.study import Proposal, Study
 from winnow.search.views import Views
 from winnow.search.workers import Launch
-from winnow.types import LM, Loading, Run, Slot, Strategy, UserError, check_seed
+from winnow.study import storage
+from winnow.study.budget import Budget, Convergence
+from winnow.study.objectives import constraints, objectives
+from winnow.study.opening import open_study
+from winnow.study.policy import Policy
+from winnow.study.space import Space, read_space
+from winnow.study.study import Proposal, Study
 
 OF_NODE = ("cpu", "cores", "threads", "gpus")  # of the hardware: on a cluster not those of the machine that searches
 T = TypeVar("T")
@@ -91,7 +95,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
     config, typed = _pinned(config, typed, lm)
     scores = benchmark.scores()
-    confirm.check(config.confirm, benchmark)
+    holdout.check(config.confirm, benchmark)
     wanted = objectives(list(config.objectives), scores)
     limits = constraints(_plain(config.constraints), scores)
     if config.dry_run:
@@ -125,7 +129,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         study=study,
         space=space,
         policy=policy,
-        outlook=outlook.forecasts(config, folder, limits),
+        outlook=forecaster.forecasts(config, folder, limits),
         launch=run_trial,
         budget=budget,
         folder=folder,
@@ -137,7 +141,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         keep=config.keep,
         workers=config.workers,
         convergence=convergence,
-        confirm=functools.partial(confirm.confirm, study, run_confirmation, config.workers, folder, say)
+        confirm=functools.partial(holdout.confirm, study, run_confirmation, config.workers, folder, say)
         if config.confirm
         else None,
     )
@@ -161,7 +165,7 @@ def _jobs(
         return launching.run(proposal.number, typed.of_trial(proposal.strategy), devices[worker])
 
     def run_confirmation(proposal: Proposal, worker: int) -> dict[str, Any]:
-        lines = [*typed.of_trial(proposal.strategy), *confirm.overrides(proposal.number)]
+        lines = [*typed.of_trial(proposal.strategy), *holdout.overrides(proposal.number)]
         return launching.run(proposal.number, lines, devices[worker])
 
     return run_trial, run_confirmation
@@ -213,8 +217,8 @@ def _made(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for two trials to be comparable."""
+    from winnow.data import corpus
     from winnow.model import manifest
-    from winnow.recovery import corpus
 
     items: str | None = build.benchmark(config).content()  # type: ignore[attr-defined]
     calibration = build.calibration(config)

@@ -17,11 +17,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
-from winnow.files import whole
+from winnow.core.errors import Reason, UserError
+from winnow.core.files import whole
+from winnow.core.targets import target_of
 from winnow.model import manifest
 from winnow.search import child
 from winnow.search.job import Job
-from winnow.types import Reason, UserError
 
 OUTCOME = "outcome.json"
 RIVALS = (
@@ -37,7 +38,7 @@ def run(
     log: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Runs the job that `cfg` describes: a trial, or the confirmation of one (`winnow.search.confirm`).
+    """Runs the job that `cfg` describes: a trial, or the confirmation of one (`winnow.search.holdout`).
 
     Its outcome is written to `folder/outcome.json` in one piece, and returned. It holds `overrides` (to know the trial again),
     `figures`, `sources`, `seconds`, `energy`, `reason` and `message`.
@@ -110,12 +111,12 @@ def _tried(job: Job) -> Iterator[dict[str, Any]]:
 def _confirmed(job: Job) -> Iterator[dict[str, Any]]:
     """Scores the artifact of the trial in whose folder this one lies."""
     arguments = {"artifact": str(job.folder.parent / "artifact"), "output": str(job.folder / "metrics")}
-    yield {"figures": job.step("confirm", "winnow.search.confirm:score", arguments)}
+    yield {"figures": job.step("confirm", "winnow.search.holdout:score", arguments)}
 
 
 def preloads(cfg: DictConfig) -> list[str]:
     """Modules that the stages of `cfg.method` and the benchmark want imported once, in the fork server."""
-    users = [build.target_of(node["_target_"]) for node in [*build.methods(cfg).values(), cfg.benchmark]]
+    users = [target_of(node["_target_"]) for node in [*build.methods(cfg).values(), cfg.benchmark]]
     return sorted({module for user in users for module in user.preload})
 
 
@@ -145,7 +146,7 @@ def _check_base(cfg: DictConfig, folder: Path) -> None:
 def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:
     """In the child: `evaluate.py`'s work on the artifact, which ends early where the trial's gates say so."""
     from winnow import commands
-    from winnow.search.gates import Gates
+    from winnow.search.early_stopping import Gates
 
     model = {**settings["model"], "_target_": "winnow.model.load.pretrained", "path": artifact}
     gates = Gates(OmegaConf.create(settings), Path(output).parent, log)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.files import write_json
-from winnow.types import Summary, Trial
+from winnow.core.files import write_json
+from winnow.core.types import Summary, Trial
 
 if TYPE_CHECKING:
-    from winnow.search.study import Study
+    from winnow.study.study import Study
 
 REPORT_EVERY_S = 60.0
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from winnow.search.study import Proposal
+from winnow.study.study import Proposal
 
 Launch = Callable[[Proposal, int], dict[str, Any]]  # and the worker's number, from 0 -> outcome
 Ended = tuple[Proposal, dict[str, Any], float]

@@ -14,11 +14,11 @@ from typing import Any
 
 from winnow.agent.llm.critic import clean
 from winnow.agent.llm.schema import as_proposal
-from winnow.agent.policy import Suggestion
-from winnow.search.dimension import Dimension
-from winnow.search.history import History
-from winnow.search.space import Space
-from winnow.types import Strategy, Trial
+from winnow.core.types import Strategy, Trial
+from winnow.study.dimension import Dimension
+from winnow.study.history import History
+from winnow.study.policy import Suggestion
+from winnow.study.space import Space
 
 MOST = {"front": 16, "gaps": 2, "knobs": 30, "failures": 8, "running": 8, "rejected": 8}  # entries of each
 STRATEGY_CHARACTERS, ERROR_CHARACTERS = 240, 160

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from winnow.agent.policy import Outlook
-from winnow.knobs import is_number, same
-from winnow.search.dimension import Dimension
-from winnow.search.history import History
-from winnow.search.space import Method, Space
-from winnow.types import Strategy
+from winnow.core.types import Strategy
+from winnow.method.knobs import is_number, same
+from winnow.study.dimension import Dimension
+from winnow.study.history import History
+from winnow.study.policy import Outlook
+from winnow.study.space import Method, Space
 
 REASON_CHARACTERS = 600
 QUOTED_CHARACTERS = 60

@@ -18,9 +18,9 @@ from winnow.agent.llm.critic import Idea, clean, judge
 from winnow.agent.llm.reader import Unusable
 from winnow.agent.llm.schema import proposals_schema, route_schema
 from winnow.agent.llm.specialists import COORDINATOR, RULES, Specialist, of_space, prompt
-from winnow.agent.policy import Outlook
-from winnow.search.history import History
-from winnow.search.space import Space
+from winnow.study.history import History
+from winnow.study.policy import Outlook
+from winnow.study.space import Space
 
 MOST_OBJECTIONS = 12
 ANSWER_CHARACTERS = 4000  # of an answer that was refused, shown again with the objections

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from winnow.types import MissingExtra, UserError
+from winnow.core.errors import MissingExtra, UserError
 
 NO_KEY = "none"  # what a local server is given that asks for none
 _SECRET = re.compile(r"api_?key|secret|password|credential|token(?!s)|headers|_target_", re.IGNORECASE)

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from winnow.search.dimension import Dimension
-from winnow.search.space import Method, Space
-from winnow.types import Strategy
+from winnow.core.types import Strategy
+from winnow.study.dimension import Dimension
+from winnow.study.space import Method, Space
 
 
 def proposals_schema(space: Space, most: int) -> dict[str, Any]:

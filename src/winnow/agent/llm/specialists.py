@@ -14,8 +14,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from winnow.search.space import Space
-from winnow.types import Slot
+from winnow.core.types import Slot
+from winnow.study.space import Space
 
 PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
 COORDINATOR, RULES = "coordinator", "_rules"

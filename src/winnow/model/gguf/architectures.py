@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, TensorNameMap

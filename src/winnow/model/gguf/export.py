@@ -1,6 +1,6 @@
 """Writes a transformers model as a GGUF file in full or half precision, one tensor in memory at a time.
 
-python -c "from winnow.nano.model import trained; from winnow.model.gguf.export import export; export(trained(), 'nano.gguf')"
+python -c "from winnow.nano.embedded import trained; from winnow.model.gguf.export import export; export(trained(), 'nano.gguf')"
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from winnow.libraries import require
+from winnow.core.errors import UserError
+from winnow.core.libraries import require
 from winnow.model.gguf import architectures
-from winnow.types import LM, UserError
+from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,7 @@ def export(lm: LM, path: Path | str, dtype: str = "F32") -> dict[str, Any]:
     require("gguf")
     import gguf
 
-    from winnow.model.gguf import tokenizer
+    from winnow.model.gguf import vocabulary
 
     config = lm.model.config
     names = architectures.Names(config)
@@ -52,7 +53,7 @@ def export(lm: LM, path: Path | str, dtype: str = "F32") -> dict[str, Any]:
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "F32" else f"MOSTLY_{dtype}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         architectures.add_keys(writer, config, rows)
-        notes = tokenizer.add_to(writer, lm.tokenizer, rows)
+        notes = vocabulary.add_to(writer, lm.tokenizer, rows)
         for name, tensor in weights:
             kind = _kind(tensor, dtype)
             as_numpy, size = _array(torch.empty(0, dtype=DTYPES[kind])).dtype, tensor.numel() * DTYPES[kind].itemsize

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from winnow.libraries import require
-from winnow.types import UserError
+from winnow.core.errors import UserError
+from winnow.core.libraries import require
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor

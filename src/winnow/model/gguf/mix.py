@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from winnow.types import UserError
+from winnow.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -10,8 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from winnow.core.errors import UserError
 from winnow.model import manifest
-from winnow.types import LM, UserError
+from winnow.model.lm import LM
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json")

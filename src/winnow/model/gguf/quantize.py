@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from winnow.libraries import require
+from winnow.core.libraries import require
 from winnow.model.gguf.native import silent
 
 if TYPE_CHECKING:

@@ -1,0 +1,71 @@
+"""The importance matrix: how much each input of a linear layer carries, as the mean of its square over calibration data.
+
+llama.cpp weighs the rounding error of each weight with it when it picks scales. The embedding and the head have none, as in
+llama.cpp's own tool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from winnow.hardware.run import Run
+from winnow.model.layers import linears_in
+from winnow.model.lm import LM
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SMALLEST = 1e-10  # an input that is always zero (its channel was pruned) must not leave a block without any weight
+
+
+def collect(lm: LM, run: Run) -> tuple[dict[str, np.ndarray], str]:
+    """The mean squares [in] of each linear layer's inputs by GGUF name, and the SHA-256 of the calibration data."""
+    from winnow.data.calibration import calibration_batches
+    from winnow.method import calibration_statistics
+
+    batches, digest = calibration_batches(lm, run)
+    found = calibration_statistics.kept(lm.model, run, "importance", (digest,), lambda: _mean_squares(lm, batches, run))
+    return {name: mean.numpy() for name, mean in found.items()}, digest
+
+
+def _mean_squares(lm: LM, batches: Sequence[torch.Tensor], run: Run) -> dict[str, torch.Tensor]:
+    from winnow.method.blocks import walk_blocks
+    from winnow.model.gguf.architectures import Names
+    from winnow.model.layers import decoder_blocks, linears
+
+    names = Names(lm.model.config)
+    known = {module: name for name, module in linears(lm.model).items()}
+    tokens = sum(batch.numel() for batch in batches)
+    count = len(decoder_blocks(lm.model))
+    found: dict[str, torch.Tensor] = {}
+    for index, block, replay in walk_blocks(lm.model, batches, run):
+        with _squares(block) as squares:
+            replay()
+        for linear, sum_i in squares.items():
+            mean = (sum_i / tokens).clamp_min(SMALLEST)
+            found[names[f"{known[linear]}.weight"]] = mean.float().cpu()
+        run.log(f"gguf: block {index + 1} of {count}")
+    return found
+
+
+@contextmanager
+def _squares(block: nn.Module) -> Iterator[dict[nn.Linear, torch.Tensor]]:
+    """Sums of squares [in] of the inputs of each linear layer of a block, over all tokens that pass meanwhile."""
+    layers = list(linears_in(block).values())
+    sums = {m: torch.zeros(m.in_features, dtype=torch.float64, device=m.weight.device) for m in layers}
+
+    def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, nn.Linear)
+        sums[module] += args[0].detach().float().square().flatten(0, -2).sum(0)
+
+    handles = [module.register_forward_pre_hook(add) for module in layers]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()

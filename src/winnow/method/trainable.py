@@ -1,0 +1,149 @@
+"""What the stages that train have in common: their settings, and the way from a model to a trained one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from winnow.core.types import Calibration
+from winnow.hardware.run import Run
+from winnow.method.knobs import Checked, knob
+from winnow.model.lm import LM
+from winnow.model.spec import context_of
+
+if TYPE_CHECKING:
+    from winnow.data.encoding import Encoded
+    from winnow.estimate.cost import Work
+    from winnow.estimate.layout import Plan
+    from winnow.training.fit import Fitted
+    from winnow.training.objective import Objective
+    from winnow.training.student import Student
+
+
+@dataclass(frozen=True)
+class Training(Checked):
+    """Settings of a training.
+
+    Attributes:
+        steps: optimizer steps, each of about `tokens_per_batch` tokens over all devices.
+        tokens_per_device: that lie on a device at a time; 0: found once by doubling under the memory limit.
+        max_length: longer documents are cut; at most the model's context.
+        precision: `32-true`, or `bf16-mixed`: products in bfloat16; `auto`: what the device computes fastest.
+        held_out: documents to validate on.
+        patience: looks at their loss, of ten, without progress after which training ends; 0: never.
+        checkpoint_minutes: between checkpoints, from which the same command goes on.
+    """
+
+    preload: ClassVar[tuple[str, ...]] = ("winnow.training.fit",)
+
+    steps: int = knob(100, low=1, high=10_000_000, search=False)
+    tokens_per_batch: int = knob(2048, low=32, high=100_000_000, search=False)
+    tokens_per_device: int = knob(0, low=0, high=100_000_000, search=False)
+    max_length: int = knob(512, low=8, high=1_000_000, search=False)
+    precision: str = knob("auto", choices=("auto", "32-true", "bf16-mixed"), search=False)
+    held_out: int = knob(0, low=0, high=100_000, search=False)
+    patience: int = knob(0, low=0, high=10, search=False)
+    checkpoint_minutes: float = knob(10.0, low=0.001, high=1e6, search=False)
+
+    def precision_in(self, dtype: str) -> str:
+        """What `precision` comes to where products are fastest in `dtype`."""
+        from winnow.hardware.compute import training_precision
+
+        return training_precision(dtype) if self.precision == "auto" else self.precision
+
+    def computing(self, model: Any, run: Run) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile what is frozen in `model` is in single precision where the training is."""
+        import torch
+
+        from winnow.model.packing import computed_in
+
+        single = self.precision_in(run.compute_dtype) == "32-true"
+        return computed_in(model, torch.float32) if single else contextlib.nullcontext()
+
+    @property
+    def documents(self) -> int:
+        """To draw: four times what the steps need at 64 tokens each, so that a document is seldom seen twice."""
+        return max(64, self.steps * self.tokens_per_batch // 16) + self.held_out
+
+    def cost(
+        self, plan: Plan, calibration: Calibration, trained: int, *, tokens_per_batch: int = 0, **how: bool
+    ) -> Work:
+        """What these steps on a model of this plan cost, of which `trained` parameters get a gradient.
+
+        Args:
+            tokens_per_batch: where more is read than the documents.
+            how: as for `Work.trained`.
+        """
+        from winnow.estimate.cost import Work
+
+        return Work.trained(
+            plan,
+            calibration,
+            self.steps,
+            tokens_per_batch or self.tokens_per_batch,
+            trained,
+            self.documents,
+            self.precision_in(plan.compute_dtype) != "32-true",
+            device_tokens=self.tokens_per_device,
+            **how,
+        )
+
+    def encoded(self, lm: LM, run: Run, calibration: Calibration | None = None) -> list[Encoded]:
+        """The documents to train on, cut to what the model can read; how many were cut is said."""
+        from winnow.data.corpus import documents
+        from winnow.data.encoding import encode
+
+        context = context_of(lm.model.config)
+        longest = min(self.max_length, context or self.max_length)
+        rows = encode(documents(calibration or run.calibration, self.documents, run.seed), lm.tokenizer, longest)
+        cut = sum(1 for row in rows if row.cut)
+        if cut:
+            run.log(f"{cut:,} of {len(rows):,} documents are longer than {longest} tokens and were cut")
+        return rows
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with; where it is made, and how often, does not matter."""
+        free = ("checkpoint_minutes", "tokens_per_device")
+        return {f"{self.option}.{k}": v for k, v in dataclasses.asdict(self).items() if k not in free}
+
+    def train(
+        self,
+        model: Any,
+        rows: Sequence[Encoded],
+        run: Run,
+        *,
+        learning_rate: float,
+        optimizer: str = "adamw",
+        weight_decay: float = 0.0,
+        warmup: float = 0.05,
+        objective: Objective | None = None,
+        student: Student | None = None,
+    ) -> Fitted:
+        """Trains what needs a gradient in `model`, in place."""
+        from winnow.hardware.compute import BFLOAT16, slow_here
+        from winnow.training.fit import Batching, fit
+        from winnow.training.module import Schedule
+
+        precision = self.precision_in(run.compute_dtype)
+        slow = slow_here(BFLOAT16, run.device) if precision.startswith("bf16") else ""
+        if slow:
+            run.log(f"{self.option}.precision={self.precision}: {slow}")
+        schedule = Schedule(learning_rate, self.steps, warmup, weight_decay=weight_decay, optimizer=optimizer)
+        fitted = fit(
+            model,
+            rows,
+            schedule,
+            Batching(self.tokens_per_batch, self.tokens_per_device, self.held_out, self.patience),
+            run,
+            precision=precision,
+            objective=objective,
+            student=student,
+            checkpoint_minutes=self.checkpoint_minutes,
+            settings=self._settings(),
+        )
+        held = "" if fitted.held_out_loss is None else f", held out {fitted.held_out_loss:.4f}"
+        run.log(f"loss {fitted.loss:.4f} over the last tenth of {fitted.steps} steps{held}")
+        return fitted

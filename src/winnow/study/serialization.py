@@ -1,0 +1,57 @@
+"""Strategies and trials as plain JSON, as a study holds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from winnow.core.errors import Reason
+from winnow.core.types import Strategy, Trial
+
+
+def strategy_json(strategy: Strategy) -> dict[str, Any]:
+    return {"methods": list(strategy.methods), "knobs": dict(strategy.knobs)}
+
+
+def strategy_from(data: Mapping[str, Any]) -> Strategy:
+    return Strategy(tuple(data["methods"]), dict(data["knobs"]))
+
+
+def trial_json(trial: Trial) -> dict[str, Any]:
+    """A trial as plain JSON; figures that are not finite become None."""
+    figures = {k: v if math.isfinite(v) else None for k, v in trial.figures.items()}
+    return {
+        "number": trial.number,
+        "strategy": strategy_json(trial.strategy),
+        "figures": figures,
+        "sources": dict(trial.sources),
+        "reason": trial.reason.value if trial.reason else None,
+        "message": trial.message,
+        "estimates": dict(trial.estimates),
+        "seconds": dict(trial.seconds),
+        "energy": dict(trial.energy),
+        "stages": [dict(stage) for stage in trial.stages],
+        "commands": list(trial.commands),
+        "proposed_by": trial.proposed_by,
+        "decision": dict(trial.decision),
+    }
+
+
+def trial_from_json(data: Mapping[str, Any]) -> Trial:
+    """The inverse of `trial_json`."""
+    return Trial(
+        number=data["number"],
+        strategy=strategy_from(data["strategy"]),
+        figures={k: math.nan if v is None else v for k, v in data["figures"].items()},
+        sources=data["sources"],
+        reason=Reason(data["reason"]) if data["reason"] else None,
+        message=data["message"],
+        estimates=data["estimates"],
+        seconds=data["seconds"],
+        energy=data["energy"],
+        stages=tuple(data["stages"]),
+        commands=tuple(data["commands"]),
+        proposed_by=data["proposed_by"],
+        decision=data["decision"],
+    )

@@ -1,0 +1,93 @@
+"""Liger's fused kernels for norms, rotary embeddings and gated activations (Hsu et al. 2024, arXiv:2410.10989), on CUDA.
+
+    pip install 'winnow[liger]'
+
+The library replaces functions and classes of transformers' modules, and methods of the model's layers, for as long as the process
+lives. A model of the same architecture then fails on the processor, where Triton cannot run. `fused` undoes every replacement.
+
+Losses keep their own chunks (`winnow.training.losses`), which know teachers and positions without a target, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def fused(model: Any, device: str, log: Callable[[str], None]) -> Iterator[None]:
+    """Gives `model`, bare or wrapped by PEFT, the kernels that exist for its architecture, until the context ends.
+
+    On other devices than CUDA, and where liger-kernel is not installed, nothing happens. Other models of the architecture may be
+    used meanwhile on the same device; they share some of the kernels.
+    """
+    if not device.startswith("cuda") or importlib.util.find_spec("liger_kernel") is None:
+        yield
+        return
+    import liger_kernel.transformers  # type: ignore[import-not-found]  # noqa: F401  (it imports architectures)
+    from transformers.integrations.liger import apply_liger_kernel
+
+    before = _snapshot(model)
+    replaced: list[tuple[Any, str, Any]] = []
+    try:
+        try:
+            apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+        finally:
+            replaced = _replaced(before)
+        log("training with Liger's kernels")
+        yield
+    finally:
+        _restore(replaced)
+
+
+def _snapshot(model: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Each owner of attributes that the library may replace, a dictionary or a class, with its attributes now.
+
+    They are modules of transformers that hold architectures, the classes defined there, `torch.nn` (whose LayerNorm it replaces
+    for some architectures), and the layers of `model` with the names of their sublayers.
+    """
+    import torch
+
+    owners: list[Any] = [vars(torch.nn), vars(torch.nn.functional)]
+    for name, module in list(sys.modules.items()):
+        if module is not None and name.rpartition(".")[2].startswith("modeling_"):
+            owners.append(vars(module))
+            owners += [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == name]
+    for layer in model.modules():
+        owners += [vars(layer), layer._modules]
+    return [(owner, dict(_attributes(owner))) for owner in owners]
+
+
+def _attributes(owner: Any) -> Any:
+    return vars(owner) if isinstance(owner, type) else owner
+
+
+def _replaced(before: Sequence[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, str, Any]]:
+    """Owner, name and former value of each attribute that is another object than before."""
+    found = []
+    for owner, former in before:
+        now = _attributes(owner)
+        names = former.keys() | now.keys()
+        found += [
+            (owner, x, former.get(x, _MISSING)) for x in names if former.get(x, _MISSING) is not now.get(x, _MISSING)
+        ]
+    return found
+
+
+def _restore(replaced: Sequence[tuple[Any, str, Any]]) -> None:
+    """Puts the former values back, and nothing else: training changes other attributes of the layers, which must stay."""
+    for owner, name, value in replaced:
+        if isinstance(owner, type):
+            if value is not _MISSING:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)
+        elif value is not _MISSING:
+            owner[name] = value
+        else:
+            owner.pop(name, None)

@@ -1,0 +1,80 @@
+"""How many tokens a device takes at a time: found by doubling, and remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from winnow.training.batch_size import NAME, doubled, found
+
+
+class Device:
+    """Takes `limit` tokens, and remembers what was tried on it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.tried = limit, list[int]()
+
+    def __call__(self, tokens: int) -> bool:
+        self.tried.append(tokens)
+        return tokens <= self.limit
+
+
+@pytest.mark.parametrize(
+    ("limit", "share", "wanted", "tried"),
+    [
+        (10_000, 4096, (4096, False), [1024, 2048, 4096]),
+        (3000, 4096, (2048, True), [1024, 2048, 4096]),
+        (10_000, 3000, (3000, False), [1024, 2048, 3000]),
+        (100, 4096, (512, True), [1024]),
+        (10_000, 256, (256, False), []),
+    ],
+)
+def test_it_doubles_up_to_the_limit_or_the_share(
+    limit: int, share: int, wanted: tuple[int, bool], tried: list[int]
+) -> None:
+    device = Device(limit)
+    assert doubled(device, 512, share) == wanted
+    assert device.tried == tried
+
+
+def test_it_is_found_once_for_a_model_a_length_and_a_device(tmp_path: Path) -> None:
+    key = {"model": "a", "longest": 512}
+    assert found(tmp_path, key, Device(3000), 512, 8192) == 2048
+    again = Device(3000)
+    assert found(tmp_path, key, again, 512, 8192) == 2048
+    assert found(tmp_path, key, again, 512, 1000) == 1000  # a step's share is less
+    assert again.tried == []
+    assert found(tmp_path, {**key, "longest": 256}, again, 256, 8192) == 2048
+    assert again.tried == [512, 1024, 2048, 4096]
+    assert [p.name for p in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_larger_share_is_tried_from_where_it_was_left(tmp_path: Path) -> None:
+    assert found(tmp_path, {}, Device(10**6), 512, 2048) == 2048
+    device = Device(5000)
+    assert found(tmp_path, {}, device, 512, 8192) == 4096
+    assert device.tried == [4096, 8192]
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[1]"])
+def test_a_damaged_memory_is_found_anew(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / NAME).write_text(damaged)
+    assert found(tmp_path, {}, Device(3000), 512, 8192) == 2048
+    assert next(iter(json.loads((tmp_path / NAME).read_text()).values()))["tokens"] == 2048
+
+
+def test_the_memory_is_replaced_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found(tmp_path, {"model": "a"}, Device(3000), 512, 8192)
+    before = (tmp_path / NAME).read_bytes()
+
+    def cut(source: object, target: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "replace", cut)
+    monkeypatch.setattr(Path, "replace", cut)
+    with pytest.raises(OSError):
+        found(tmp_path, {"model": "b"}, Device(3000), 512, 8192)
+    assert (tmp_path / NAME).read_bytes() == before
