@@ -62,7 +62,7 @@ def outcome(folder: Path, name: str, stage: Any, scratch: Path) -> str:
     from winnow.method import pipeline, suitability
     from winnow.model import manifest
     from winnow.model.holders import EXPERT
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
 
     said: list[str] = []
     seen: list[Any] = []

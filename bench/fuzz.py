@@ -338,7 +338,7 @@ def _wrong(output: Path, base: Path, case: Case, seen: list[Any]) -> str:
     from winnow.core.cli import CONF
     from winnow.estimate.layout import plan_of
     from winnow.model import manifest
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
 
     try:
         GlobalHydra.instance().clear()
@@ -369,7 +369,7 @@ def _runs(base: Path) -> bool:
     """Whether the base model computes at all in its own type: transformers' products of experts take no odd sizes."""
     from tests.method.test_conformance import logits
 
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
 
     try:
         logits(pretrained(str(base)))

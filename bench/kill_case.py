@@ -120,8 +120,9 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from winnow.model.lm import LM, Loading
+    from winnow.model.lm import LM
     from winnow.model.load import load_tokenizer
+    from winnow.model.loading import Loading
     from winnow.model.save import save
     from winnow.nano.embedded import WEIGHTS
 

@@ -42,8 +42,8 @@ def random_model(size: str, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from winnow.model.lm import Loading
     from winnow.model.load import load_tokenizer
+    from winnow.model.loading import Loading
     from winnow.nano.embedded import WEIGHTS
 
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def one(method: str, side: str, model: str, size: str, device: str, output: str)
     from winnow.core.targets import target_of
     from winnow.hardware.footprint import PeakMemory
     from winnow.hardware.run import Run
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
     from winnow.model.save import save
 
     if method == "autoround":

@@ -85,7 +85,7 @@ def measure(again: Sequence[str] = ()) -> dict[str, Any]:
     """Measures every setting that `docs/methods.json` does not hold, or that is one of a method in `again`."""
     from hydra import compose, initialize_config_dir
 
-    from winnow.hardware.device import cpu_model
+    from winnow.hardware.inventory import cpu_model
     from winnow.search import child, trial
 
     held = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
@@ -108,7 +108,7 @@ def measure(again: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _cores() -> int:
-    from winnow.hardware.device import available_cores
+    from winnow.hardware.inventory import available_cores
 
     return available_cores()
 

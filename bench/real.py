@@ -152,7 +152,7 @@ def score(artifact: str, data: str) -> dict[str, Any]:
     from winnow.hardware.device import Hardware
     from winnow.hardware.run import Run
     from winnow.model import manifest
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
     from winnow.runtime import serving
     from winnow.runtime.check import check
 
@@ -184,7 +184,7 @@ def measured(chosen: Setting, data: str) -> dict[str, Any]:
 def measure(data: str, only: Sequence[str], again: Sequence[str]) -> dict[str, Any]:
     """Measures the settings that `docs/real.json` does not hold."""
     from winnow.hardware.compute import fastest
-    from winnow.hardware.device import available_cores, cpu_model
+    from winnow.hardware.inventory import available_cores, cpu_model
 
     held = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {"figures": {}}
     machine = f"{cpu_model()}, {available_cores()} cores, computed in {fastest('cpu')}"

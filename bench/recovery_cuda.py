@@ -35,7 +35,7 @@ def one(method: str, model: str, profiled: str = "") -> dict[str, float]:
     from winnow.hardware.run import Run
     from winnow.method.lora import Lora
     from winnow.method.qlora import QLoRA
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
 
     kept = tempfile.TemporaryDirectory()  # what is found of the batch size, for the second training, too
 

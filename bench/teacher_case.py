@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from winnow.core.types import Calibration
 from winnow.data.corpus import documents
 from winnow.data.encoding import Encoded, encode
-from winnow.model.lm import LM, Loading
-from winnow.model.load import load_tokenizer, pretrained
+from winnow.model.lm import LM
+from winnow.model.load import load_tokenizer
+from winnow.model.loading import Loading
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.nano.embedded import WEIGHTS
 from winnow.training.losses import forward_kl

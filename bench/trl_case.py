@@ -96,8 +96,8 @@ def adapted_model() -> tuple[Any, Any]:
     import torch
 
     from winnow.method.lora import Lora, adapted
-    from winnow.model.load import pretrained
     from winnow.model.packing import cast_weights
+    from winnow.model.pretrained import pretrained
     from winnow.nano.embedded import WEIGHTS
 
     lm = pretrained(str(WEIGHTS))

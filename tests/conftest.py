@@ -73,8 +73,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from winnow.model.lm import LM, Loading
+    from winnow.model.lm import LM
     from winnow.model.load import load_tokenizer
+    from winnow.model.loading import Loading
     from winnow.model.save import save
     from winnow.nano.embedded import WEIGHTS
 

@@ -18,7 +18,7 @@ from winnow.core.types import Slot
 from winnow.hardware.run import Run
 from winnow.method.knobs import Checked
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS, untrained
 from winnow.runtime import serving
 from winnow.runtime.check import check

@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from winnow import build
 from winnow.benchmark.protocol import Benchmark
 from winnow.core.errors import Stopped, UserError
+from winnow.core.files import remove_empty
 from winnow.core.types import Figures
 from winnow.hardware.lock import sharing
 from winnow.hardware.run import Run
 from winnow.method.pipeline import compress as run_pipeline
 from winnow.model.lm import LM
-from winnow.model.save import remove_empty
 from winnow.training import dist_env
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
 
     Where a gate has stopped it, `stopped` says why, and the figures are those that were found before.
     """
+    from winnow.core.files import whole_folder
     from winnow.model import manifest
-    from winnow.model.save import whole_folder
     from winnow.runtime import serving
     from winnow.runtime.check import check
     from winnow.runtime.meters import Meters

@@ -13,7 +13,7 @@ from winnow.benchmark import harness as module
 from winnow.benchmark.cached import FOLDER, Recalled
 from winnow.benchmark.samples import FILE, read
 from winnow.hardware.run import Run
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
 
 

@@ -12,7 +12,7 @@ from winnow.benchmark import divergence
 from winnow.core.types import Calibration
 from winnow.hardware.run import Run
 from winnow.method.rtn import RTN
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
 from winnow.runtime import serving
 from winnow.runtime.transformers import Runtime, batches

@@ -15,7 +15,7 @@ from winnow.benchmark.adapters import scorer
 from winnow.core.errors import UserError
 from winnow.data.tasks import quiet
 from winnow.hardware.run import Run
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import trained
 from winnow.runtime import serving
 

@@ -13,8 +13,9 @@ from typing import ClassVar
 import pytest
 
 from winnow.core.errors import MissingExtra, UserError
-from winnow.model.lm import Loading
-from winnow.model.load import load_model, load_tokenizer, pretrained
+from winnow.model.load import load_model, load_tokenizer
+from winnow.model.loading import Loading
+from winnow.model.pretrained import pretrained
 
 COMMAND_LINES = [
     ("compress", ["method=[rtnn]"], ["method=rtnn", "did you mean rtn"]),

@@ -14,7 +14,7 @@ from winnow.data.calibration import calibration_batches
 from winnow.data.contamination import benchmark_of
 from winnow.data.corpus import _benchmarks, _pieces, _worded, documents
 from winnow.hardware.run import Run
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 ITEMS = Path(__file__).parents[1] / "data" / "benchmarks"
 

@@ -13,7 +13,7 @@ from winnow.core.errors import UserError
 from winnow.estimate.layout import plan_of
 from winnow.hardware.footprint import weights_memory_bytes
 from winnow.model import manifest
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS, trained, untrained
 
 

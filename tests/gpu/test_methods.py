@@ -16,7 +16,7 @@ from winnow.method import pipeline
 from winnow.method.knobs import Stage
 from winnow.model import manifest
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
 
 DEVICE = "cuda"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from winnow.benchmark import rows
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
 
 

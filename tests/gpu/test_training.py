@@ -16,8 +16,8 @@ from tests.conftest import REPOSITORY
 from winnow.core.types import Calibration
 from winnow.hardware.run import Run
 from winnow.method.lora import Lora
-from winnow.model.load import pretrained
 from winnow.model.packed_attention import attention, document
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
 from winnow.training.batch_size import NAME
 

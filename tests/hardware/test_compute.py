@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from winnow.hardware import compute, device
-from winnow.hardware.device import Gpu, Hardware
+from winnow.hardware.device import Hardware
+from winnow.hardware.inventory import Gpu
 from winnow.hardware.run import Run
 
 EPYC_MILAN = {"avx", "avx2", "fma", "f16c"}
@@ -85,7 +86,7 @@ def test_a_training_takes_the_faster_precision_and_says_if_another_one_was_asked
 ) -> None:
     pytest.importorskip("peft")
     from winnow.method.lora import Lora
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
 
     on(monkeypatch, flags)
     fast = "32-true" if flags is EPYC_MILAN else "bf16-mixed"
@@ -103,7 +104,7 @@ def test_a_training_takes_the_faster_precision_and_says_if_another_one_was_asked
 def test_a_served_model_is_computed_in_the_fastest_type(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
     import torch
 
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
     from winnow.runtime import serving
 
     for flags, dtype in ((EPYC_MILAN, torch.float32), (EPYC_GENOA, torch.bfloat16)):
@@ -120,7 +121,7 @@ def test_weights_that_are_wider_than_the_fastest_type_are_not_narrowed_to_be_com
     import torch
 
     from winnow.method.blocks import compute_dtype
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
 
     run = Run(Path(), dtype="bfloat16")
     for stored, expected in (("float32", torch.float32), ("float16", torch.float32), ("auto", torch.bfloat16)):

@@ -11,7 +11,8 @@ from winnow import build
 from winnow.core.cli import options
 from winnow.core.errors import UserError
 from winnow.hardware import device
-from winnow.hardware.device import Gpu, Hardware, narrowed
+from winnow.hardware.device import Hardware
+from winnow.hardware.inventory import Gpu, narrowed
 
 GPUS = [Gpu("A", "GPU-aa11", 10), Gpu("B", "GPU-bb22", 20)]
 

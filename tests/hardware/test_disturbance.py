@@ -17,8 +17,9 @@ import pytest
 from winnow.core.types import Figures, Trial
 from winnow.hardware import counters, disturbance
 from winnow.hardware.counters import Counters, GpuCounters
-from winnow.hardware.device import Gpu, Hardware
+from winnow.hardware.device import Hardware
 from winnow.hardware.disturbance import Disturbance, Repeater, Watch, judge
+from winnow.hardware.inventory import Gpu
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
 from winnow.runtime import meters

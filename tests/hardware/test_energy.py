@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from winnow.hardware import energy
-from winnow.hardware.device import used_gpus
 from winnow.hardware.energy import EnergyMeter
+from winnow.hardware.inventory import used_gpus
 
 WH_MJ = 3_600_000
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from winnow.hardware import lock
-from winnow.hardware.device import Gpu
+from winnow.hardware.inventory import Gpu
 
 FORK = multiprocessing.get_context("fork")
 

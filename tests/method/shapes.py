@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from winnow.model.lm import LM, Loading
+from winnow.model.lm import LM
 from winnow.model.load import load_tokenizer
+from winnow.model.loading import Loading
 from winnow.model.save import save
 from winnow.nano.embedded import WEIGHTS
 

@@ -22,7 +22,7 @@ from winnow.method.knobs import knobs_of
 from winnow.method.rtn import RTN
 from winnow.model.layers import linears
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.nano.embedded import WEIGHTS
 

@@ -19,7 +19,7 @@ from winnow.method.checkpoint import Checkpoint, checkpoint_of
 from winnow.method.prune import Wanda
 from winnow.method.sparsegpt import SparseGPT
 from winnow.model.layers import decoder_blocks
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 SINGLE = Run(Path(), dtype="float32")
 

@@ -15,7 +15,7 @@ from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.bnb import FP4, NF4, Int8
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.nano.embedded import WEIGHTS
 

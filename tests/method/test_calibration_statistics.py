@@ -17,7 +17,7 @@ from winnow.method.depth import Depth
 from winnow.method.knobs import Stage
 from winnow.method.prune import Magnitude, Pruning, Wanda
 from winnow.method.width import Width
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 
 @pytest.fixture

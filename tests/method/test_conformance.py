@@ -34,7 +34,7 @@ from winnow.model import manifest
 from winnow.model.adapter import bare
 from winnow.model.layers import linears
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.nano.embedded import WEIGHTS
 

@@ -17,7 +17,7 @@ from winnow.method import pipeline
 from winnow.method.depth import Depth, answer_starts, block_influences, losses_without, shallower
 from winnow.method.rtn import RTN
 from winnow.model.lm import LM
-from winnow.model.load import load_config, pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 
 LAYERS = 5
@@ -78,7 +78,7 @@ def test_the_artifact_is_the_base_without_some_layers(family: str, by: str, tmp_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_are_as_predicted_and_it_can_be_quantized(family: str, tmp_path: Path, run_in) -> None:
     base = deep(family, tmp_path / "base")
-    config = load_config(pretrained(str(base)))
+    config = pretrained(str(base)).config()
     stages = {"depth": Depth(0.6), "rtn": RTN(4, 32)}
     made = pipeline.compress(pretrained(str(base)), stages, run_in, tmp_path / "artifact")
     plan = Plan(config, dense_tensors(config))

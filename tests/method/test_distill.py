@@ -25,7 +25,7 @@ from winnow.method.prune import Wanda
 from winnow.method.student_init import carved, smaller, spaced
 from winnow.model.layers import linears
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.reshape import rebuilt
 from winnow.nano.embedded import WEIGHTS
 

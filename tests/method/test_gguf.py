@@ -31,7 +31,7 @@ from winnow.model.gguf.export import export
 from winnow.model.gguf.native import silent
 from winnow.model.gguf.quantize import quantize
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS, trained
 from winnow.nano.items import held_out_text
 

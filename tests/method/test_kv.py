@@ -20,7 +20,7 @@ from winnow.method.kv import KV
 from winnow.method.rtn import RTN
 from winnow.model import manifest
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.nano.embedded import WEIGHTS
 

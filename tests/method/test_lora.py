@@ -12,7 +12,7 @@ from winnow.estimate.layout import plan_of
 from winnow.method.lora import Lora, adapted, layers, mask_zeros, merge
 from winnow.method.prune import Wanda
 from winnow.model.layers import linears
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 
 def with_update(base: Any, seed: int = 1, **knobs: Any) -> Any:

@@ -19,7 +19,7 @@ from winnow.method.lowrank import LowRank, best_product
 from winnow.method.rtn import RTN
 from winnow.model.layers import linears
 from winnow.model.lm import LM
-from winnow.model.load import load_config, pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.model.spec import spec
 
@@ -68,7 +68,7 @@ def test_inputs_that_calibration_never_saw_do_no_harm() -> None:
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3"])
 def test_the_artifact_computes_what_it_did_in_memory(family: str, tmp_path: Path, run_in) -> None:
     base = random_model(family, tmp_path / "base")
-    config = load_config(pretrained(str(base)))
+    config = pretrained(str(base)).config()
     compressed = pipeline.apply(pretrained(str(base)), {"lowrank": LowRank()}, run_in)
     before = logits(compressed)
     made = save(compressed, tmp_path / "artifact")
@@ -126,7 +126,7 @@ def test_recovery_and_quantization_work_on_the_factors(tmp_path: Path, factorise
     made = pipeline.compress(pretrained(str(factorised)), stages, run_in, tmp_path / "artifact")
     again = pretrained(str(tmp_path / "artifact"))
     assert logits(again).isfinite().all()
-    plan = Plan(load_config(pretrained(str(factorised))), dense_tensors(load_config(pretrained(str(factorised)))))
+    plan = Plan(pretrained(str(factorised)).config(), dense_tensors(pretrained(str(factorised)).config()))
     assert stages["rtn"].predict(plan).disk_bytes == pytest.approx(made.manifest["sizes"]["weight_bytes"], rel=0.01)
     names = set(linears(pretrained(str(factorised)).model))
     assert "model.layers.0.mlp.up_proj.0" in names and "model.layers.0.mlp.up_proj.1" in names
@@ -139,7 +139,7 @@ def test_the_folders_own_code_is_never_run_here(tmp_path: Path, run_in, factoris
     (folder / "modeling_lowrank.py").write_text("raise SystemExit('run')")
     for trust in (False, True):
         assert logits(pretrained(str(folder), trust_remote_code=trust)).isfinite().all()
-        assert load_config(pretrained(str(folder), trust_remote_code=trust)).model_type == "lowrank_llama"
+        assert pretrained(str(folder), trust_remote_code=trust).config().model_type == "lowrank_llama"
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "model_type": "another"}))
     with pytest.raises(UserError, match="brings its own code"):

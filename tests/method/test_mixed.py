@@ -24,7 +24,7 @@ from winnow.method.rtn import RTN, rtn_scale
 from winnow.model import packing
 from winnow.model.layers import linears
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.nano.embedded import WEIGHTS
 

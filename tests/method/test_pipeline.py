@@ -24,7 +24,7 @@ from winnow.method.prune import Magnitude
 from winnow.method.rtn import RTN
 from winnow.method.soft_prompt import SoftPrompt
 from winnow.method.width import Width
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
 
 Refusal = Callable[..., str]

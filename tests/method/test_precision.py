@@ -12,7 +12,7 @@ from tests.training.products import Products
 from winnow.core.cli import options
 from winnow.hardware.run import Run
 from winnow.method.trainable import Training
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 CLASSES = {name: class_of(composed("compress", f"method=[{name}]").method[name]) for name in options("method")}
 TRAININGS = [name for name, kind in CLASSES.items() if issubclass(kind, Training)]

@@ -21,7 +21,7 @@ from winnow.method.pipeline import compress
 from winnow.method.prune import Wanda
 from winnow.method.rtn import RTN
 from winnow.model import manifest
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 LORA = Lora(steps=2, tokens_per_batch=256, rank=4)
 

@@ -18,7 +18,7 @@ from winnow.method.progressive import Progressive
 from winnow.method.prune import Magnitude
 from winnow.method.width import Width
 from winnow.model.layers import linears
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 QUICK: dict[str, Any] = {"steps": 2, "tokens_per_batch": 256, "learning_rate": 1e-3, "precision": "32-true"}
 

@@ -17,7 +17,7 @@ from winnow.method.prune import Magnitude, Wanda
 from winnow.method.sparsegpt import SparseGPT
 from winnow.model.layers import linears
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import trained
 
 METHODS = (Magnitude, Wanda, SparseGPT)

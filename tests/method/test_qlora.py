@@ -26,7 +26,7 @@ from winnow.method.rtn import RTN
 from winnow.method.soft_prompt import SoftPrompt
 from winnow.model import adapter, manifest
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.runtime import candidates, chosen
 

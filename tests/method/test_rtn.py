@@ -11,7 +11,7 @@ from tests.method.test_conformance import logits
 from winnow.core.errors import UserError
 from winnow.method import pipeline
 from winnow.model.layers import linears
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])

@@ -24,7 +24,7 @@ from winnow.method.rtn import RTN
 from winnow.method.soft_prompt import SoftPrompt, first_ids, prompted
 from winnow.model import adapter
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.nano.embedded import WEIGHTS
 from winnow.runtime import serving

@@ -11,7 +11,7 @@ from winnow.core.errors import UserError
 from winnow.method.masks import smallest_of_all, smallest_of_pattern
 from winnow.method.prune import Wanda
 from winnow.method.sparsegpt import SparseGPT, inverse_factor, prune_columns
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import trained
 
 

@@ -17,7 +17,7 @@ from winnow.method.importance import importances
 from winnow.method.rtn import RTN
 from winnow.method.width import Width, head_dim, strongest, strongest_heads
 from winnow.model.lm import LM
-from winnow.model.load import load_config, pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 
 HALF = Width(mlp=0.5, heads=0.5, hidden=0.5)
@@ -31,7 +31,7 @@ def logits(lm: LM) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_artifact_computes_what_it_did_in_memory(family: str, tmp_path: Path, run_in) -> None:
     base = random_model(family, tmp_path / "base")
-    config = load_config(pretrained(str(base)))
+    config = pretrained(str(base)).config()
     compressed = pipeline.apply(pretrained(str(base)), {"width": HALF}, run_in)
     before = logits(compressed)
     made = save(compressed, tmp_path / "artifact")

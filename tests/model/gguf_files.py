@@ -12,7 +12,8 @@ import torch
 
 from tests.method.shapes import config_of
 from winnow.model.gguf.read_vocabulary import SPLITS
-from winnow.model.gguf.vocabulary import SAMPLES, WHOLE_WORDS
+from winnow.model.gguf.splits import WHOLE_WORDS
+from winnow.model.gguf.vocabulary import SAMPLES
 from winnow.model.lm import LM
 from winnow.nano.items import held_out_text
 

@@ -13,8 +13,9 @@ from winnow.core.cli import CONF
 from winnow.core.errors import MissingExtra, UserError
 from winnow.core.files import sha256
 from winnow.model.gguf import dequantized, package
-from winnow.model.lm import Loading
-from winnow.model.load import load_model, pretrained
+from winnow.model.load import load_model
+from winnow.model.loading import Loading
+from winnow.model.pretrained import pretrained
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from winnow.model.gguf.export import export
 from winnow.model.gguf.file import opened
 from winnow.model.gguf.read_vocabulary import SPLITS, merges_of, tokenizer_in
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import trained
 
 TEXTS = (*tokenizers.SAMPLES, "<s>a <tool> b</s>", "")

@@ -13,7 +13,7 @@ import pytest
 
 from winnow.core import files
 from winnow.model import folder, manifest
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 
 @pytest.fixture(autouse=True)

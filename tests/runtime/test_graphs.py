@@ -22,7 +22,7 @@ from tests.runtime import recorded
 from winnow.core.errors import Reason, Unservable, classify
 from winnow.hardware.device import Hardware
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.runtime import graphs, serving
 from winnow.runtime.graph_support import few_layers, rehearsal, unsupported, unsupported_base
 from winnow.runtime.graphs import Decoder

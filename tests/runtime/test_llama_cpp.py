@@ -13,7 +13,7 @@ from winnow.core.errors import Unservable, UserError
 from winnow.hardware.device import Hardware
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import trained
 from winnow.runtime import candidates, llama_cpp, serving
 from winnow.runtime.check import check

@@ -16,8 +16,9 @@ import torch
 from winnow.benchmark.protocol import Probe
 from winnow.core.errors import MissingExtra, UserError
 from winnow.hardware import energy
-from winnow.hardware.device import Gpu, Hardware
+from winnow.hardware.device import Hardware
 from winnow.hardware.energy import EnergyMeter
+from winnow.hardware.inventory import Gpu
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
 from winnow.runtime import latency

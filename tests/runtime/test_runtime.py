@@ -16,8 +16,11 @@ import torch
 from winnow.benchmark.adapters import scorer
 from winnow.core.errors import UserError
 from winnow.hardware.device import RUNTIMES, Hardware
-from winnow.model.lm import LM, Loading
-from winnow.model.load import gguf_file, load_model, pretrained
+from winnow.model.folder_checks import gguf_file
+from winnow.model.lm import LM
+from winnow.model.load import load_model
+from winnow.model.loading import Loading
+from winnow.model.pretrained import pretrained
 from winnow.runtime import candidates, chosen, serving
 from winnow.runtime.transformers import Runtime
 

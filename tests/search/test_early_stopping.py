@@ -15,10 +15,10 @@ from winnow.benchmark.samples import FILE, Sample, read, write
 from winnow.core.errors import Reason, Stopped, UserError
 from winnow.core.types import Calibration, Figures, Strategy, Trial
 from winnow.hardware.run import Run
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.runtime import serving
 from winnow.search.early_stopping import LEAST_CHANCE, Gates, table, weights_of
-from winnow.search.trial import RIVALS
+from winnow.search.job import RIVALS
 from winnow.study.objectives import KNOWN
 from winnow.study.pareto import matches
 

@@ -13,8 +13,8 @@ from tests.search.test_workers import Small, fine
 from winnow.core.errors import Reason, UserError
 from winnow.report.table import front_json, front_table
 from winnow.search.holdout import FOLDER, confirm, overrides
-from winnow.search.job import STOP
-from winnow.search.trial import RIVALS, failure, run_elsewhere
+from winnow.search.job import RIVALS, STOP
+from winnow.search.trial import failure, run_elsewhere
 from winnow.study.opening import open_study
 from winnow.study.study import Proposal, Study
 

@@ -14,8 +14,8 @@ from winnow.agent.samplers import Grid
 from winnow.core.errors import Reason, UserError
 from winnow.core.types import Strategy
 from winnow.search.forecaster import Forecasts
+from winnow.search.job import RIVALS
 from winnow.search.loop import Search
-from winnow.search.trial import RIVALS
 from winnow.search.views import Views
 from winnow.study.budget import Budget, Convergence
 from winnow.study.opening import open_study

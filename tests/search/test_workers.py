@@ -20,7 +20,8 @@ from tests.search import kills, small_search
 from winnow.agent.samplers import TPE
 from winnow.core.errors import Reason, UserError
 from winnow.core.types import Strategy
-from winnow.hardware.device import Gpu, Hardware
+from winnow.hardware.device import Hardware
+from winnow.hardware.inventory import Gpu
 from winnow.search import launching
 from winnow.search.forecaster import Forecasts
 from winnow.search.job import STOP

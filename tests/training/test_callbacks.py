@@ -23,7 +23,7 @@ from winnow.core.types import Calibration
 from winnow.data.corpus import documents
 from winnow.data.encoding import encode
 from winnow.hardware.run import Run
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.training import callbacks
 from winnow.training.fit import Batching, Fitted, fit
 from winnow.training.module import Schedule

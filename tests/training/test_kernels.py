@@ -17,7 +17,7 @@ from winnow.core.types import Calibration
 from winnow.data.corpus import documents
 from winnow.data.encoding import encode
 from winnow.hardware.run import Run
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.training import kernels
 from winnow.training.fit import Batching, fit
 from winnow.training.module import Schedule

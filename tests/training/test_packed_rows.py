@@ -13,7 +13,7 @@ import torch
 from winnow.core.errors import UserError
 from winnow.core.types import Chat, Document
 from winnow.data.encoding import IGNORED, Encoded, collate, collate_padded, encode
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.training.packed_rows import Documents, pack
 
 CHATML = (

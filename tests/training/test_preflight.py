@@ -19,7 +19,7 @@ from winnow.data.corpus import documents
 from winnow.data.encoding import Encoded, encode
 from winnow.hardware.compute import fastest, training_precision
 from winnow.hardware.run import Run
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.training import fit as fitting
 from winnow.training.dist_env import World
 from winnow.training.fit import Batching, fit

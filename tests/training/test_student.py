@@ -11,7 +11,7 @@ import torch
 
 from winnow.data.encoding import Encoded, collate, collate_padded
 from winnow.hardware.run import Run
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.training.fit import Batching, fit
 from winnow.training.module import Schedule
 from winnow.training.objective import CrossEntropy

@@ -15,7 +15,7 @@ from winnow.data.corpus import documents
 from winnow.data.encoding import Encoded, collate, encode
 from winnow.model.layers import linears
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
 from winnow.training import targets as module
 from winnow.training import zeros

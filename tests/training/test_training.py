@@ -16,7 +16,7 @@ from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.lora import Lora, adapted
 from winnow.method.pretrain import Pretrain
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.training.fit import Batching, Fitted, fit
 from winnow.training.module import Schedule
 

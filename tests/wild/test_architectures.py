@@ -31,7 +31,7 @@ from winnow.method.rtn import RTN
 from winnow.model import manifest
 from winnow.model.layers import decoder_blocks, linears
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.model.spec import context_of
 from winnow.model.unfused import fuse, fused, unfuse
 from winnow.training.student import Student

@@ -19,7 +19,7 @@ from winnow.data.calibration import calibration_batches
 from winnow.data.corpus import documents
 from winnow.data.local_items import read
 from winnow.hardware.run import Run
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.runtime import serving
 
 ROWS = [{"text": "Anna goes to the märket."}, {"text": "Tom takes a cup."}]

@@ -13,7 +13,7 @@ import torch
 from tests.quick import MEASUREMENTS
 from tests.started import run
 from tests.wild.edits import Edit, setting, tensors, written
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 
 
 def tokenizer(folder: Path) -> None:

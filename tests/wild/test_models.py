@@ -23,7 +23,7 @@ from winnow.method.qlora import QLoRA
 from winnow.method.rtn import RTN
 from winnow.model import adapter
 from winnow.model.lm import LM
-from winnow.model.load import pretrained
+from winnow.model.pretrained import pretrained
 from winnow.runtime import serving
 from winnow.search import start
 

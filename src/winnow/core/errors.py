@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import traceback
@@ -113,3 +114,17 @@ def raised_below(error: BaseException, folder: Path) -> bool:
     """Whether the code that raised an error lies in a folder."""
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(innermost).is_relative_to(folder)
+
+
+@contextlib.contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turns errors into one that says that `what` cannot be served, unless something else is to blame.
+
+    A setting, a library that is missing, memory or disk that does not suffice say nothing about the model.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or classify(error) is not Reason.ERROR:
+            raise
+        raise Unservable(f"{what} fails: {describe(error)}") from error

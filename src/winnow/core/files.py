@@ -7,11 +7,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from winnow.core.errors import UserError, is_disk_full
 
 SMALL_BYTES = 16 * 2**20  # read each time that it is asked
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
@@ -79,3 +82,54 @@ def sha256(path: Path) -> str:
             with whole(note) as scratch:
                 scratch.write_text(f"{digest}\n", encoding="utf-8")
     return digest
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path, option: str = "output", elsewhere: str = "output= or outputs=") -> Iterator[Path]:
+    """A scratch folder beside `output` that takes its name when the block ends well, and vanishes when it does not.
+
+    `option` and `elsewhere` say in messages what put `output` there, and what puts it in another place.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written.
+    """
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    scratch = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        _sync(scratch)
+        old = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.old"
+        if output.exists():
+            output.rename(old)
+        scratch.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        remove_empty(output.parent, until=existing)
+        if is_disk_full(error):
+            raise UserError(
+                f"{option}={output}: the disk is full; free some space or choose another place with {elsewhere}"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise UserError(
+                f"{option}={output}: not allowed to write there ({error}); choose another place with {elsewhere}"
+            ) from error
+        raise
+
+
+def remove_empty(folder: Path, until: Path) -> None:
+    """Removes a folder and its parents as long as they are empty, up to and without `until`."""
+    folder = folder.absolute()
+    with contextlib.suppress(OSError):  # a mount point, say
+        while folder != until and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.chmod(0o644)  # safetensors makes files that only their owner can read

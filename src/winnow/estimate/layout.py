@@ -227,10 +227,9 @@ def plan_of(lm: LM) -> Plan:
     Raises:
         UserError: transformers knows no causal LM for its configuration, or there is none.
     """
-    from winnow.model.load import load_config
     from winnow.model.loading_errors import plain_errors
 
-    config = load_config(lm)
+    config = lm.config()
     if lm.loading.dtype != "auto":
         dtype = lm.loading.dtype
     else:

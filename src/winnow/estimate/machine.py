@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from winnow.estimate.cost import Work
-from winnow.hardware.device import Hardware, physical_memory_bytes, visible_gpus
+from winnow.hardware.device import Hardware
+from winnow.hardware.inventory import physical_memory_bytes, visible_gpus
 
 if TYPE_CHECKING:
     import torch

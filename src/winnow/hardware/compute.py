@@ -27,7 +27,7 @@ _AMPERE, _VOLTA = (8, 0), (7, 0)  # compute capabilities: the first tensor cores
 def fastest(device: str) -> str:
     """The name of torch's type that `device` (`cpu` or `cuda`) computes matrix products fastest in."""
     if device == "cuda":
-        from winnow.hardware.device import visible_gpus
+        from winnow.hardware.inventory import visible_gpus
 
         # of GPUs of several kinds the least able; those that are not in this machine are taken to be recent
         return of_capability(min((gpu.capability for gpu in visible_gpus() if gpu.capability), default=_AMPERE))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from winnow.hardware.device import used_gpus
+from winnow.hardware.inventory import used_gpus
 
 NS, US = 1e-9, 1e-6
 SLOWDOWNS = {  # NVML API reference, nvmlClocksEventReasons; a power cap and an idle GPU are not among them: both are normal

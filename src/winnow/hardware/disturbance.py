@@ -31,7 +31,7 @@ from typing import Self, TypeVar
 
 from winnow.hardware import counters
 from winnow.hardware.counters import Counters
-from winnow.hardware.device import available_cores
+from winnow.hardware.inventory import available_cores
 
 T = TypeVar("T")
 

@@ -24,7 +24,8 @@ from types import TracebackType
 from typing import Any
 
 from winnow.core.libraries import is_installed, require
-from winnow.hardware.device import WORLD_AVERAGE_G_PER_KWH, Gpu, used_gpus
+from winnow.hardware.device import WORLD_AVERAGE_G_PER_KWH
+from winnow.hardware.inventory import Gpu, used_gpus
 
 _COUNTERS = ("intel_rapl", "windows_emi")  # codecarbon's modes that read counters; AMD's processors have RAPL too
 _J_PER_WH = 3600.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from winnow.core.errors import UserError
 from winnow.core.libraries import require
-from winnow.hardware.device import visible_gpus
+from winnow.hardware.inventory import visible_gpus
 from winnow.model import manifest
 from winnow.model.lm import LM
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from winnow.hardware.device import visible_gpus
+from winnow.hardware.inventory import visible_gpus
 
 PATIENCE_S = 3.0  # a longer wait is worth a line in the log
 _POLL_S = 0.02

@@ -32,8 +32,8 @@ from winnow.method.blocks import Caught, block_inputs, compute_dtype
 from winnow.method.checkpoint import Checkpoint
 from winnow.model.layers import decoder_blocks, linears, linears_in
 from winnow.model.lm import LM
-from winnow.model.load import quiet
 from winnow.model.packing import cast_weights, quantize_linear
+from winnow.model.quiet import quiet
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
 # it puts its own `warning_once` in the place of transformers', whose remarks would then come in its name

@@ -41,7 +41,7 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from winnow.model.load import quiet
+    from winnow.model.quiet import quiet
     from winnow.model.unfused import fused
     from winnow.training.dist_env import local_device, world
 

@@ -25,8 +25,8 @@ from winnow.hardware.run import Run
 from winnow.method.blocks import compute_dtype
 from winnow.model.layers import decoder_blocks, linears
 from winnow.model.lm import LM
-from winnow.model.load import quiet
 from winnow.model.packing import cast_weights, round_to_grid
+from winnow.model.quiet import quiet
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
 # its own switch for silence, LLM_COMPRESSOR_LOG_DISABLED, leaves out a log level that GPTQ then fails to find

@@ -149,7 +149,7 @@ def of(lm: LM, stages: Mapping[str, Stage], run: Run) -> Prefixes:
 
 def linked(made: LM, output: Path) -> LM:
     """The same artifact at `output`, its files under a second name where the disk allows that."""
-    from winnow.model.save import whole_folder
+    from winnow.core.files import whole_folder
 
     with whole_folder(output) as folder:
         shutil.copytree(str(made.path), folder, dirs_exist_ok=True, copy_function=_link)
@@ -160,10 +160,10 @@ def linked(made: LM, output: Path) -> LM:
 def is_dense(lm: LM) -> bool:
     """Whether stages can go on working on the weights: they are plain numbers, without an adapter."""
     from winnow.model import packing
-    from winnow.model.load import gguf_file, load_config
+    from winnow.model.folder_checks import gguf_file
 
     if lm.path is not None:
-        quantized = getattr(load_config(lm), "quantization_config", None) is not None
+        quantized = getattr(lm.config(), "quantization_config", None) is not None
         return not quantized and gguf_file(Path(lm.path)) is None and adapter.folder_of(lm.path) is None
     quantized = getattr(lm.model.config, "quantization_config", None) is not None
     return not (quantized or adapter.is_adapted(lm.model) or packing.is_packable(lm.model))

@@ -173,7 +173,7 @@ def _finished(folder: Path, number: int) -> Path:
 
 def _restored(lm: LM, folder: Path) -> tuple[LM, list[dict[str, Any]]]:
     """The lineage of `lm` with the model of a finished round, and the records of the rounds so far."""
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
 
     found = pretrained(str(folder), **{**dataclasses.asdict(lm.loading), "dtype": "auto", "device": "cpu"})
     records = found.manifest["_rounds"]

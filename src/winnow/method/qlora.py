@@ -95,6 +95,7 @@ class QLoRA(Adapting):
         from winnow.method import bnb
         from winnow.method.lora import adapted, rows_of_zeros
         from winnow.model import adapter
+        from winnow.model.save import attach_adapter
 
         check_base(lm)
         if self.dora and getattr(lm.model, "is_loaded_in_8bit", False):
@@ -117,7 +118,7 @@ class QLoRA(Adapting):
             fitted = self.train(model, self.encoded(lm, run), run, learning_rate=self.learning_rate)
         lm.manifest["_notes"] = {"training": fitted.record()}
         adapter.round_matrices(model, lm.model.dtype)
-        return lm.changed(merged(model)) if self.merge else adapter.beside(lm, model)
+        return lm.changed(merged(model)) if self.merge else attach_adapter(lm, model)
 
 
 def is_dense(plan: Plan) -> bool:
@@ -134,7 +135,7 @@ def check_base(lm: LM) -> None:
     from winnow.model import adapter
     from winnow.model.packing import is_packable
 
-    adapter.check_alone(lm, "qlora")
+    adapter.check_alone(lm.model, lm.path or lm.name, "qlora")
     found = getattr(getattr(lm.model.config, "quantization_config", None), "quant_method", None)
     if is_packable(lm.model) or found not in (None, "bitsandbytes"):
         raise UserError(
@@ -150,7 +151,7 @@ def merged(model: Any) -> Any:
 
     from winnow.method.lora import layers
     from winnow.model.layers import linears
-    from winnow.model.load import quiet
+    from winnow.model.quiet import quiet
 
     with torch.no_grad(), quiet():
         weights = {name: _sum(layer) for name, layer in layers(model).items()}

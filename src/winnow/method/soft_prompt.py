@@ -84,10 +84,11 @@ class SoftPrompt(Training):
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method.bnb import keep_packing
         from winnow.model import adapter
+        from winnow.model.save import attach_adapter
         from winnow.training.dist_env import local_device
         from winnow.training.prompted import PromptedStudent
 
-        adapter.check_alone(lm, "soft_prompt")
+        adapter.check_alone(lm.model, lm.path or lm.name, "soft_prompt")
         rows = dataclasses.replace(self, max_length=self._longest(lm.model.config)).encoded(lm, run)
         keep_packing(lm.model)
         model = prompted(lm, self, run.seed).to(local_device(run))
@@ -95,7 +96,7 @@ class SoftPrompt(Training):
             adapter.check_gradients(model, "soft_prompt")
             fitted = self.train(model, rows, run, learning_rate=self.learning_rate, student=PromptedStudent(model))
         lm.manifest["_notes"] = {"training": fitted.record()}
-        return adapter.beside(lm, model)
+        return attach_adapter(lm, model)
 
     def _longest(self, config: PretrainedConfig) -> int:
         """Tokens of a text that fits behind the prompt.

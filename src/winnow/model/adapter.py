@@ -17,7 +17,6 @@ from winnow.core.errors import UserError
 from winnow.core.libraries import require
 from winnow.model.folder import ADAPTER, ADAPTER_FILES
 from winnow.model.keys import check_adapter
-from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import torch
@@ -138,15 +137,6 @@ def taken_off(model: Any) -> Any:
     return model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
 
 
-def beside(lm: LM, model: Any) -> LM:
-    """The same lineage with the adapter of `model`: in memory, or beside the files where `lm` is final files."""
-    if not lm.final:
-        return lm.changed(model)
-    assert lm.path is not None
-    write(model, Path(lm.path) / NAME, bare(model).dtype)
-    return lm.stored(lm.path)
-
-
 def check(folder: Path) -> None:
     """Refuses an artifact whose adapter is not whole.
 
@@ -158,15 +148,6 @@ def check(folder: Path) -> None:
     if lost:
         raise UserError(f"model.path={folder.parent} is incomplete: {NAME}/{lost[0]} is missing; copy the model again")
     require_peft()
-
-
-def check_alone(lm: LM, method: str) -> None:
-    """Raises UserError if the model has an adapter already: PEFT's formats hold one kind beside a base."""
-    if is_adapted(lm.model):
-        raise UserError(
-            f"method=[...,{method}]: {lm.path or lm.name} has an adapter already; merge it (method.qlora.merge=true when it is "
-            f"made), or start from the model without it"
-        )
 
 
 def check_gradients(model: Any, method: str) -> None:
@@ -196,4 +177,13 @@ def check_gradients(model: Any, method: str) -> None:
             f"method=[...,{method}]: no gradient reaches {without[0] if without else 'the adapter'} through the layers of "
             f"this model{f' (quantized by {quantized})' if quantized else ''}{f': {error}' if error else ''}; "
             f"take method=[nf4,{method}]"
+        )
+
+
+def check_alone(model: Any, name: str, method: str) -> None:
+    """Raises UserError if the model has an adapter already: PEFT's formats hold one kind beside a base."""
+    if is_adapted(model):
+        raise UserError(
+            f"method=[...,{method}]: {name} has an adapter already; merge it (method.qlora.merge=true when it is "
+            f"made), or start from the model without it"
         )

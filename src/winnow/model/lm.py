@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnow.model.loading import Loading
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How weights come into memory."""
-
-    dtype: str = "auto"
-    attention: str = "auto"  # sdpa where the architecture knows it, else eager
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-
-    @property
-    def attn_implementation(self) -> str | None:
-        """As transformers is told; None leaves the choice to it."""
-        return None if self.attention == "auto" else self.attention
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LM:
@@ -73,6 +59,12 @@ class LM:
             assert self.path is not None
             self._tokenizer = load_tokenizer(self.path, self.loading)
         return self._tokenizer
+
+    def config(self) -> PretrainedConfig:
+        """The configuration, the caller's own to change: of the model in memory, else from its folder or the hub."""
+        from winnow.model.load import load_config
+
+        return load_config(self.path, self.loading) if self.path else copy.deepcopy(self.model.config)
 
     def sha256(self) -> str | None:
         """What the model is known by: of all its files, as they are now; a hub model's commit; None for one in memory only."""

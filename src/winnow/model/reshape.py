@@ -41,7 +41,7 @@ def rebuilt(model: PreTrainedModel, config: PretrainedConfig, kind: Any = None) 
     Raises:
         RuntimeError: the tensors are not those of the configuration.
     """
-    from winnow.model.load import quiet
+    from winnow.model.quiet import quiet
 
     tensors = model.state_dict()
     with quiet():

@@ -232,7 +232,7 @@ def on_meta(config: PretrainedConfig) -> nn.Module:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from winnow.model.load import quiet
+    from winnow.model.quiet import quiet
 
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:

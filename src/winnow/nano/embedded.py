@@ -42,7 +42,7 @@ def untrained(
 
 
 def trained(path: str | None = None, **loading: Any) -> LM:
-    """The embedded model; the arguments are those of `winnow.model.load.pretrained`."""
-    from winnow.model.load import pretrained
+    """The embedded model; the arguments are those of `winnow.model.pretrained.pretrained`."""
+    from winnow.model.pretrained import pretrained
 
     return pretrained(path or str(WEIGHTS), **loading)

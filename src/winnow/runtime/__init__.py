@@ -15,12 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from winnow.core.errors import UserError
+from winnow.core.errors import UserError, blaming
 from winnow.hardware.device import Hardware
 from winnow.model import adapter
+from winnow.model.folder_checks import gguf_file
 from winnow.model.lm import LM
-from winnow.model.load import gguf_file
-from winnow.runtime.check import blaming
 
 if TYPE_CHECKING:
     import numpy as np

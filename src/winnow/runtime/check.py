@@ -10,13 +10,12 @@ It costs some 250 tokens of a forward pass, twice at most, and a few of generati
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from winnow.core.errors import Reason, Unservable, UserError
+from winnow.core.errors import Unservable, blaming
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -138,19 +137,3 @@ def tried(lm: LM, device: str, log: Callable[[str], None], base: LM | None = Non
     if found and not serves:
         log(f"{lm.path}: saved, but no runtime serves it")
     return {"runtimes": found, RECORD: record}
-
-
-@contextlib.contextmanager
-def blaming(what: str) -> Iterator[None]:
-    """Turns errors into one that says that `what` cannot be served, unless something else is to blame.
-
-    A setting, a library that is missing, memory or disk that does not suffice say nothing about the model.
-    """
-    from winnow.core.errors import classify, describe
-
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or classify(error) is not Reason.ERROR:
-            raise
-        raise Unservable(f"{what} fails: {describe(error)}") from error

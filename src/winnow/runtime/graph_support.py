@@ -95,11 +95,12 @@ def unsupported_base(
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from winnow.hardware.lock import sharing
-    from winnow.model.lm import LM, Loading
-    from winnow.model.load import load_config, quiet
+    from winnow.model.lm import LM
+    from winnow.model.loading import Loading
+    from winnow.model.quiet import quiet
 
     loading = Loading(attention=attention, trust_remote_code=trust_remote_code)
-    config = load_config(LM(path, loading=loading))
+    config = LM(path, loading=loading).config()
     settings = {"attn_implementation": loading.attn_implementation, "trust_remote_code": trust_remote_code}
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **settings)

@@ -21,8 +21,8 @@ from winnow.core.errors import Unservable, UserError
 from winnow.core.libraries import require
 from winnow.hardware.device import Hardware
 from winnow.hardware.footprint import PeakMemory
+from winnow.model.folder_checks import gguf_file
 from winnow.model.lm import LM
-from winnow.model.load import gguf_file
 from winnow.runtime.latency import Timing
 
 BATCH = 2048  # tokens a call; llama.cpp computes them in parts of 512

@@ -38,7 +38,7 @@ from winnow.model import manifest
 from winnow.model.lm import LM
 from winnow.runtime.in_turn import Base
 from winnow.search import racing
-from winnow.search.trial import RIVALS
+from winnow.search.job import RIVALS
 from winnow.study.objectives import KL, objectives
 from winnow.study.pareto import matches
 

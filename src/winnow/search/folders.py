@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.core.files import write_json
-from winnow.search.job import STOP, read_spent
-from winnow.search.trial import RIVALS
+from winnow.search.job import RIVALS, STOP, read_spent
 from winnow.study.history import History
 from winnow.study.objectives import KL
 

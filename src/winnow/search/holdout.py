@@ -79,11 +79,11 @@ def confirm(study: Study, launch: Launch, workers: int, folder: Path, log: Calla
 def score(settings: dict[str, Any], artifact: str, output: str, log: Callable[[str], None]) -> dict[str, float]:
     """In the child: the scores of an artifact on the items that were held back."""
     from winnow import build
+    from winnow.core.files import whole_folder
     from winnow.hardware.lock import sharing
-    from winnow.model.save import whole_folder
     from winnow.runtime import serving
 
-    model = {**settings["model"], "_target_": "winnow.model.load.pretrained", "path": artifact}
+    model = {**settings["model"], "_target_": "winnow.model.pretrained.pretrained", "path": artifact}
     benchmark = {**settings["benchmark"], "confirming": True}
     cfg = OmegaConf.create({**settings, "model": model, "benchmark": benchmark})
     hardware = build.hardware(cfg)

@@ -25,6 +25,9 @@ STOP = "stop"  # a file in a job's folder, put by the search: nobody waits for i
 LOOK_S = 1.0  # between looks for it
 SPENT = "spent.json"  # the energy of a job that was cancelled
 ESTIMATE_S = 60.0  # that estimating the energy of what was killed may take
+RIVALS = (
+    "rivals.json"  # in a trial's folder: what the base model is, its figures, those of each trial on the front then
+)
 
 
 class Job:

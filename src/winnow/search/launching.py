@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from winnow.core.cli import say
 from winnow.core.errors import Reason, UserError, describe
 from winnow.core.libraries import require
-from winnow.hardware.device import Hardware, available_cores, visible_gpus
+from winnow.hardware.device import Hardware
+from winnow.hardware.inventory import available_cores, visible_gpus
 from winnow.search import trial
 
 MOST_FAILURES = 3  # of the launcher itself, one after the other: then it is not the trials

@@ -23,7 +23,8 @@ from winnow.core.files import write_json
 from winnow.core.scalars import check_scalars
 from winnow.core.types import Slot, Strategy
 from winnow.hardware.run import Run
-from winnow.model.lm import LM, Loading
+from winnow.model.lm import LM
+from winnow.model.loading import Loading
 from winnow.search import child, decoding, forecaster, holdout, outputs, overrides, trial
 from winnow.search.early_stopping import Racing
 from winnow.search.launching import Launching, shares
@@ -289,10 +290,9 @@ def _write_spec(folder: Path, lm: LM) -> None:
 
 def model_spec(path: str, loading: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
     """In the child: the specification of the model at `path`."""
-    from winnow.model.load import load_config
     from winnow.model.spec import spec
 
-    return spec(load_config(LM(path, loading=Loading(**loading)))).to_json()
+    return spec(LM(path, loading=Loading(**loading)).config()).to_json()
 
 
 def _tracker(config: DictConfig, folder: Path) -> Any:

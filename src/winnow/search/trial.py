@@ -22,12 +22,9 @@ from winnow.core.files import whole
 from winnow.core.targets import target_of
 from winnow.model import manifest
 from winnow.search import child
-from winnow.search.job import Job
+from winnow.search.job import RIVALS, Job
 
 OUTCOME = "outcome.json"
-RIVALS = (
-    "rivals.json"  # in a trial's folder: what the base model is, its figures, those of each trial on the front then
-)
 CONFIRMING = "confirming"  # the key that makes a job the confirmation of a trial, in a folder below that one's
 
 
@@ -148,7 +145,7 @@ def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable
     from winnow import commands
     from winnow.search.early_stopping import Gates
 
-    model = {**settings["model"], "_target_": "winnow.model.load.pretrained", "path": artifact}
+    model = {**settings["model"], "_target_": "winnow.model.pretrained.pretrained", "path": artifact}
     gates = Gates(OmegaConf.create(settings), Path(output).parent, log)
     metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log, gates)
     return {

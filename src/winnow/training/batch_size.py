@@ -142,7 +142,7 @@ def _remember(path: Path, name: str, entry: dict[str, Any]) -> None:
 def hardware_name(device: str) -> str:
     """The GPU's name, or the processor's."""
     if device == "cpu":
-        from winnow.hardware.device import cpu_model
+        from winnow.hardware.inventory import cpu_model
 
         return cpu_model()
     return torch.cuda.get_device_name(device)

@@ -22,7 +22,7 @@ from winnow.estimate.cost import activations, heap_holes
 from winnow.estimate.feasibility import HEADROOM
 from winnow.estimate.layout import Plan
 from winnow.estimate.machine import EFFICIENCY, resident_bytes
-from winnow.hardware.device import available_cores, physical_memory_bytes
+from winnow.hardware.inventory import available_cores, physical_memory_bytes
 from winnow.hardware.run import Run
 from winnow.model.adapter import bare
 from winnow.model.spec import ModelSpec

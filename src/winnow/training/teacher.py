@@ -20,7 +20,7 @@ def teacher_at(path: str, like: LM, option: str) -> LM:
     Raises:
         UserError: there is no such model; the message names `option`.
     """
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
 
     try:
         return pretrained(path, **{**dataclasses.asdict(like.loading), "device": "cpu"})
@@ -30,10 +30,9 @@ def teacher_at(path: str, like: LM, option: str) -> LM:
 
 def check_pair(teacher: LM, student: LM, option: str) -> None:
     """Raises UserError if the two do not read and write the same tokens. Reads configurations and tokenizers, no weights."""
-    from winnow.model.load import load_config
 
     try:
-        config, vocabulary = load_config(teacher).get_text_config(), teacher.tokenizer.get_vocab()
+        config, vocabulary = teacher.config().get_text_config(), teacher.tokenizer.get_vocab()
     except UserError as error:
         raise _about(option, error) from error
     theirs, ours = config.vocab_size, student.model.config.get_text_config().vocab_size
@@ -47,9 +46,8 @@ def check_pair(teacher: LM, student: LM, option: str) -> None:
 
 def check_widths(teacher: LM, student_config: Any, option: str) -> None:
     """Raises UserError if hidden states of the two cannot be compared."""
-    from winnow.model.load import load_config
 
-    theirs, ours = load_config(teacher).get_text_config().hidden_size, student_config.get_text_config().hidden_size
+    theirs, ours = teacher.config().get_text_config().hidden_size, student_config.get_text_config().hidden_size
     if theirs != ours:
         raise UserError(
             f"{option} compares hidden states, which need one width: the teacher's is {theirs}, the student's {ours}; "
@@ -59,9 +57,8 @@ def check_widths(teacher: LM, student_config: Any, option: str) -> None:
 
 def context(teacher: LM) -> int | None:
     """The longest sequence that a teacher reads."""
-    from winnow.model.load import load_config
 
-    return context_of(load_config(teacher))
+    return context_of(teacher.config())
 
 
 def frozen(teacher: LM, device: str) -> Student:

@@ -127,7 +127,7 @@ def environment(run: Run) -> dict[str, str]:
     """This process's, without what other launchers have put there about their own ranks."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ELASTIC) and k not in RANKS}
     if run.device == "cpu":
-        from winnow.hardware.device import available_cores
+        from winnow.hardware.inventory import available_cores
 
         kept["OMP_NUM_THREADS"] = str(max(1, available_cores() // run.devices))
     else:

@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.core.errors import UserError
-from winnow.core.files import cache_root, sha256, write_json
+from winnow.core.files import cache_root, sha256, whole_folder, write_json
 from winnow.model import manifest
 from winnow.model.gguf.file import check_name
-from winnow.model.lm import Loading
-from winnow.model.save import whole_folder
+from winnow.model.loading import Loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +113,7 @@ def _writing(folder: Path) -> Iterator[Path]:
 def _read(file: Path, digest: str, target: Path, dequantize: bool) -> None:
     from winnow.model.gguf import read, read_vocabulary
     from winnow.model.gguf.file import opened
-    from winnow.model.load import quiet
+    from winnow.model.quiet import quiet
 
     contents = opened(file)
     with quiet():

@@ -27,7 +27,7 @@ def smollm2(path: str, **loading: Any) -> LM:
     Raises:
         UserError: the hub cannot be reached, and the package is not installed.
     """
-    from winnow.model.load import pretrained
+    from winnow.model.pretrained import pretrained
 
     if path != SMOLLM2 or _on_hub(path):  # else a folder, a file or another model
         return pretrained(path, **loading)

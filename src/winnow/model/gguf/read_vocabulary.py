@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from winnow.model.gguf.file import File
-from winnow.model.gguf.vocabulary import NAMED_SPLITS, WHOLE_WORDS, Vocabulary
+from winnow.model.gguf.splits import NAMED_SPLITS, WHOLE_WORDS, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,33 +12,17 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.core.libraries import is_installed
 from winnow.model.gguf.native import silent
+from winnow.model.gguf.splits import BUILT_IN, NAMED_SPLITS, WHOLE_WORDS, Vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerBase
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = [rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}{many}{_LOWER}{few}" for many, few in (("*", "+"), ("+", "*"))]
-_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = "byte-level"  # the split built into the ByteLevel pre-tokenizer
-NAMED_SPLITS: Mapping[tuple[str, ...], str] = {  # steps of a pre-tokenizer -> llama.cpp's name for it
-    (_GPT2,): "gpt-2",
-    ("digits", _GPT2): "smollm",
-    (f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}{{1,3}}|{_REST}",): "llama-bpe",
-    (f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}|{_REST}",): "qwen2",
-    (f"{'|'.join(_CASED)}|\\p{{N}}|{_CASED_REST}",): "tekken",
-    (f"{'|'.join(c + _CONTRACTIONS + '?' for c in _CASED)}|\\p{{N}}{{1,3}}|{_CASED_REST}",): "gpt-4o",
-}
-WHOLE_WORDS = ("llama-bpe", "tekken")  # look a word up in the vocabulary before they merge its parts
 CANDIDATES = ("gpt-2", "qwen2", "smollm", "smaug-bpe", "gpt-4o", "superbpe", "laguna", "bloom", "default", *WHOLE_WORDS)
 SAMPLES = (
     "The quick brown fox doesn't jump; it'll rest, and I've seen 12,345.67 of them (or 3 x 9 = 27).",
@@ -48,19 +32,6 @@ SAMPLES = (
     "na\u00efve caf\u00e9 \u00dcbergr\u00f6\u00dfe \u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \U0001f999 \u20ac5",
     "HTTPServer.fooBar_baz-2 https://example.org/a?b=c&d=%20 !!! ... ###",
 )
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What GGUF keeps of a tokenizer: `model` is `gpt2` or `llama`; `types` are those of `gguf.TokenType`."""
-
-    model: str
-    tokens: list[str]
-    types: list[int]
-    scores: list[float] | None = None
-    merges: list[str] | None = None
-    pre: str = "default"
-    space_prefix: bool | None = None
 
 
 def add_to(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
@@ -164,7 +135,7 @@ def _named_split(tokenizer: Any) -> str | None:
         elif step["type"] != "ByteLevel" or step["add_prefix_space"]:
             return None
         elif step["use_regex"]:
-            steps.append(_GPT2)
+            steps.append(BUILT_IN)
     name = NAMED_SPLITS.get(tuple(steps))
     whole_words = bool(description["model"].get("ignore_merges"))
     if name == "llama-bpe" and not whole_words:
