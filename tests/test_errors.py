@@ -6,14 +6,13 @@ import errno
 import json
 import shutil
 import sqlite3
-import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from winnow.model.load import load_model, load_tokenizer, pretrained
-from winnow.types import Loading, MissingExtra, UserError
+from winnow.types import Loading, UserError
 
 COMMAND_LINES = [
     ("compress", ["method=[rtnn]"], ["method=rtnn", "did you mean rtn"]),
@@ -156,17 +155,6 @@ def test_a_hub_model_without_network_says_so(monkeypatch, tmp_path: Path) -> Non
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"model\.path=some/model .*hub cannot be reached"):
         load_model("some/model", Loading())
-
-
-@pytest.mark.parametrize(("method", "module", "extra"), [("lora", "peft", "peft"), ("nf4", "bitsandbytes", "bnb")])
-def test_a_missing_library_names_its_extra(
-    monkeypatch, tiny: Path, run_in, method: str, module: str, extra: str
-) -> None:
-    from tests.method.test_conformance import stage_of
-
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtra, match=rf"pip install 'winnow\[{extra}\]'"):
-        stage_of(method)(pretrained(str(tiny)), run_in)
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "nf4", "int8"])
