@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -14,9 +15,11 @@ from tests.peak import measured_peak, predicted_peak
 from tests.test_conf import composed
 from winnow.core.cli import options
 from winnow.core.errors import UserError
+from winnow.core.types import Calibration
 from winnow.estimate.machine import Machine
 from winnow.method.knobs import Knob
-from winnow.report.dry_run import compress_table, forecast, search_table
+from winnow.model.pretrained import pretrained
+from winnow.report.dry_run import compress_table, countable, forecast, search_table
 from winnow.search.loop import Budget
 from winnow.study.space import read_space
 
@@ -175,3 +178,11 @@ def test_a_method_that_cannot_be_applied_is_a_row_with_its_reason(tiny: Path) ->
 def test_peak_memory_is_as_forecast(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     predicted = predicted_peak(*arguments)
     assert predicted == pytest.approx(measured_peak(*arguments, outputs=tmp_path), rel=0.2)
+
+
+def test_no_weight_is_read(tiny: Path, tmp_path: Path) -> None:
+    """The texts of the calibration are counted with the tokenizer and the configuration alone."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (folder / "model.safetensors").write_bytes(b"cut")
+    lm = pretrained(str(folder), weights=False)
+    assert countable(lm, Calibration(samples=4, max_length=64), 0).count().tokens > 4

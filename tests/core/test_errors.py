@@ -6,13 +6,12 @@ import errno
 import json
 import shutil
 import sqlite3
-import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from winnow.core.errors import MissingExtra, UserError
+from winnow.core.errors import UserError
 from winnow.model.load import load_model, load_tokenizer
 from winnow.model.loading import Loading
 from winnow.model.pretrained import pretrained
@@ -158,17 +157,6 @@ def test_a_hub_model_without_network_says_so(monkeypatch, tmp_path: Path) -> Non
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"model\.path=some/model .*hub cannot be reached"):
         load_model("some/model", Loading())
-
-
-@pytest.mark.parametrize(("method", "module", "extra"), [("lora", "peft", "peft"), ("nf4", "bitsandbytes", "bnb")])
-def test_a_missing_library_names_its_extra(
-    monkeypatch, tiny: Path, run_in, method: str, module: str, extra: str
-) -> None:
-    from tests.method.test_conformance import stage_of
-
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtra, match=rf"pip install 'winnow\[{extra}\]'"):
-        stage_of(method)(pretrained(str(tiny)), run_in)
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "nf4", "int8"])

@@ -44,6 +44,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 64}),
     "gemma2": ("gemma2", {"sliding_window": 32, "query_pre_attn_scalar": 40}),
     "gemma3": ("gemma3_text", {"sliding_window": 32, "query_pre_attn_scalar": 100}),
+    "gemma3-none-slides": ("gemma3_text", {"sliding_window": 32, "layer_types": ["full_attention"] * 7}),
+    "gemma3-all-slide": ("gemma3_text", {"sliding_window": 32, "layer_types": ["sliding_attention"] * 7}),
     "gemma3-4b": ("gemma3_text", {"sliding_window": 32, "query_pre_attn_scalar": 32, "rope_parameters": LOCAL}),
 }
 

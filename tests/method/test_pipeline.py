@@ -17,10 +17,13 @@ from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.depth import Depth
 from winnow.method.distill import Distill
+from winnow.method.gguf import GGUF
 from winnow.method.knobs import Stage
+from winnow.method.kv import KV
 from winnow.method.lora import Lora
-from winnow.method.oneshot import AWQ, SmoothQuant
+from winnow.method.oneshot import AWQ, FP8, SmoothQuant
 from winnow.method.prune import Magnitude
+from winnow.method.qlora import QLoRA
 from winnow.method.rtn import RTN
 from winnow.method.soft_prompt import SoftPrompt
 from winnow.method.width import Width
@@ -57,6 +60,9 @@ def refusal(run_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ref
         ((Magnitude(), Lora(targets=["nothing"])), "method.lora.targets: nothing is no linear layer"),
         ((Magnitude(), SoftPrompt(tokens=128)), "method.soft_prompt.tokens=128 leaves no room for text"),
         ((Width(hidden=0.5, multiple=16), Distill(hidden_weight=1.0)), "method.distill.hidden_weight compares hidden"),
+        ((RTN(4, 32), QLoRA()), "packed by compressed-tensors; write method=[nf4,qlora]"),
+        ((FP8(), SoftPrompt()), "no gradient reaches the prompt"),
+        ((SmoothQuant(), SoftPrompt()), "no gradient reaches the prompt"),
         ((Magnitude(), Distill(teacher_path=str(WEIGHTS / "lost"))), "method.distill.teacher_path"),
     ],
     ids=lambda value: "-".join(type(s).__name__ for s in value) if isinstance(value, tuple) else "",
@@ -84,3 +90,9 @@ def test_a_library_that_is_not_installed(
     library = stage.libraries[0]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == library else find(name, *rest))
     assert "is not installed; install it with: pip install 'winnow[" in refusal(tiny, stage)
+
+
+def test_nothing_comes_after_a_file_for_a_runtime() -> None:
+    for stage in (KV(), SoftPrompt()):
+        with pytest.raises(UserError, match=r"gguf writes the file that a runtime loads.*leave one of them out"):
+            pipeline.check_order({"gguf": GGUF(), type(stage).__name__.lower(): stage})

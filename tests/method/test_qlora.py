@@ -200,12 +200,15 @@ def test_two_adapters_are_refused_before_anything_heavy() -> None:
 
 def test_dora_on_8_bit_weights_is_refused(tiny: Path, run_in: Run) -> None:
     with pytest.raises(UserError, match=r"dora=true.*method=\[nf4,qlora\]"):
-        QLoRA(**QUICK, dora=True)(Int8()(pretrained(str(tiny)), run_in), run_in)
+        pipeline.check({"int8": Int8(), "qlora": QLoRA(**QUICK, dora=True)}, pretrained(str(tiny)), run_in)
 
 
-def test_weights_packed_by_another_library_are_refused(tiny: Path, run_in: Run) -> None:
-    with pytest.raises(UserError, match=r"method=\[nf4,qlora\]"):
-        QLoRA(**QUICK)(RTN(4, 64)(pretrained(str(tiny)), run_in), run_in)
+def test_weights_packed_by_another_library_are_refused(tiny: Path, run_in: Run, tmp_path: Path) -> None:
+    """In a pipeline, and in the artifact of an earlier one."""
+    artifact = pipeline.compress(pretrained(str(tiny)), {"rtn": RTN(4, 64)}, run_in, tmp_path / "packed")
+    for stages, base in (({"rtn": RTN(4, 64)}, str(tiny)), ({}, str(artifact.path))):
+        with pytest.raises(UserError, match=r"packed by compressed-tensors; write method=\[nf4,qlora\]"):
+            pipeline.check({**stages, "qlora": QLoRA(**QUICK)}, pretrained(base), run_in)
 
 
 def test_kernels_without_a_gradient_are_not_trained_through(tiny: Path, run_in: Run) -> None:

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 
 from tests.test_conf import composed
 from winnow import build
-from winnow.core import cli
 from winnow.core.errors import UserError
 from winnow.model.pretrained import pretrained
 from winnow.report import curves as module
@@ -99,7 +98,7 @@ def test_the_mode_is_what_the_environment_says(
         monkeypatch.setenv(name, value)
     assert composed(command).wandb.mode == mode
     assert composed(command, "wandb.mode=offline").wandb.mode == "offline"
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert composed(command).wandb.mode == "disabled"
 
 

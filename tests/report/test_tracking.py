@@ -16,7 +16,6 @@ import pytest
 
 from winnow.core.errors import MissingExtra, UserError
 from winnow.core.types import Summary
-from winnow.report import tracking
 from winnow.report.runs import run_id
 from winnow.report.tracking import Tracker
 
@@ -122,7 +121,7 @@ def test_disabled_does_nothing(summary: Summary, tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_before_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="offline, online, disabled"):
         Tracker("of-line")  # type: ignore[arg-type]
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"winnow\[wandb\]"):
         Tracker("offline")
 

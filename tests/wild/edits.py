@@ -68,23 +68,27 @@ def both(*edits: Edit) -> Edit:
     return change
 
 
-def pad_token_beyond_the_model(folder: Path) -> None:
-    """A token that somebody added to the tokenizer alone."""
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["added_tokens"].append(
-        {
-            "id": 50 + max(content["model"]["vocab"].values()),
-            "content": "[PAD]",
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-    )
-    path.write_text(json.dumps(content))
-    setting("tokenizer_config.json", pad_token="[PAD]")(folder)
+def token_beyond_the_model(name: str) -> Edit:
+    """A special token (`pad`, `eos`) that somebody added to the tokenizer alone."""
+
+    def edit(folder: Path) -> None:
+        path, text = folder / "tokenizer.json", f"[{name.upper()}]"
+        content = json.loads(path.read_text())
+        content["added_tokens"].append(
+            {
+                "id": 50 + max(content["model"]["vocab"].values()),
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
+        path.write_text(json.dumps(content))
+        setting("tokenizer_config.json", **{f"{name}_token": text})(folder)
+
+    return edit
 
 
 OWN_CONFIGURATION = """

@@ -56,7 +56,9 @@ WORK: dict[str, Edit] = {
     ),
     "pad token -1 in the generation settings": setting("generation_config.json", pad_token_id=-1),
     "pad token beyond the generation settings' vocabulary": setting("generation_config.json", pad_token_id=99_999),
-    "pad token beyond the embedding": edits.pad_token_beyond_the_model,
+    "pad token beyond the embedding": edits.token_beyond_the_model("pad"),
+    "end-of-text token beyond the embedding": edits.token_beyond_the_model("eos"),
+    "no settings of the tokenizer": removed("tokenizer_config.json"),
     "neither BOS nor EOS in the tokenizer": setting(
         "tokenizer_config.json", bos_token=None, eos_token=None, pad_token=None
     ),

@@ -36,7 +36,7 @@ def calibration_batches(lm: LM, run: Run) -> tuple[list[torch.Tensor], str]:
     key = (run.calibration, run.seed, tokenizer.name_or_path, len(tokenizer))
     if key not in _latest:
         found = documents(run.calibration, run.calibration.samples, run.seed)
-        context = context_of(lm.model.config)
+        context = context_of(lm.config())
         longest = min(run.calibration.max_length, context or run.calibration.max_length)
         rows = sorted((row.ids for row in encode(found, tokenizer, longest)), key=len)
         if not rows:

@@ -75,6 +75,9 @@ class Plan:
         cache_bits: of a number in a quantized KV cache, scales included; None keeps the model's own type.
         cache_residual: newest tokens that wait unquantized, at most.
         kind: of the weights' file, `safetensors` or `gguf`.
+        layout: how a library has packed the matrices: `compressed-tensors`, `auto-round`, bitsandbytes' `int8` or `4bit`; empty
+            where they are plain numbers.
+        passes_gradients: what lies before the matrices can be trained through them.
         sparse: weights have been pruned; a stage that keeps zeros at zero has to hold masks.
         base: the model that the pipeline began with, where a plan knows; a teacher, for one.
         computed_in: the type that the hardware computes in, by torch's name; None is that of the weights.
@@ -86,6 +89,8 @@ class Plan:
     cache_bits: float | None = None
     cache_residual: int = 0
     kind: str = "safetensors"
+    layout: str = ""
+    passes_gradients: bool = True
     sparse: bool = False
     base: Plan | None = None
     computed_in: str | None = None
@@ -181,7 +186,7 @@ class Plan:
             scales = rows * (width // group_size) * scale_bytes
             return dataclasses.replace(t, disk_bytes=4 * words + scales + 16, entries=3)  # and the shape: two int64
 
-        return self.with_linears(change)
+        return dataclasses.replace(self.with_linears(change), layout="compressed-tensors")
 
     def in_16_bits(self) -> Plan:
         """The same where what is saved in single precision becomes bfloat16: formats that compute in half precision."""
@@ -272,7 +277,10 @@ def _as_stored(plan: Plan, folder: Path) -> Plan:
         held = sum(found) if computes_with_it else t.memory_bytes
         return dataclasses.replace(t, disk_bytes=sum(found), memory_bytes=held, entries=len(found))
 
-    return plan.with_linears(change)
+    in_8_bits = settings.get("load_in_8bit") if isinstance(settings, dict) else getattr(settings, "load_in_8bit", False)
+    name = str(getattr(method, "value", method))
+    layout = ("int8" if in_8_bits else "4bit") if computes_with_it else name
+    return dataclasses.replace(plan.with_linears(change), layout=layout)
 
 
 def _prefixes(name: str) -> list[str]:

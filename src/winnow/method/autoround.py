@@ -77,7 +77,7 @@ class AutoRound(Checked):
             size = rows * width * self.bits // 8 + groups * rows * self.bits // 8 + groups * rows * 2
             return dataclasses.replace(t, disk_bytes=size, memory_bytes=size, entries=3)  # weights, zero points, scales
 
-        return plan.in_16_bits().with_linears(change)
+        return dataclasses.replace(plan.in_16_bits().with_linears(change), layout="auto-round")
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         from winnow.estimate.cost import Work, counted

@@ -102,12 +102,16 @@ class Int8(Checked):
 
     threshold: float = knob(6.0, low=0.0, high=100.0, search=False)  # section 3.2; 0 turns the decomposition off
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("bitsandbytes",)
+
     def predict(self, plan: Plan) -> Plan:
         def change(name: str, t: Stored) -> Stored:
             size = t.numel + 4 * t.shape[0]  # a scale a row
             return dataclasses.replace(t, disk_bytes=size + 1, memory_bytes=size, entries=3)  # and the layout's number
 
-        return plan.in_16_bits().with_linears(change)
+        return dataclasses.replace(plan.in_16_bits().with_linears(change), layout="int8")
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         from winnow.estimate.cost import Work
@@ -125,13 +129,17 @@ class _FourBit(Checked):
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     values: ClassVar[str]  # that the 16 codes stand for, as bitsandbytes calls them
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("bitsandbytes",)
+
     def predict(self, plan: Plan) -> Plan:
         def change(name: str, t: Stored) -> Stored:
             blocks = math.ceil(t.numel / BLOCK)
             size = math.ceil(t.numel / 2) + blocks + 4 * math.ceil(blocks / BLOCKS) + CODES_BYTES
             return dataclasses.replace(t, disk_bytes=size + STATE_BYTES, memory_bytes=size, entries=6)
 
-        return plan.in_16_bits().with_linears(change)
+        return dataclasses.replace(plan.in_16_bits().with_linears(change), layout="4bit")
 
     def work(self, plan: Plan, calibration: Calibration) -> Work:
         from winnow.estimate.cost import Work

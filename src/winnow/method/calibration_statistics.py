@@ -75,7 +75,7 @@ def key(model: PreTrainedModel, *others: object) -> str:
     said = (
         type(model).__name__,
         json.dumps(architecture, sort_keys=True, default=str),
-        code_sha256("method", "model"),
+        code_sha256("method", "data", "model"),
         others,
     )
     digest = hashlib.sha256(repr(said).encode())

@@ -50,6 +50,7 @@ class GGUF(Checked):
 
     slot: ClassVar[Slot] = Slot.QUANTIZE
     matrices: ClassVar[tuple[str, ...] | None] = None
+    ends_pipeline: ClassVar[bool] = True
     preload: ClassVar[tuple[str, ...]] = ("gguf", "llama_cpp")
     perplexity_bound: ClassVar[float] = 1.01  # measured: 1.0003
     aggressive: ClassVar[Mapping[str, Any]] = {"type": "Q2_K"}

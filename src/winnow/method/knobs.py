@@ -110,6 +110,7 @@ class Checked:
     perplexity_bound: ClassVar[float] = 1.1  # at its defaults it keeps the embedded model within this ratio of its own
     aggressive: ClassVar[Mapping[str, Any]] = {}  # the knobs that compress most, for docs/methods.md
     eager_because: ClassVar[str | None] = None  # why what it makes cannot be decoded from CUDA graphs, after its name
+    ends_pipeline: ClassVar[bool] = False  # what it makes is a file that no further stage works on
     matrices: ClassVar[tuple[str, ...] | None] = ANY  # held in which ways it works on them; None: on none by itself
     shown_after: ClassVar[tuple[str, ...]] = ()  # the methods without which there is nothing to show of it there
     shown_with: ClassVar[

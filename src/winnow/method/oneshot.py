@@ -205,7 +205,7 @@ class SmoothQuant(_OneShot):
         _check_known(plan.spec.name, "smoothquant", known)
 
     def predict(self, plan: Plan) -> Plan:
-        return plan.with_linears(lambda name, t: _in_bytes(t, t.shape[0] * _scale_bytes(plan)))
+        return _in_8_bits(plan.with_linears(lambda name, t: _in_bytes(t, t.shape[0] * _scale_bytes(plan))))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -252,7 +252,7 @@ class FP8(_OneShot):
             _check_block(name, width)
             return _in_bytes(t, math.ceil(rows / BLOCK) * (width // BLOCK) * _scale_bytes(plan))
 
-        return plan.with_linears(change)
+        return _in_8_bits(plan.with_linears(change))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -337,6 +337,11 @@ def _check_block(name: str, width: int) -> None:
 def _scale_bytes(plan: Plan) -> int:
     """Scales have the type of the weights."""
     return next((t.memory_bytes // t.numel for t in plan.tensors.values() if t.linear), 2)
+
+
+def _in_8_bits(plan: Plan) -> Plan:
+    """Activations are rounded to 8 bits, too, and what is rounded passes no gradient on."""
+    return dataclasses.replace(plan, layout="compressed-tensors", passes_gradients=False)
 
 
 def _in_bytes(t: Stored, scale_bytes: int) -> Stored:

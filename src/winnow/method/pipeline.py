@@ -44,6 +44,11 @@ def check_order(stages: Mapping[str, Stage]) -> None:
                 f"method=[{','.join(stages)}]: {second} ({after.slot.name.lower()}) cannot come after {first} "
                 f"({before.slot.name.lower()}), whose weights it would have to change; write method=[{right}]"
             )
+        if getattr(before, "ends_pipeline", False):
+            raise UserError(
+                f"method=[{','.join(stages)}]: {first} writes the file that a runtime loads, and {second} cannot work on it; "
+                f"leave one of them out"
+            )
     adapters = [name for name, stage in stages.items() if getattr(stage, "leaves_adapter", False)]
     if len(adapters) > 1:
         raise UserError(
@@ -175,11 +180,15 @@ def check(stages: Mapping[str, Stage], lm: LM, run: Run) -> None:
     Raises:
         UserError: a stage does not suit the model that those before it will make.
     """
-    from winnow.estimate.layout import Plan, dense_tensors
+    from winnow.estimate.layout import Plan, dense_tensors, plan_of
 
     config = lm.model.config
-    plan = Plan(config, dense_tensors(config), computed_in=run.compute_dtype)
-    suitability.check(stages, plan.tensors, type(lm.model).__name__)
+    if is_finished(lm, config):
+        plan = plan_of(lm)
+    else:
+        plan = Plan(config, dense_tensors(config))
+        suitability.check(stages, plan.tensors, type(lm.model).__name__)
+    plan = dataclasses.replace(plan, computed_in=run.compute_dtype)
     for stage in stages.values():
         stage.check(plan, lm, run)
         plan = stage.predict(plan)
@@ -227,11 +236,10 @@ def _made(
     config = lm.model.config
     check_dense(lm, config, stages)
     check_finite(lm)
+    check(stages, lm, run)
     if is_finished(lm, config):
         lm.release()
         lm = copied(lm, run.folder / f"files-{world().rank}")
-    else:
-        check(stages, lm, run)
     made = apply(lm, stages, run, keep)
     if not world().first:
         return made

@@ -135,7 +135,7 @@ class Prefixes:
             "calibration": [dataclasses.asdict(run.calibration), corpus.content(run.calibration)],
             "run": [run.seed, run.device, run.compute_dtype, run.devices, run.parallel],
             "versions": manifest.versions(),
-            "code": code_sha256("method", "model", "recovery", "nano"),
+            "code": code_sha256("method", "training", "data", "model", "nano"),
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -175,7 +175,10 @@ def code_sha256(*folders: str) -> str:
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted((package / folder).rglob("*.py")):
+        files = sorted((package / folder).rglob("*.py"))
+        if not files:
+            raise ValueError(f"there is no folder {folder} in {package}")
+        for path in files:
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -65,8 +65,18 @@ class QLoRA(Adapting):
         from winnow.estimate.layout import Stored, dense_tensors
         from winnow.model.adapter import CONFIG_BYTES
 
+        if plan.layout not in ("", "4bit", "int8"):
+            raise UserError(
+                f"method=[...,qlora] trains on weights in bitsandbytes' layouts, and those of this model are packed by "
+                f"{plan.layout}; write method=[nf4,qlora], or train before they are quantized: method=[lora,...]"
+            )
+        if self.dora and plan.layout == "int8":
+            raise UserError(
+                "method.qlora.dora=true loses the scales of 8-bit weights in PEFT; set method.qlora.dora=false, or write "
+                "method=[nf4,qlora]"
+            )
         if self.merge:
-            return dataclasses.replace(plan.in_16_bits(), tensors=dense_tensors(plan.in_16_bits().config))
+            return dataclasses.replace(plan.in_16_bits(), layout="", tensors=dense_tensors(plan.in_16_bits().config))
         base = self._quantized(plan)
         tensors, names = dict(base.tensors), 0
         for name, shape in self.targeted(plan).items():
@@ -97,12 +107,7 @@ class QLoRA(Adapting):
         from winnow.model import adapter
         from winnow.model.save import attach_adapter
 
-        check_base(lm)
-        if self.dora and getattr(lm.model, "is_loaded_in_8bit", False):
-            raise UserError(
-                "method.qlora.dora=true loses the scales of 8-bit weights in PEFT; set method.qlora.dora=false, or write "
-                "method=[nf4,qlora]"
-            )
+        adapter.check_alone(lm.model, lm.path or lm.name, "qlora")
         if getattr(lm.model.config, "quantization_config", None) is None:
             lm = bnb.NF4()(lm, run)
         bnb.keep_packing(lm.model)
@@ -124,25 +129,6 @@ class QLoRA(Adapting):
 def is_dense(plan: Plan) -> bool:
     """Whether the linear weights are stored with 16 bits or more each."""
     return all(t.disk_bytes >= 2 * t.numel for t in plan.linears)
-
-
-def check_base(lm: LM) -> None:
-    """Refuses what it cannot train on, before anything heavy.
-
-    Raises:
-        UserError: a model that another library has quantized, or that has an adapter.
-    """
-    from winnow.model import adapter
-    from winnow.model.packing import is_packable
-
-    adapter.check_alone(lm.model, lm.path or lm.name, "qlora")
-    found = getattr(getattr(lm.model.config, "quantization_config", None), "quant_method", None)
-    if is_packable(lm.model) or found not in (None, "bitsandbytes"):
-        raise UserError(
-            f"method=[...,qlora] trains on weights in bitsandbytes' layouts, and those of {lm.path or lm.name} are packed "
-            f"by {getattr(found, 'value', found) or 'compressed-tensors'}; write method=[nf4,qlora], or train before they "
-            f"are quantized: method=[lora,...]"
-        )
 
 
 def merged(model: Any) -> Any:

@@ -64,6 +64,11 @@ class SoftPrompt(Training):
 
     def predict(self, plan: Plan) -> Plan:
         self._longest(plan.config)
+        if not plan.passes_gradients:
+            raise UserError(
+                "method=[...,soft_prompt]: no gradient reaches the prompt through layers whose activations are rounded (fp8, "
+                "smoothquant); take method=[nf4,soft_prompt]"
+            )
         from winnow.estimate.layout import Stored
         from winnow.model.adapter import CONFIG_BYTES
 

@@ -151,12 +151,16 @@ def _complete(tokenizer: Any, config: PretrainedConfig, path: str) -> None:
     for name in ("bos", "eos"):
         ids = getattr(text, f"{name}_token_id", None)
         known = ids[0] if isinstance(ids, list) and ids else ids
-        if (
-            getattr(tokenizer, f"{name}_token") is None
-            and isinstance(known, int)
-            and 0 <= known < min(rows, len(tokenizer))
-        ):
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(known))
+        token, number = getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")
+        if token is not None and number < rows:
+            continue
+        there = isinstance(known, int) and 0 <= known < min(rows, len(tokenizer))
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(known) if there else None)
+        if token is not None:
+            _LOG.warning(
+                f"{path}: its {name} token {token} is number {number:,} of {rows:,} tokens that the model has; "
+                f"{getattr(tokenizer, f'{name}_token') or 'none'} takes its place"
+            )
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= rows:
         _LOG.warning(

@@ -111,7 +111,7 @@ class Gates:
                 "hardware": build.hardware(self._config).fingerprint(),
                 "runtime": served.name,
                 "versions": manifest.versions(),
-                "code": code_sha256("benchmark", "hardware", "model", "nano"),
+                "code": code_sha256("benchmark", "data", "runtime", "hardware", "model", "nano"),
             }
         try:
             wanted = divergence.reference(base, served if is_base else None, run, run.device)

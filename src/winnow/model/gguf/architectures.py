@@ -136,6 +136,10 @@ def add_keys(writer: GGUFWriter, config: PretrainedConfig, rows: int) -> None:
     writer.add_rope_dimension_count(width)
 
     rope, *local = _rope(config)
+    sliding = [kind == "sliding_attention" for kind in config.layer_types] if family.windows else []
+    window = config.sliding_window if family.windows else None
+    if sliding and not any(sliding):  # llama.cpp aborts where no layer slides: one that sees everything is said to
+        sliding[-1], window, local = True, config.max_position_embeddings, [rope] if local else []
     writer.add_rope_freq_base(rope["rope_theta"])
     if local:
         writer.add_rope_freq_base_swa(local[0]["rope_theta"])
@@ -145,8 +149,8 @@ def add_keys(writer: GGUFWriter, config: PretrainedConfig, rows: int) -> None:
     if rope.get("rope_type") == "yarn":
         _add_yarn(writer, rope, config)
     if family.windows:
-        writer.add_sliding_window(config.sliding_window)
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern(sliding)
     if getattr(config, "attn_logit_softcapping", None):
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     if getattr(config, "final_logit_softcapping", None):

@@ -39,7 +39,15 @@ if TYPE_CHECKING:
     from winnow.model.gguf.file import File
     from winnow.model.gguf.read import Weights
 
-READERS = ("architectures.py", "cached.py", "file.py", "read.py", "read_tokenizer.py", "tokenizer.py")
+READERS = (
+    "architectures.py",
+    "dequantized.py",
+    "file.py",
+    "read.py",
+    "read_vocabulary.py",
+    "splits.py",
+    "vocabulary.py",
+)
 PATIENCE_S = 2.0  # a conversion that takes longer is worth a line
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of safetensors
 
