@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> None:
         print(compress_table(cfg))
         return
 
-    from winnow.winnow import commands
+    from winnow import commands
 
     artifact = commands.compress(cfg, log=say)
     print(f"artifact: {artifact}")

@@ -9,8 +9,7 @@ from winnow.core.cli import command, say
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
-    from winnow.winnow import commands
-
+    from winnow import commands
     from winnow.report.metrics import metrics_table
 
     metrics = commands.evaluate(cfg, log=say)

@@ -9,7 +9,7 @@ from winnow.core.cli import command, say
 
 @command("train")
 def main(cfg: DictConfig) -> None:
-    from winnow.winnow import commands
+    from winnow import commands
 
     artifact = commands.compress(cfg, log=say, command="train")
     print(f"artifact: {artifact}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from winnow.hardware import compute, device
+from winnow.hardware import compute, inventory
 from winnow.hardware.device import Hardware
 from winnow.hardware.inventory import Gpu
 from winnow.hardware.run import Run
@@ -48,12 +48,12 @@ def test_processors(flags: set[str], environment: dict[str, str], fast: bool) ->
 def test_gpus(capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compute.of_capability(capability) == dtype
     slower = [Gpu("new", "GPU-0", 1, (9, 0)), Gpu("old", "GPU-1", 1, capability)]
-    monkeypatch.setattr(device, "visible_gpus", lambda: tuple(slower))
+    monkeypatch.setattr(inventory, "visible_gpus", lambda: tuple(slower))
     assert compute.fastest("cuda") == dtype
 
 
 def test_a_gpu_that_is_not_here_is_taken_for_a_recent_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "visible_gpus", lambda: ())
+    monkeypatch.setattr(inventory, "visible_gpus", lambda: ())
     assert compute.fastest("cuda") == "bfloat16"
 
 
