@@ -47,7 +47,7 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
         log = _silent
     output = build.output(cfg, command, lm, stages)
     scratch = build.scratch(cfg, output)
-    curves = curves(cfg, output, scratch, log)
+    curves = curves_of(cfg, output, scratch, log)
     with _alone(scratch, output) if world.first else contextlib.nullcontext():
         try:
             with _sharing(hardware.device, log, world), curves if world.first else contextlib.nullcontext():
@@ -181,7 +181,7 @@ def _alone(scratch: Path, output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def curves(cfg: DictConfig, output: Path, scratch: Path, log: Callable[[str], None]) -> Curves:
+def curves_of(cfg: DictConfig, output: Path, scratch: Path, log: Callable[[str], None]) -> Curves:
     """Where the curves of the trainings go: into one run of W&B, named after the output."""
     from winnow.report.curves import Curves
 

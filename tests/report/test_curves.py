@@ -121,7 +121,7 @@ def test_a_trial_of_a_search_has_no_curves_of_its_own(monkeypatch: pytest.Monkey
 
 def test_config_shown_is_plain_and_small(tiny: Path, tmp_path: Path) -> None:
     cfg = composed("train", "model=local", f"model.path={tiny}", "method.lora.rank=8")
-    made = commands.curves(cfg, tmp_path / "x-lora-1", tmp_path / "scratch", print)
+    made = commands.curves_of(cfg, tmp_path / "x-lora-1", tmp_path / "scratch", print)
     assert isinstance(made, module.Curves) and made.name == "x-lora-1"
     assert set(made.config) == {"model", "method", "calibration", "seed"}
     assert made.config["method"]["lora"]["rank"] == 8
