@@ -44,6 +44,7 @@ SECONDS = 240  # that a case may take
 SEEN_LATE = (
     "is worse than",
     "has changed no weight",
+    "would be held out",
     "NaN or infinity",
 )  # what only the work of the stages before can tell
 SHORT = {"steps": 2, "tokens_per_batch": 128, "max_length": 32, "iters": 2, "grid": 3, "rounds": 1, "tokens": 4}

@@ -42,6 +42,17 @@ def written(name: str, content: str | bytes) -> Edit:
     return change
 
 
+def replaced(name: str, old: bytes, new: bytes) -> Edit:
+    """The first of some bytes of a file."""
+
+    def edit(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        assert old in content
+        (folder / name).write_bytes(content.replace(old, new, 1))
+
+    return edit
+
+
 def byte_order_mark(name: str) -> Edit:
     def change(folder: Path) -> None:
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())

@@ -88,6 +88,9 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "a tensor too many": (tensors(lambda held: {**held, "model.layers.7.x.weight": torch.zeros(2)}), r"unexpected: model\.layers\.7\.x"),
     "a tensor of another shape": (tensors(lambda held: {**held, UP: torch.zeros(3, 3)}), r"of another shape: .*\(3, 3\) for \(128, 64\)"),
     "a BOM before the configuration": (byte_order_mark("config.json"), r"config\.json is damaged .*BOM"),
+    "a type of number in the weights that there is not": (
+        edits.replaced("model.safetensors", b'"BF16"', b'"BF1v"'), "its weights are damaged, copy the model again .*BF1v"
+    ),
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json"), "holds no tokenizer .*tokenizer files of the model"),
     "damaged generation settings": (written("generation_config.json", '{"eos'), r"generation_config\.json is damaged"),
     "generation settings that contradict": (setting("generation_config.json", num_return_sequences=3), "num_return_sequences"),

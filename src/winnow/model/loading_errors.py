@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1]  # what is raised in winnow's own 
 def plain_errors(path: str) -> Iterator[None]:
     """Turns the hub's and the loader's errors into messages that name `model.path` and a way out."""
     from huggingface_hub import errors
+    from safetensors import SafetensorError
 
     local = Path(path).is_dir()
     try:
@@ -26,6 +27,8 @@ def plain_errors(path: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise UserError(f"model.path={path} needs a library that is not installed: {error}") from error
+    except SafetensorError as error:  # of a header that is whole, and says what cannot be
+        raise _unloadable(path, f"its weights are damaged, copy the model again ({error})") from error
     except errors.StrictDataclassError as error:  # a value that a configuration does not take
         raise _unloadable(path, str(error)) from error
     except (OSError, ValueError) as error:
