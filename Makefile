@@ -20,6 +20,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 bench: $(READY)
 	@for bench in $(filter-out bench/common.py bench/direct.py bench/ddp_case.py bench/kill_case.py bench/teacher_case.py bench/trl_case.py \

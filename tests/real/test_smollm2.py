@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from winnow.model.gguf.package import _file_of
 from winnow.model.lm import LM
+from winnow.model.packaged import _file_of
 from winnow.model.pretrained import pretrained
 
 pytest.importorskip("gguf", reason="gguf is not installed")
