@@ -17,7 +17,7 @@ from winnow.core.types import Trial
 from winnow.search.early_stopping import Racing
 from winnow.study import pareto
 from winnow.study.history import History
-from winnow.study.policy import Exhausted, Outlook, Suggestion, fresh
+from winnow.study.policy import Exhausted, Forecaster, Suggestion, fresh
 from winnow.study.space import Space
 
 SHARE_OF_LLM = 0.3
@@ -30,7 +30,7 @@ class Ranked:
 
     strategies: tuple[Any, ...]
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         for strategy in self.strategies:
             if strategy.overrides not in history.seen:
                 return Suggestion(strategy, "adviser", "as told")
@@ -44,7 +44,7 @@ class Knowing:
     world: World
     front: tuple[int, ...]
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         found = [self.world.numbers[t.strategy.overrides] for t in history.trials if t.complete]
         strategies = {n: self.world.table.rows[n].strategy for n in self.front}
         left = [n for n, strategy in strategies.items() if strategy.overrides not in history.seen]
@@ -60,7 +60,7 @@ class Nonsense:
 
     seed: int
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         rng = np.random.default_rng([self.seed, history.proposals, 7])
         candidates = fresh(history, space, rng, 16)
         return Suggestion(candidates[int(rng.integers(len(candidates)))], "adviser", "nonsense")
@@ -72,7 +72,7 @@ class Garbage:
 
     optimizer: Any
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         found: Suggestion = self.optimizer.ask(history, space, outlook)
         return found
 

@@ -57,7 +57,7 @@ def outcome(folder: Path, name: str, stage: Any, scratch: Path) -> str:
 
     from winnow.core.errors import UserError
     from winnow.core.types import Calibration
-    from winnow.estimate.layout import plan_of
+    from winnow.estimate.layout import layout_of
     from winnow.hardware.run import Run
     from winnow.method import pipeline, suitability
     from winnow.model import manifest
@@ -69,7 +69,7 @@ def outcome(folder: Path, name: str, stage: Any, scratch: Path) -> str:
     run = Run(scratch, log=said.append, calibration=Calibration("nano", samples=4, max_length=64))
     try:
         lm = pretrained(str(folder))
-        plan = plan_of(lm)
+        plan = layout_of(lm)
         suitability.check({name: stage}, plan.tensors, plan.spec.name)
         predicted = stage.predict(plan).disk_bytes
         with look_before_saving(seen):

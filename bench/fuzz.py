@@ -338,7 +338,7 @@ def _wrong(output: Path, base: Path, case: Case, seen: list[Any]) -> str:
 
     from winnow import build
     from winnow.core.cli import CONF
-    from winnow.estimate.layout import plan_of
+    from winnow.estimate.layout import layout_of
     from winnow.model import manifest
     from winnow.model.pretrained import pretrained
 
@@ -347,7 +347,7 @@ def _wrong(output: Path, base: Path, case: Case, seen: list[Any]) -> str:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("compress", ["model=local", f"model.path={base}", *case.overrides])
         lm = build.model(cfg)
-        plan = plan_of(lm)
+        plan = layout_of(lm)
         for stage in build.stages(cfg).values():
             plan = stage.predict(plan)
         size = manifest.sizes(output)["size_bytes"]

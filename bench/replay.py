@@ -16,13 +16,13 @@ from table import Row, Table
 
 from winnow.core.errors import Reason
 from winnow.core.types import Slot, Strategy, Trial
-from winnow.search.early_stopping import LEAST_CHANCE, Racing, informants
+from winnow.search.early_stopping import LEAST_CHANCE, Racing, nearest_scored_trials
 from winnow.search.folders import scored
 from winnow.search.racing import Race, Rival
 from winnow.study.costs import Costs, Prefix, prefixes
 from winnow.study.history import History
 from winnow.study.objectives import KL, KNOWN
-from winnow.study.pareto import matches
+from winnow.study.pareto import is_at_least_as_good
 from winnow.study.policy import Exhausted, Policy, Suggestion
 
 OBJECTIVES = tuple(KNOWN[name] for name in ("accuracy", "size_bytes", "latency_ms"))
@@ -110,7 +110,7 @@ class Replay:
         self.seconds += row.seconds["load"] + overhead(row)
         figures = dict(row.figures)
         trial = Trial(number, strategy, figures=figures, stages=stages, seconds=row.seconds)
-        rivals = [t for t in self.history.on_front if matches(t, trial, OTHERS)]
+        rivals = [t for t in self.history.on_front if is_at_least_as_good(t, trial, OTHERS)]
         if self.racing is not None:
             self.seconds += row.seconds["divergence"]
         self.seconds += row.seconds["meters"]
@@ -138,7 +138,7 @@ class Replay:
             self.items += len(self.table.items)
             return trial
         at = {t.number: self.numbers[t.strategy.overrides] for t in self.history.trials if t.complete}
-        alike = [at[number] for number in informants(scored(self.history), trial.figures.get(KL))]
+        alike = [at[number] for number in nearest_scored_trials(scored(self.history), trial.figures.get(KL))]
         drawn = draw(self.table, [*alike, *(at[r.number] for r in rivals)], self._rng)
         race = drawn.race({r.number: at[r.number] for r in rivals}, self.racing.error_rate)
         mine = self.table.scores[self.numbers[trial.strategy.overrides]][drawn.order][:, None]

@@ -31,11 +31,11 @@ from replay import OBJECTIVES, OTHERS, ROUNDS, SCORES, draw, full_cost
 from searches import SHARE, Curve, World, agents, at, ours, peer, peers, reached
 
 from winnow.core.types import Strategy, Trial
-from winnow.search.early_stopping import Racing, informants
+from winnow.search.early_stopping import Racing, nearest_scored_trials
 from winnow.search.folders import LATEST
 from winnow.study import pareto
 from winnow.study.objectives import KL
-from winnow.study.pareto import matches
+from winnow.study.pareto import is_at_least_as_good
 
 SLOW, SLOW_SEEDS = "optuna GPSampler", 8  # a minute a search
 PLOT = Path(__file__).with_name("table") / "search_efficiency.html"
@@ -133,12 +133,12 @@ def races(world: World, count: int = 4000) -> list[Result]:
         part = rng.permutation(len(trials))[: int(rng.integers(10, len(trials)))]
         candidate, others = trials[part[0]], [trials[n] for n in part[1:]]
         front = [trials[n] for n in pareto.front(others, OBJECTIVES)]
-        rivals = [t for t in front if matches(t.figures, candidate.figures, OTHERS)]
+        rivals = [t for t in front if is_at_least_as_good(t.figures, candidate.figures, OTHERS)]
         if not rivals:
             scored += items
             continue
         known = {t.number: t.figures[KL] for t in [*front, *others[-LATEST:]]}
-        alike = informants(known, candidate.figures[KL])
+        alike = nearest_scored_trials(known, candidate.figures[KL])
         drawn = draw(world.table, [*alike, *(t.number for t in rivals)], rng)
         race = drawn.race({t.number: t.number for t in rivals}, Racing().error_rate)
         mine = world.table.scores[candidate.number][drawn.order][:, None]

@@ -21,7 +21,7 @@ from winnow.benchmark.protocol import Benchmark
 from winnow.core.errors import Stopped, UserError
 from winnow.core.files import remove_empty
 from winnow.core.types import Figures
-from winnow.hardware.lock import sharing
+from winnow.hardware.lock import shared_device
 from winnow.hardware.run import Run
 from winnow.method.pipeline import compress as run_pipeline
 from winnow.model.lm import LM
@@ -43,22 +43,22 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     lm.loading = dataclasses.replace(lm.loading, device="cpu")
     hardware.check()
     world = dist_env.enter(hardware, stages)
-    if not world.first:  # of the processes of a training only the first speaks
+    if not world.is_rank_zero:  # of the processes of a training only the first speaks
         log = _silent
     output = build.output(cfg, command, lm, stages)
     scratch = build.scratch(cfg, output)
     curves = curves_of(cfg, output, scratch, log)
-    with _alone(scratch, output) if world.first else contextlib.nullcontext():
+    with _alone(scratch, output) if world.is_rank_zero else contextlib.nullcontext():
         try:
-            with _sharing(hardware.device, log, world), curves if world.first else contextlib.nullcontext():
+            with _sharing(hardware.device, log, world), curves if world.is_rank_zero else contextlib.nullcontext():
                 run = dataclasses.replace(build.run(cfg, scratch, log), curve=curves.log)
                 artifact = run_pipeline(lm, stages, run, output)
         except BaseException:
             # a training's checkpoints stay, so that the same command goes on from them
-            if world.first and not any(scratch.rglob("*.ckpt")):
+            if world.is_rank_zero and not any(scratch.rglob("*.ckpt")):
                 _remove(scratch)
             raise
-        if not world.first:
+        if not world.is_rank_zero:
             sys.exit(0)  # the first writes what they have all made
         _remove(scratch)
     assert artifact.path is not None
@@ -74,19 +74,19 @@ class Gates(Protocol):
 
     scores_first: bool
 
-    def served(self, lm: LM, served: Served, run: Run) -> Figures:
+    def on_loaded(self, lm: LM, served: Served, run: Run) -> Figures:
         """Figures that cost little, once the model is open."""
 
     def base(self) -> Base | None:
         """The base model, if the model is to be measured in turn with it; asked for once the model is open."""
 
-    def measured(self, figures: Figures) -> None:
+    def on_measured(self, figures: Figures) -> None:
         """Is shown them, and those of the hardware if they were measured."""
 
     def ordered(self, benchmark: Benchmark) -> Benchmark:
         """The benchmark, its items in the order in which they are to be put."""
 
-    def scored(self, samples: Sequence[Sample], left: int) -> None:
+    def on_round(self, samples: Sequence[Sample], left: int) -> None:
         """Is shown the items' outcomes so far, after each round but the last."""
 
 
@@ -120,23 +120,25 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
 
         def score() -> None:
             if gates is not None:
-                gates.measured(figures)
-            with sharing(hardware.device, log), _timed(seconds, "benchmark"):
+                gates.on_measured(figures)
+            with shared_device(hardware.device, log), _timed(seconds, "benchmark"):
                 figures.merge(
                     benchmark(lm, run, served=served)
                     if gates is None
-                    else gates.ordered(benchmark)(lm, run, gates.scored, served)
+                    else gates.ordered(benchmark)(lm, run, gates.on_round, served)
                 )
 
         try:
-            with sharing(hardware.device, log):  # with other work; the meters wait until they have the device alone
+            with shared_device(
+                hardware.device, log
+            ):  # with other work; the meters wait until they have the device alone
                 with _timed(seconds, "load"):
                     served = opened.enter_context(serving(lm, hardware, log))
                 with _timed(seconds, "check"):
                     check(lm, served)  # before anything is paid for
                 if gates is not None:
                     with _timed(seconds, "divergence"):
-                        figures.merge(gates.served(lm, served, run))
+                        figures.merge(gates.on_loaded(lm, served, run))
             for part in (score, measure) if gates is not None and gates.scores_first else (measure, score):
                 part()
         except Stopped as end:
@@ -195,10 +197,12 @@ def curves_of(cfg: DictConfig, output: Path, scratch: Path, log: Callable[[str],
 def _silent(line: str) -> None: ...
 
 
-def _sharing(device: str, log: Callable[[str], None], world: dist_env.World) -> contextlib.AbstractContextManager[None]:
+def _sharing(
+    device: str, log: Callable[[str], None], world: dist_env.DistEnv
+) -> contextlib.AbstractContextManager[None]:
     """Held once by all processes of a training: a measurement that waits for one would never let the next one in."""
     held = world.local_rank > 0 or dist_env.HELD in os.environ
-    return contextlib.nullcontext() if held else sharing(device, log)
+    return contextlib.nullcontext() if held else shared_device(device, log)
 
 
 @contextlib.contextmanager

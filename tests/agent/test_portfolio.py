@@ -11,7 +11,7 @@ from tests.agent.histories import OBJECTIVES, add, outlook, rtn, space_of
 from winnow.agent.portfolio import Portfolio
 from winnow.core.types import Strategy
 from winnow.study.history import History
-from winnow.study.policy import Exhausted, Outlook, Suggestion
+from winnow.study.policy import Exhausted, Forecaster, Suggestion
 from winnow.study.space import Space
 
 
@@ -22,7 +22,7 @@ class Says:
     name: str
     strategies: tuple[Strategy, ...] = (rtn(3),)
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         if not self.strategies:
             raise Exhausted(f"{self.name} has nothing to say")
         return Suggestion(self.strategies[0], self.name)

@@ -64,7 +64,7 @@ class Known:
     def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
         return [{"size_bytes": figures(strategy)["size_bytes"]} for strategy in strategies]
 
-    def refusal(self, strategy: Strategy) -> str:
+    def infeasible_reason(self, strategy: Strategy) -> str:
         bad = sorted(self.refused & set(strategy.methods))
         return f"{bad[0]} does not fit" if bad else ""
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.benchmark.test_score import harness
 from winnow.benchmark import harness as module
-from winnow.benchmark.cached import FOLDER, Recalled
+from winnow.benchmark.cached import FOLDER, CachedBenchmark
 from winnow.benchmark.samples import FILE, read
 from winnow.hardware.run import Run
 from winnow.model.pretrained import pretrained
@@ -23,7 +23,7 @@ def test_items_are_put_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def scored(name: str, benchmark: Any, about: dict[str, Any]) -> Any:
         (tmp_path / name).mkdir()
-        return Recalled(benchmark, tmp_path / "cache", about)(lm, Run(tmp_path / name, log=lines.append))
+        return CachedBenchmark(benchmark, tmp_path / "cache", about)(lm, Run(tmp_path / name, log=lines.append))
 
     first = scored("first", benchmark, about)
     serving = module.serving

@@ -46,10 +46,10 @@ class Holder:
 @pytest.mark.parametrize(
     ("first", "second", "together"),
     [
-        (lock.alone, lock.alone, False),
-        (lock.alone, lock.sharing, False),
-        (lock.sharing, lock.alone, False),
-        (lock.sharing, lock.sharing, True),
+        (lock.exclusive_device, lock.exclusive_device, False),
+        (lock.exclusive_device, lock.shared_device, False),
+        (lock.shared_device, lock.exclusive_device, False),
+        (lock.shared_device, lock.shared_device, True),
     ],
 )
 def test_who_may_be_there_together(first: Any, second: Any, together: bool) -> None:
@@ -63,11 +63,11 @@ def test_who_may_be_there_together(first: Any, second: Any, together: bool) -> N
 
 
 def test_no_new_work_slips_past_a_waiting_measurement() -> None:
-    working = Holder(lock.sharing)
+    working = Holder(lock.shared_device)
     assert working.says("held")
-    measuring = Holder(lock.alone)
+    measuring = Holder(lock.exclusive_device)
     assert not measuring.says("held", within_s=0.3)
-    late = Holder(lock.sharing)
+    late = Holder(lock.shared_device)
     assert not late.says("held", within_s=0.3)
     working.let_go()
     assert measuring.says("held")
@@ -77,20 +77,20 @@ def test_no_new_work_slips_past_a_waiting_measurement() -> None:
 
 
 def test_a_killed_holder_holds_nothing() -> None:
-    killed = Holder(lock.alone)
+    killed = Holder(lock.exclusive_device)
     assert killed.says("held")
     assert killed.process.pid is not None
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.process.join()
-    with lock.alone("cpu"):
+    with lock.exclusive_device("cpu"):
         pass
 
 
 def test_a_long_wait_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 0.0)
-    one = Holder(lock.alone)
+    one = Holder(lock.exclusive_device)
     assert one.says("held")
-    two = Holder(lock.alone)
+    two = Holder(lock.exclusive_device)
     assert two.says("waiting for cpu to be free, to measure")
     one.let_go()
     assert two.says("waited 0 s for cpu")
@@ -99,7 +99,7 @@ def test_a_long_wait_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_devices_have_locks_of_their_own() -> None:
-    with lock.alone("cpu"), lock.alone("cuda"):
+    with lock.exclusive_device("cpu"), lock.exclusive_device("cuda"):
         descriptor = os.open(lock.lock_path("cpu", "use"), os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -109,13 +109,13 @@ def test_devices_have_locks_of_their_own() -> None:
 def test_gpus_have_locks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = Gpu("g", "GPU-a", 8), Gpu("g", "GPU-b", 8)
     monkeypatch.setattr(lock, "visible_gpus", lambda: (second,))
-    one = Holder(lock.alone, "cuda")
+    one = Holder(lock.exclusive_device, "cuda")
     assert one.says("held")
     monkeypatch.setattr(lock, "visible_gpus", lambda: (first,))
-    with lock.alone("cuda"), lock.alone("cpu"):
+    with lock.exclusive_device("cuda"), lock.exclusive_device("cpu"):
         pass
     monkeypatch.setattr(lock, "visible_gpus", lambda: (first, second))
-    both = Holder(lock.alone, "cuda")
+    both = Holder(lock.exclusive_device, "cuda")
     assert not both.says("held", within_s=0.3)
     one.let_go()
     assert both.says("held")

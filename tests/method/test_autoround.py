@@ -14,7 +14,7 @@ import torch
 from tests.method.scores import perplexity
 from tests.method.shapes import FAMILIES, random_model
 from winnow.core.errors import MissingExtra, UserError
-from winnow.estimate.feasibility import plan_of
+from winnow.estimate.layout import layout_of
 from winnow.hardware.run import Run
 from winnow.method import checkpoint, pipeline
 from winnow.method.autoround import AutoRound
@@ -70,7 +70,7 @@ def test_an_artifact_computes_what_the_model_in_memory_did(
     saved = save(compressed, tmp_path / "artifact")
     for again in (pretrained(saved.path).model, AutoModelForCausalLM.from_pretrained(saved.path)):
         torch.testing.assert_close(logits(again), before, rtol=0, atol=0)
-    plan = stage.predict(plan_of(pretrained(str(tiny))))
+    plan = stage.predict(layout_of(pretrained(str(tiny))))
     assert plan.disk_bytes == pytest.approx(saved.manifest["sizes"]["size_bytes"], rel=0.03)
 
 
@@ -78,7 +78,7 @@ def test_an_artifact_computes_what_the_model_in_memory_did(
 def test_bytes_of_the_embedded_model_are_as_predicted(format: str, tmp_path: Path, run_in: Run) -> None:
     stage = AutoRound(3, 64, 0, format=format)
     size = made(stage, WEIGHTS, run_in, tmp_path / "artifact").manifest["sizes"]["size_bytes"]
-    plan = stage.predict(plan_of(pretrained(str(WEIGHTS))))
+    plan = stage.predict(layout_of(pretrained(str(WEIGHTS))))
     assert plan.disk_bytes == pytest.approx(size, rel=0.005)
     model: Any = pretrained(str(tmp_path / "artifact")).model
     held = sum(t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values())
@@ -235,7 +235,7 @@ def test_other_types_of_weights(dtype: str, tmp_path: Path, tiny: Path, run_in: 
         before, saved = logits(compressed.model), save(compressed, tmp_path / format)
         again = pretrained(saved.path, dtype=str(kept).removeprefix("torch.")).model
         torch.testing.assert_close(logits(again), before, rtol=0, atol=0)
-        plan = quick(format=format).predict(plan_of(base))
+        plan = quick(format=format).predict(layout_of(base))
         assert plan.disk_bytes == pytest.approx(saved.manifest["sizes"]["size_bytes"], rel=0.03)
 
 

@@ -14,7 +14,7 @@ from tests.method.shapes import FAMILIES, config_of
 from winnow.core.types import Calibration
 from winnow.hardware.run import Run
 from winnow.method import checkpoint as checkpoints
-from winnow.method.blocks import input_sums, walk_blocks
+from winnow.method.blocks import input_sums, iterate_blocks
 from winnow.method.checkpoint import Checkpoint, checkpoint_of
 from winnow.method.prune import Wanda
 from winnow.method.sparsegpt import SparseGPT
@@ -53,7 +53,7 @@ def test_a_walk_that_changes_nothing_is_the_models_own_forward_pass(family: str,
     model, batches = random_model(family), batches_of((2, 100), (3, 40), (1, 1))
     model.set_attn_implementation(attention)
     outputs: dict[int, torch.Tensor] = {}
-    seen = [index for index, _, replay in walk_blocks(model, batches, SINGLE) if replay(outputs.__setitem__) is None]
+    seen = [index for index, _, replay in iterate_blocks(model, batches, SINGLE) if replay(outputs.__setitem__) is None]
     assert seen == [0, 1]
     for number, batch in enumerate(batches):
         torch.testing.assert_close(outputs[number], final_hidden(model, batch), rtol=0, atol=0)
@@ -65,7 +65,7 @@ def test_a_model_that_is_its_own_base_model_is_walked_without_its_head() -> None
     model.lm_head.register_forward_hook(lambda *args: pytest.fail("the head is of no use to a walk"))
     try:
         assert model.base_model is model
-        assert [index for index, _, _ in walk_blocks(model, batches, SINGLE)] == [0, 1]
+        assert [index for index, _, _ in iterate_blocks(model, batches, SINGLE)] == [0, 1]
     finally:
         type(model).base_model_prefix = prefix
 
@@ -93,7 +93,7 @@ def test_shared_keys_and_values_reach_the_blocks_that_read_them() -> None:
     )
     model, batch = Gemma3nForCausalLM(config).eval(), batches_of((2, 20))[0]
     outputs: dict[int, torch.Tensor] = {}
-    for _, _, replay in walk_blocks(model, [batch], SINGLE):
+    for _, _, replay in iterate_blocks(model, [batch], SINGLE):
         outputs.clear()
         replay(outputs.__setitem__)
     torch.testing.assert_close(outputs[0], final_hidden(model, batch), rtol=0, atol=0)
@@ -102,7 +102,7 @@ def test_shared_keys_and_values_reach_the_blocks_that_read_them() -> None:
 def test_a_block_sees_what_the_changed_blocks_before_it_put_out() -> None:
     model, batches = random_model("qwen2"), batches_of((2, 30))
     outputs: dict[int, torch.Tensor] = {}
-    for _, block, replay in walk_blocks(model, batches, SINGLE):
+    for _, block, replay in iterate_blocks(model, batches, SINGLE):
         for parameter in block.mlp.parameters():
             parameter.data.mul_(1.5)
         replay(outputs.__setitem__)
@@ -119,7 +119,7 @@ def test_one_block_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -
         return original(module, "cpu")
 
     monkeypatch.setattr(nn.Module, "to", to)
-    for index, _, replay in walk_blocks(model, batches_of((1, 5)), SINGLE):
+    for index, _, replay in iterate_blocks(model, batches_of((1, 5)), SINGLE):
         replay()
         if index == 2:
             break  # a method that stops, or fails, leaves no block behind
@@ -128,7 +128,7 @@ def test_one_block_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -
 
 def test_replays_keep_no_graph() -> None:
     model = random_model("llama")
-    for _, _, replay in walk_blocks(model, batches_of((1, 5)), SINGLE):
+    for _, _, replay in iterate_blocks(model, batches_of((1, 5)), SINGLE):
         replay(lambda number, output: [][int(output.requires_grad) :])
         with torch.enable_grad():
             kept: list[torch.Tensor] = []
@@ -138,7 +138,7 @@ def test_replays_keep_no_graph() -> None:
 
 def test_layers_that_read_the_same_tensor_share_a_sum() -> None:
     model, batches = random_model("llama"), batches_of((2, 7), (1, 9))
-    _, block, replay = next(walk_blocks(model, batches, SINGLE))
+    _, block, replay = next(iterate_blocks(model, batches, SINGLE))
     inputs: dict[nn.Module, list[torch.Tensor]] = {m: [] for m in block.modules() if isinstance(m, nn.Linear)}
     handles = [m.register_forward_pre_hook(lambda m, args: inputs[m].append(args[0].flatten(0, -2))) for m in inputs]
     replay()
@@ -298,7 +298,7 @@ def test_a_finished_block_is_written_once(four_blocks: Path, tmp_path: Path, mon
     lm, run, written = pretrained(str(four_blocks)), run_of(tmp_path / "run"), []
     write = Checkpoint._write
     monkeypatch.setattr(Checkpoint, "_write", staticmethod(lambda p, *rest: (written.append(p.name), write(p, *rest))))
-    for _ in walk_blocks(lm.model, batches_of((1, 5)), run, checkpoint_of(Wanda(), lm, run, "sha")):
+    for _ in iterate_blocks(lm.model, batches_of((1, 5)), run, checkpoint_of(Wanda(), lm, run, "sha")):
         pass
     walk = "walk.ckpt"
     assert written == ["block-0.ckpt", walk, "block-1.ckpt", walk, "block-2.ckpt", walk]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.method.shapes import random_model
-from winnow.estimate.feasibility import plan_of
+from winnow.estimate.layout import layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.bnb import FP4, NF4, Int8
@@ -41,7 +41,7 @@ def four_bit_layers(model: Any) -> list[Any]:
 def test_bytes_are_as_predicted(name: str, family: str, tmp_path: Path, run_in: Run) -> None:
     base = WEIGHTS if family == "nano" else random_model(family, tmp_path / "base")
     made = pipeline.compress(pretrained(str(base)), {name: METHODS[name]()}, run_in, tmp_path / "artifact")
-    plan = METHODS[name]().predict(plan_of(pretrained(str(base))))
+    plan = METHODS[name]().predict(layout_of(pretrained(str(base))))
     assert plan.disk_bytes == pytest.approx(
         made.manifest["sizes"]["size_bytes"], rel=0.005 if family == "nano" else 0.03
     )
@@ -50,7 +50,7 @@ def test_bytes_are_as_predicted(name: str, family: str, tmp_path: Path, run_in: 
 @pytest.mark.parametrize("name", METHODS)
 def test_memory_is_as_predicted(name: str, run_in: Run) -> None:
     base = pretrained(str(WEIGHTS))
-    plan = METHODS[name]().predict(plan_of(base))
+    plan = METHODS[name]().predict(layout_of(base))
     model: Any = METHODS[name]()(base, run_in).model
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     for module in model.modules():
@@ -66,7 +66,7 @@ def test_memory_is_as_predicted(name: str, run_in: Run) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_single_precision_becomes_half(name: str, tmp_path: Path, tiny: Path, run_in: Run) -> None:
     base = pretrained(str(tiny), dtype="float32")
-    plan = METHODS[name]().predict(plan_of(base))
+    plan = METHODS[name]().predict(layout_of(base))
     made = METHODS[name]()(base, run_in)
     assert made.model.dtype == torch.bfloat16
     saved = save(made, tmp_path / "artifact")

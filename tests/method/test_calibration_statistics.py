@@ -71,7 +71,9 @@ def test_the_least_recently_used_go_first(tiny: Path, run: Run, monkeypatch: pyt
     model = pretrained(str(tiny)).model
 
     def ask(name: str, value: float = 0.0) -> float:
-        found = calibration_statistics.kept(model, run, "some", (name,), lambda: {"x": torch.full((1000,), value)})
+        found = calibration_statistics.cached_statistics(
+            model, run, "some", (name,), lambda: {"x": torch.full((1000,), value)}
+        )
         for age, path in enumerate(
             sorted((run.cache or run.folder).glob("statistics/*"), key=lambda p: p.stat().st_mtime)
         ):

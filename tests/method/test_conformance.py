@@ -26,12 +26,12 @@ from tests.test_conf import class_of, composed
 from winnow.core.cli import options
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
-from winnow.estimate.layout import plan_of
+from winnow.estimate.layout import layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.knobs import Stage
 from winnow.model import manifest
-from winnow.model.adapter import bare
+from winnow.model.adapter import base_model
 from winnow.model.layers import linears
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
@@ -189,7 +189,7 @@ def test_a_stranger_computes_what_the_model_in_memory_did(case, make, stranger) 
 
 def test_bytes_on_disk_are_as_predicted(case, make) -> None:
     made = make(*case)
-    plan = stage_of(case[1], case[0]).predict(plan_of(pretrained(str(made.base))))
+    plan = stage_of(case[1], case[0]).predict(layout_of(pretrained(str(made.base))))
     assert plan.disk_bytes == pytest.approx(made.manifest["sizes"]["size_bytes"], rel=0.03)
 
 
@@ -213,7 +213,7 @@ def test_what_is_not_compressed_is_untouched(case, make) -> None:
     made = make(*case)
     if made.logits is None or case[1] in CHANGES_SHAPES:
         pytest.skip("compared by tests of its own")
-    before, after = pretrained(str(made.base)).model, bare(made.again().model)
+    before, after = pretrained(str(made.base)).model, base_model(made.again().model)
     compressed = {f"{name}." for name in linears(before)}
     parameters = dict(after.named_parameters())
     for name, parameter in before.named_parameters():

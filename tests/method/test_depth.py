@@ -12,7 +12,7 @@ import torch
 from tests.method.shapes import FAMILIES, random_model
 from winnow.core.errors import UserError
 from winnow.data.calibration import calibration_batches
-from winnow.estimate.layout import Plan, dense_tensors
+from winnow.estimate.layout import ModelLayout, dense_tensors
 from winnow.method import pipeline
 from winnow.method.depth import Depth, answer_starts, block_influences, losses_without, shallower
 from winnow.method.rtn import RTN
@@ -81,7 +81,7 @@ def test_bytes_are_as_predicted_and_it_can_be_quantized(family: str, tmp_path: P
     config = pretrained(str(base)).config()
     stages = {"depth": Depth(0.6), "rtn": RTN(4, 32)}
     made = pipeline.compress(pretrained(str(base)), stages, run_in, tmp_path / "artifact")
-    plan = Plan(config, dense_tensors(config))
+    plan = ModelLayout(config, dense_tensors(config))
     for stage in stages.values():
         plan = stage.predict(plan)
     assert plan.config.num_hidden_layers == 2
@@ -146,7 +146,7 @@ def test_losses_are_those_of_the_model_without_the_layers(family: str, tmp_path:
 def test_at_least_one_layer_goes_and_one_is_kept(share: float, left: int, tmp_path: Path, run_in) -> None:
     lm = pretrained(str(deep("llama", tmp_path / "base")))
     config = lm.model.config
-    assert Depth(share).predict(Plan(config, {})).config.num_hidden_layers == left
+    assert Depth(share).predict(ModelLayout(config, {})).config.num_hidden_layers == left
     assert len(Depth(share)(lm, run_in).model.model.layers) == left
 
 

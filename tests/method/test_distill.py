@@ -16,13 +16,13 @@ from tests.method.shapes import random_model
 from tests.test_conf import composed
 from winnow.build import instantiate
 from winnow.core.errors import UserError
-from winnow.estimate.layout import dense_tensors, plan_of
+from winnow.estimate.layout import dense_tensors, layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.depth import Depth, shallower
 from winnow.method.distill import Distill
 from winnow.method.prune import Wanda
-from winnow.method.student_init import carved, smaller, spaced
+from winnow.method.student_init import slice_student, smaller, spaced
 from winnow.model.layers import linears
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
@@ -152,7 +152,7 @@ def test_settings_that_cannot_be_are_refused(knobs: dict[str, Any], message: str
 def test_shapes_that_cannot_be_are_refused(tmp_path: Path, shape: dict[str, int], message: str) -> None:
     lm = pretrained(str(random_model("llama", tmp_path / "llama")))
     with pytest.raises(UserError, match=message):
-        Distill(student=shape).predict(plan_of(lm))
+        Distill(student=shape).predict(layout_of(lm))
 
 
 def test_a_student_is_given_on_the_command_line() -> None:
@@ -177,8 +177,8 @@ def test_a_student_is_a_slice_of_the_model(family: str, tmp_path: Path) -> None:
     )
     base, spent = pretrained(str(folder)), pretrained(str(folder))
     shape = {"num_hidden_layers": 3, "intermediate_size": 320, "hidden_size": 128, "num_attention_heads": 2}
-    planned = Distill(student=shape).predict(plan_of(base))
-    made = carved(spent.model, smaller(spent.model.config, shape, "student"))
+    planned = Distill(student=shape).predict(layout_of(base))
+    made = slice_student(spent.model, smaller(spent.model.config, shape, "student"))
     stored = {name: tuple(p.shape) for name, p in made.named_parameters()}
     assert stored == {name: t.shape for name, t in planned.tensors.items()}
     assert stored == {name: t.shape for name, t in dense_tensors(made.config).items()}

@@ -21,7 +21,7 @@ import numpy as np
 from tests.model.gguf_files import LLAMA3, LOCAL, YARN
 from winnow.core.errors import MissingExtra, UserError
 from winnow.core.libraries import require
-from winnow.estimate.layout import Plan, dense_tensors
+from winnow.estimate.layout import ModelLayout, dense_tensors
 from winnow.method import pipeline
 from winnow.method.gguf import GGUF, TYPES
 from winnow.method.imatrix import collect
@@ -100,8 +100,8 @@ def llama_logits(path: Path, rows: list[list[int]]) -> list[torch.Tensor]:
     return found
 
 
-def plan_of(config: Any, other_bytes: int = 0) -> Plan:
-    return Plan(config, dense_tensors(config), other_bytes)
+def plan_of(config: Any, other_bytes: int = 0) -> ModelLayout:
+    return ModelLayout(config, dense_tensors(config), other_bytes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

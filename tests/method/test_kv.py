@@ -13,7 +13,7 @@ import torch
 
 from tests.method.shapes import config_of, random_model
 from winnow.core.errors import MissingExtra, UserError
-from winnow.estimate.layout import Plan, plan_of
+from winnow.estimate.layout import ModelLayout, layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.kv import KV
@@ -84,7 +84,7 @@ def test_generate_of_plain_transformers_holds_a_quantized_cache(
         cache = generate(model, tokens=64, new=2).past_key_values
         assert {type(layer).__name__ for layer in cache.layers} == {"HQQQuantizedLayer"}
         assert {layer.nbits for layer in cache.layers} == {bits}
-    plan = stage.predict(plan_of(pretrained(str(WEIGHTS))))
+    plan = stage.predict(layout_of(pretrained(str(WEIGHTS))))
     recent = plan.spec.kv_cache_bytes(1)  # the one token that came after the prompt is not quantized yet
     assert held_bytes(cache) == plan.spec.kv_cache_bytes(64, bits=plan.cache_bits) + recent
     assert plan.disk_bytes == pytest.approx(manifest.read(tmp_path / "artifact")["sizes"]["size_bytes"], rel=0.005)
@@ -225,7 +225,7 @@ def test_a_shorter_window_is_kept_and_acts(
     cache = generate(model, tokens=60).past_key_values
     kept = {layer.keys.shape[-2] for layer in cache.layers if layer.is_sliding}
     assert kept == {15}  # and the token that is being read
-    windows = stage.predict(plan_of(pretrained(str(base)))).spec.cache_windows
+    windows = stage.predict(layout_of(pretrained(str(base)))).spec.cache_windows
     assert 16 in windows and 64 not in windows
 
 
@@ -246,7 +246,7 @@ def test_what_a_model_cannot_do_is_said_from_its_configuration(
     family: str, stage: KV, message: str, tmp_path: Path, run_in: Run
 ) -> None:
     with pytest.raises(UserError, match=message):
-        stage.predict(Plan(config_of(family), {}))
+        stage.predict(ModelLayout(config_of(family), {}))
     base = random_model(family, tmp_path / "base")
     with pytest.raises(UserError, match=message):
         pipeline.compress(pretrained(str(base)), {"kv": stage}, run_in, tmp_path / "artifact")
@@ -278,7 +278,7 @@ def test_models_without_a_cache_of_keys_and_values_are_refused(kind: str, messag
     from transformers import AutoConfig
 
     with pytest.raises(UserError, match=message):
-        KV(4).predict(Plan(AutoConfig.for_model(kind), {}))
+        KV(4).predict(ModelLayout(AutoConfig.for_model(kind), {}))
 
 
 def test_a_missing_library_names_its_extra(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from winnow.core.errors import UserError
-from winnow.estimate.layout import plan_of
+from winnow.estimate.layout import layout_of
 from winnow.method.lora import Lora, adapted, layers, mask_zeros, merge
 from winnow.method.prune import Wanda
 from winnow.model.layers import linears
@@ -109,7 +109,7 @@ def test_targets_choose_layers(tiny, run_in) -> None:
 
 
 def test_targets_that_match_nothing_name_what_there_is(tiny) -> None:
-    plan = plan_of(pretrained(str(tiny)))
+    plan = layout_of(pretrained(str(tiny)))
     with pytest.raises(
         UserError, match=r"method\.lora\.targets: c_attn, lm_head is no linear layer.*there are down_proj.*v_proj"
     ):

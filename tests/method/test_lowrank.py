@@ -12,7 +12,7 @@ import torch
 
 from tests.method.shapes import FAMILIES, random_model
 from winnow.core.errors import UserError
-from winnow.estimate.layout import Plan, dense_tensors
+from winnow.estimate.layout import ModelLayout, dense_tensors
 from winnow.method import pipeline
 from winnow.method.lora import Lora
 from winnow.method.lowrank import LowRank, best_product
@@ -83,7 +83,7 @@ def test_the_artifact_computes_what_it_did_in_memory(family: str, tmp_path: Path
             name = name.replace("_proj.bias", "_proj.1.bias")
             assert torch.equal(parameter, again.model.get_parameter(name)), name
 
-    plan = LowRank().predict(Plan(config, dense_tensors(config)))
+    plan = LowRank().predict(ModelLayout(config, dense_tensors(config)))
     assert set(plan.tensors) == {name for name, _ in again.model.named_parameters()}
     code = (tmp_path / "artifact" / "modeling_lowrank.py").stat().st_size
     assert plan.disk_bytes - plan.other_bytes == pytest.approx(made.manifest["sizes"]["weight_bytes"], rel=0.005)
@@ -126,7 +126,7 @@ def test_recovery_and_quantization_work_on_the_factors(tmp_path: Path, factorise
     made = pipeline.compress(pretrained(str(factorised)), stages, run_in, tmp_path / "artifact")
     again = pretrained(str(tmp_path / "artifact"))
     assert logits(again).isfinite().all()
-    plan = Plan(pretrained(str(factorised)).config(), dense_tensors(pretrained(str(factorised)).config()))
+    plan = ModelLayout(pretrained(str(factorised)).config(), dense_tensors(pretrained(str(factorised)).config()))
     assert stages["rtn"].predict(plan).disk_bytes == pytest.approx(made.manifest["sizes"]["weight_bytes"], rel=0.01)
     names = set(linears(pretrained(str(factorised)).model))
     assert "model.layers.0.mlp.up_proj.0" in names and "model.layers.0.mlp.up_proj.1" in names
@@ -179,4 +179,4 @@ def test_what_cannot_be_factorised_is_refused() -> None:
     from transformers import Phi3Config
 
     with pytest.raises(UserError, match=r"method=\[lowrank\] factorises gemma3_text, llama, .* not phi3"):
-        LowRank().predict(Plan(Phi3Config(), {}))
+        LowRank().predict(ModelLayout(Phi3Config(), {}))

@@ -15,7 +15,7 @@ from tests.method.scores import perplexity
 from tests.method.shapes import FAMILIES, random_model
 from winnow.core.errors import UserError
 from winnow.data.calibration import calibration_batches
-from winnow.estimate.layout import plan_of
+from winnow.estimate.layout import layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline, sensitivity
 from winnow.method.mixed import WIDTHS, Mixed, allocate
@@ -137,7 +137,7 @@ def test_it_beats_uniform_bits_at_the_same_size(tmp_path: Path, run_in: Run) -> 
         other = pipeline.compress(pretrained(str(WEIGHTS)), {"mixed": Mixed(2.5, 64)}, run_in, tmp_path / "other")
     assert 2.4 < other.manifest["stages"][-1]["average_bits"] <= 2.5
     for bits, lm in ((3.0, made["mixed"]), (2.5, other)):
-        predicted = Mixed(bits, 64).predict(plan_of(pretrained(str(WEIGHTS)))).disk_bytes
+        predicted = Mixed(bits, 64).predict(layout_of(pretrained(str(WEIGHTS)))).disk_bytes
         assert predicted == pytest.approx(lm.manifest["sizes"]["size_bytes"], rel=0.005)
 
 
@@ -216,7 +216,7 @@ def test_several_widths_load_again_bit_for_bit(family: str, tmp_path: Path, run_
     for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for layer in (0, 1):
             assert len({b for n, b in by_layer.items() if f".{layer}." in n and n.endswith(fused)}) == 1
-    predicted = Mixed(3.5, 32).predict(plan_of(pretrained(str(base)))).disk_bytes
+    predicted = Mixed(3.5, 32).predict(layout_of(pretrained(str(base)))).disk_bytes
     assert predicted == pytest.approx(made.manifest["sizes"]["size_bytes"], rel=0.03)
 
 

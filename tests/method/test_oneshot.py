@@ -15,7 +15,7 @@ from tests.method.scores import perplexity
 from tests.method.shapes import random_model
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration
-from winnow.estimate.layout import Plan, dense_tensors
+from winnow.estimate.layout import ModelLayout, dense_tensors
 from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.knobs import Stage, knobs_of
@@ -69,12 +69,12 @@ def quick(tmp_path: Path) -> Run:
     return Run(tmp_path / "run", log=lambda line: None, calibration=Calibration(samples=16, max_length=64))
 
 
-def plan_of(folder: Path) -> Plan:
+def plan_of(folder: Path) -> ModelLayout:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
     others = sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".safetensors")
-    return Plan(config, dense_tensors(config), others)
+    return ModelLayout(config, dense_tensors(config), others)
 
 
 @pytest.mark.parametrize("name", CASES)

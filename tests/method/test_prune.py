@@ -10,7 +10,7 @@ import torch
 
 from tests.method.shapes import FAMILIES, random_model
 from winnow.core.errors import UserError
-from winnow.estimate.feasibility import plan_of
+from winnow.estimate.layout import layout_of
 from winnow.method import allocation, pipeline
 from winnow.method.masks import smallest, smallest_of_all, smallest_of_pattern
 from winnow.method.prune import Magnitude, Wanda
@@ -72,8 +72,8 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused_first(method: Any, 
     lm = pretrained(str(random_model("llama", tmp_path / "odd", intermediate_size=132)))
     match = r"pattern=4:8 needs widths that are multiples of 8, and model\.layers\.0\.mlp\.down_proj has 132 inputs"
     with pytest.raises(UserError, match=match):
-        method(pattern="4:8").predict(plan_of(lm))
-    method(pattern="2:4").predict(plan_of(lm))
+        method(pattern="4:8").predict(layout_of(lm))
+    method(pattern="2:4").predict(layout_of(lm))
 
 
 @pytest.mark.parametrize("stage", [m(pattern=p) for m in METHODS for p in ("2:4", "4:8")], ids=str)
@@ -190,7 +190,7 @@ def test_wanda_scores_by_the_norms_that_reach_each_layer(tiny: Path, run_in) -> 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_file_is_as_large_as_predicted(method: Any, tmp_path: Path, run_in) -> None:
     made = pipeline.compress(trained(), {"pruned": method()}, run_in, tmp_path / "artifact")
-    plan = method().predict(plan_of(trained()))
+    plan = method().predict(layout_of(trained()))
     assert plan.disk_bytes == pytest.approx(made.manifest["sizes"]["size_bytes"], rel=0.005)
 
 

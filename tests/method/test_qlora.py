@@ -14,7 +14,7 @@ import torch
 
 from winnow.core.errors import MissingExtra, UserError
 from winnow.core.types import Calibration
-from winnow.estimate.layout import plan_of
+from winnow.estimate.layout import layout_of
 from winnow.hardware.device import Hardware
 from winnow.hardware.run import Run
 from winnow.method import pipeline
@@ -84,7 +84,7 @@ def test_only_the_adapter_is_trained_and_all_of_it(quantizer: Any, knobs: dict, 
     for name, layer in found.items():
         assert layer.lora_A["default"].weight.dtype == torch.float32
         assert layer.lora_B["default"].weight.any(), name
-    base = adapter.taken_off(made.model)
+    base = adapter.without_adapter(made.model)
     assert {n for n, _ in base.named_parameters()} == set(before)
     assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
     assert base.dtype == torch.bfloat16
@@ -110,7 +110,7 @@ def test_merge_is_a_setting(tiny: Path, tmp_path: Path, run_in: Run) -> None:
     stage = QLoRA(**QUICK, merge=True)
     made = pipeline.compress(pretrained(str(tiny)), {"qlora": stage}, run_in, tmp_path / "artifact")
     assert not (tmp_path / "artifact" / "adapter").exists()
-    predicted = stage.predict(plan_of(pretrained(str(tiny)))).disk_bytes
+    predicted = stage.predict(layout_of(pretrained(str(tiny)))).disk_bytes
     assert predicted == pytest.approx(made.manifest["sizes"]["size_bytes"], rel=0.03)
 
 
@@ -140,9 +140,9 @@ def test_the_loader_and_two_lines_of_a_stranger_give_the_same_model(tuned: Path)
 
 
 def test_what_a_finished_artifact_takes_is_read_off_its_files(nf4: Path, tuned: Path) -> None:
-    plan = plan_of(pretrained(str(nf4)))
+    plan = layout_of(pretrained(str(nf4)))
     assert plan.disk_bytes == pytest.approx(manifest.read(nf4)["sizes"]["size_bytes"], rel=0.03)
-    both = plan_of(pretrained(str(tuned)))
+    both = layout_of(pretrained(str(tuned)))
     assert both.disk_bytes == pytest.approx(manifest.read(tuned)["sizes"]["size_bytes"], rel=0.03)
     made = QLoRA(**QUICK).predict(plan)
     assert made.disk_bytes == pytest.approx(manifest.read(tuned)["sizes"]["size_bytes"], rel=0.03)
@@ -266,5 +266,5 @@ def test_half_an_adapter_is_refused(lost: str, tuned: Path, tmp_path: Path) -> N
 def test_bytes_are_as_predicted(knobs: dict, tiny: Path, tmp_path: Path, run_in: Run) -> None:
     stage = QLoRA(**{**QUICK, "steps": 1, **knobs})
     made = pipeline.compress(pretrained(str(tiny)), {"qlora": stage}, run_in, tmp_path / "artifact")
-    plan = stage.predict(plan_of(pretrained(str(tiny))))
+    plan = stage.predict(layout_of(pretrained(str(tiny))))
     assert plan.disk_bytes == pytest.approx(made.manifest["sizes"]["size_bytes"], rel=0.03)

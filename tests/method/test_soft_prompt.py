@@ -16,7 +16,7 @@ from winnow.benchmark.adapters import scorer
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration
 from winnow.data.encoding import IGNORED, Encoded, collate, collate_padded
-from winnow.estimate.layout import plan_of
+from winnow.estimate.layout import layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.bnb import NF4, Int8
@@ -82,7 +82,7 @@ def test_no_weight_is_touched_and_the_loss_falls(tmp_path: Path, run_in: Run) ->
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
     knobs = {**QUICK, "max_length": 256, "held_out": 8}
     made = SoftPrompt(**{**knobs, "steps": 12, "tokens_per_batch": 512})(lm, run_in)
-    base = adapter.bare(made.model)
+    base = adapter.base_model(made.model)
     assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
     notes = made.manifest["_notes"]["training"]
     assert notes["held_out_loss"] < notes["held_out_loss_before"] - 0.05
@@ -103,7 +103,7 @@ def test_an_artifact_on_disk_gets_a_prompt(quantizer: Any, tiny: Path, tmp_path:
     assert str(tmp_path) not in json.dumps(settings) and str(WEIGHTS) not in json.dumps(settings)
     assert "with peft" in made.manifest["runtimes"]["transformers"]
     if quantizer is None:
-        plan = stage.predict(plan_of(pretrained(str(source))))
+        plan = stage.predict(layout_of(pretrained(str(source))))
         assert plan.disk_bytes == pytest.approx(made.manifest["sizes"]["size_bytes"], rel=0.01)
 
 
@@ -191,7 +191,7 @@ def test_the_prompt_starts_from_tokens(init: str, tiny: Path) -> None:
     ids = first_ids(lm, settings, 3)
     assert len(ids) == 32 and torch.equal(ids, first_ids(lm, settings, 3))
     weight = prompted(lm, settings, 3).prompt_encoder["default"].embedding.weight
-    assert torch.equal(weight, adapter.bare(lm.model).get_input_embeddings()(ids).float())
+    assert torch.equal(weight, adapter.base_model(lm.model).get_input_embeddings()(ids).float())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from tests.method.shapes import FAMILIES, config_of, random_model
 from winnow.core.errors import UserError
 from winnow.data.calibration import calibration_batches
-from winnow.estimate.layout import Plan, dense_tensors
+from winnow.estimate.layout import ModelLayout, dense_tensors
 from winnow.method import pipeline
 from winnow.method.importance import importances
 from winnow.method.rtn import RTN
@@ -43,7 +43,7 @@ def test_the_artifact_computes_what_it_did_in_memory(family: str, tmp_path: Path
 
     quantized = pipeline.apply(again, {"rtn": RTN(4, 64)}, run_in)
     assert logits(quantized).isfinite().all()
-    plan = HALF.predict(Plan(config, dense_tensors(config)))
+    plan = HALF.predict(ModelLayout(config, dense_tensors(config)))
     assert plan.disk_bytes == pytest.approx(made.manifest["sizes"]["weight_bytes"], rel=0.005)
     smaller = save(quantized, tmp_path / "quantized").manifest["sizes"]["weight_bytes"]
     assert RTN(4, 64).predict(plan).disk_bytes == pytest.approx(smaller, rel=0.01)
@@ -186,7 +186,7 @@ def test_a_head_keeps_its_width_where_the_configuration_implies_it() -> None:
 )
 def test_sizes_that_cannot_be_kept_are_refused(stage: Width, shape: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        stage.predict(Plan(config_of("llama", **shape), {}))
+        stage.predict(ModelLayout(config_of("llama", **shape), {}))
 
 
 def test_other_architectures_are_refused() -> None:
@@ -204,4 +204,4 @@ def test_other_architectures_are_refused() -> None:
         Phi3Config(**small, num_key_value_heads=2, pad_token_id=0),
     ):
         with pytest.raises(UserError, match="plain attention and a gated MLP"):
-            Width().predict(Plan(config, {}))
+            Width().predict(ModelLayout(config, {}))

@@ -17,10 +17,10 @@ from winnow.core.types import Calibration, Figures, Strategy, Trial
 from winnow.hardware.run import Run
 from winnow.model.pretrained import pretrained
 from winnow.runtime import serving
-from winnow.search.early_stopping import LEAST_CHANCE, Gates, table, weights_of
+from winnow.search.early_stopping import LEAST_CHANCE, EarlyStopping, table, weights_of
 from winnow.search.job import RIVALS
 from winnow.study.objectives import KNOWN
-from winnow.study.pareto import matches
+from winnow.study.pareto import is_at_least_as_good
 
 BENCHMARKS = ("nano_gsm8k", "nano_commonsenseqa", "nano_truthfulqa", "nano_humaneval")
 SIZE, SPEED = 1e6, 100.0
@@ -55,20 +55,20 @@ def study(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def gates(study: Path, *overrides: str) -> Gates:
-    return Gates(composed("search", *overrides), study / "9", lambda line: None)
+def gates(study: Path, *overrides: str) -> EarlyStopping:
+    return EarlyStopping(composed("search", *overrides), study / "9", lambda line: None)
 
 
 def figures(size: float = SIZE, latency: float = SPEED, kl: float = 0.03) -> Figures:
     return Figures({"size_bytes": size, "latency_ms": latency, "kl_to_base": kl})
 
 
-def raced(gate: Gates, samples: Sequence[Sample]) -> Stopped | None:
+def raced(gate: EarlyStopping, samples: Sequence[Sample]) -> Stopped | None:
     drawn = gate.ordered(gates_benchmark()).drawn()  # type: ignore[attr-defined]
     scored = sorted((s for s in samples if s.correct is not None), key=lambda s: drawn.time((s.benchmark, s.doc_hash)))
     for count in (50, 150, 400, 800):
         try:
-            gate.scored(scored[:count], len(scored) - count)
+            gate.on_round(scored[:count], len(scored) - count)
         except Stopped as stopped:
             return stopped
     return None
@@ -76,7 +76,7 @@ def raced(gate: Gates, samples: Sequence[Sample]) -> Stopped | None:
 
 def test_a_worse_one_loses_its_race_with_an_estimate_and_an_interval(study: Path) -> None:
     gate = gates(study)
-    gate.measured(figures())
+    gate.on_measured(figures())
     samples = outcomes(0.5, seed=9)
     stopped = raced(gate, samples)
     assert stopped is not None and stopped.reason is Reason.DOMINATED and "trial 3" in stopped.message
@@ -88,9 +88,9 @@ def test_a_worse_one_loses_its_race_with_an_estimate_and_an_interval(study: Path
 
 def test_a_better_one_and_one_without_rivals_go_on(study: Path) -> None:
     better, alone, smaller = gates(study), gates(study), gates(study)
-    better.measured(figures())
-    alone.measured(figures(latency=SPEED / 2, kl=5.0))  # nothing on the front is as quick
-    smaller.measured(figures(size=SIZE / 2, kl=0.5))  # only the weaker one is as small
+    better.on_measured(figures())
+    alone.on_measured(figures(latency=SPEED / 2, kl=5.0))  # nothing on the front is as quick
+    smaller.on_measured(figures(size=SIZE / 2, kl=0.5))  # only the weaker one is as small
     assert raced(better, outcomes(0.95, seed=9)) is None
     assert raced(alone, outcomes(0.1, seed=9)) is None
     assert raced(smaller, outcomes(0.75, seed=9)) is None
@@ -100,16 +100,16 @@ def test_what_is_far_off_the_base_model_is_hopeless_beside_one_that_is_near(stud
     with pytest.raises(
         Stopped, match="that of trial 3, which is no worse in size_bytes, latency_ms, is 0.01"
     ) as stopped:
-        gates(study).measured(figures(kl=0.05))
+        gates(study).on_measured(figures(kl=0.05))
     assert stopped.value.reason is Reason.HOPELESS and stopped.value.estimates == {"share_scored": 0.0}
-    gates(study).measured(figures(kl=0.03))  # within the ratio
-    gates(study).measured(figures(size=SIZE / 2, kl=0.5))  # nothing that small is nearer
-    gates(study, "racing.hopeless_ratio=0").measured(figures(kl=5.0))
+    gates(study).on_measured(figures(kl=0.03))  # within the ratio
+    gates(study).on_measured(figures(size=SIZE / 2, kl=0.5))  # nothing that small is nearer
+    gates(study, "racing.hopeless_ratio=0").on_measured(figures(kl=5.0))
 
 
 def test_items_that_trials_like_it_got_wrong_come_early_and_in_another_order_each_time(study: Path) -> None:
     gate = gates(study)
-    gate.measured(figures())
+    gate.on_measured(figures())
     drawn = gate.ordered(gates_benchmark()).drawn()  # type: ignore[attr-defined]
     wrong = {n: [(s.benchmark, s.doc_hash) for s in read(study / str(n) / FILE) if s.correct is False] for n in (3, 5)}
     both = set(wrong[3]) & set(wrong[5])
@@ -122,13 +122,13 @@ def test_items_that_trials_like_it_got_wrong_come_early_and_in_another_order_eac
 
 def test_an_error_rate_of_0_scores_everything(study: Path) -> None:
     gate = gates(study, "racing.error_rate=0")
-    gate.measured(figures())
+    gate.on_measured(figures())
     assert raced(gate, outcomes(0.1, seed=9)) is None
 
 
 def test_perplexity_is_known_only_at_the_end_so_nothing_is_stopped(study: Path) -> None:
     gate = gates(study, "objectives=[accuracy,size_bytes,perplexity]")
-    gate.measured(figures(kl=5.0))
+    gate.on_measured(figures(kl=5.0))
     assert raced(gate, outcomes(0.1, seed=9)) is None
 
 
@@ -143,7 +143,7 @@ def test_a_trial_is_measured_in_turn_with_the_base_model_and_the_base_model_alon
         lm = pretrained(str(tiny))
         lm.manifest = {"base": {"sha256": "0"}, "stages": stages}
         with serving(lm) as served:
-            gate.served(lm, served, Run(study, log=lambda line: None, calibration=Calibration(max_length=64)))
+            gate.on_loaded(lm, served, Run(study, log=lambda line: None, calibration=Calibration(max_length=64)))
         found = gate.base()
         assert (found and (found.latency_ms, found.peak_memory_bytes, found.memory_limit_bytes)) == expected
 
@@ -174,17 +174,17 @@ def gates_benchmark():  # type: ignore[no-untyped-def]
 def test_equal_within_the_resolution_is_equal() -> None:
     others = (KNOWN["size_bytes"], KNOWN["latency_ms"])
     base = of(1e6, 100.0)
-    assert matches(of(1.00001e6, 100.0), base, others)
-    assert not matches(of(1.1e6, 100.0), base, others)
-    assert matches(Trial(1, Strategy()), Trial(2, Strategy()), ())
+    assert is_at_least_as_good(of(1.00001e6, 100.0), base, others)
+    assert not is_at_least_as_good(of(1.1e6, 100.0), base, others)
+    assert is_at_least_as_good(Trial(1, Strategy()), Trial(2, Strategy()), ())
 
 
 def test_a_disturbed_figure_makes_no_rival() -> None:
     others = (KNOWN["size_bytes"], KNOWN["latency_ms"])
     calm, disturbed = of(1e6, 100.0), of(1e6, 10.0, "measured, disturbed")
-    assert not matches(disturbed, calm, others)
-    assert matches(calm, disturbed, others)  # it would not come onto the front beside the other
-    assert matches(disturbed, calm, others[:1])
+    assert not is_at_least_as_good(disturbed, calm, others)
+    assert is_at_least_as_good(calm, disturbed, others)  # it would not come onto the front beside the other
+    assert is_at_least_as_good(disturbed, calm, others[:1])
 
 
 def of(size: float, latency: float, source: str = "measured") -> Trial:

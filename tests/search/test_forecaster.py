@@ -51,10 +51,12 @@ def test_a_constraint_refuses_what_is_sure_to_break_it_and_asks_once() -> None:
     small, large = Strategy(("rtn",)), Strategy(("nf4",))
     outlook = Forecasts(ask, {"size_bytes": 1e6})
     assert outlook.figures([small, large, small])[1] == {"size_bytes": 2.0e6}
-    assert outlook.refusal(small) == "" and "size_bytes would be about 2e+06" in outlook.refusal(large)
+    assert outlook.infeasible_reason(small) == "" and "size_bytes would be about 2e+06" in outlook.infeasible_reason(
+        large
+    )
     assert calls == [2]
-    assert Forecasts(ask, {"peak_memory_bytes": 8e9}).refusal(small) == ""  # memory is an estimate
-    assert "peak_memory_bytes" in Forecasts(ask, {"peak_memory_bytes": 6e9}).refusal(small)
+    assert Forecasts(ask, {"peak_memory_bytes": 8e9}).infeasible_reason(small) == ""  # memory is an estimate
+    assert "peak_memory_bytes" in Forecasts(ask, {"peak_memory_bytes": 6e9}).infeasible_reason(small)
 
 
 def made(

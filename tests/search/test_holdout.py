@@ -5,7 +5,7 @@ from __future__ import annotations
 from winnow.benchmark.score import questions
 from winnow.core.types import Strategy, Trial
 from winnow.study.objectives import KNOWN
-from winnow.study.pareto import luck
+from winnow.study.pareto import fails_on_holdout
 
 OBJECTIVES = (KNOWN["accuracy"], KNOWN["size_bytes"])
 
@@ -19,15 +19,20 @@ def test_a_place_that_rests_on_chance_is_named() -> None:
     front = (small, large)
     lost = {1: {"accuracy": 0.905}, 2: {"accuracy": 0.900}}
     held = {1: {"accuracy": 0.880}, 2: {"accuracy": 0.890}}
-    assert luck(large, front, lost, OBJECTIVES) == "trial 1 is no worse in anything else, and as good on fresh items"
-    assert luck(large, front, held, OBJECTIVES) == ""
-    assert luck(small, front, lost, OBJECTIVES) == "" == luck(small, front, held, OBJECTIVES)  # nothing is as small
+    assert (
+        fails_on_holdout(large, front, lost, OBJECTIVES)
+        == "trial 1 is no worse in anything else, and as good on fresh items"
+    )
+    assert fails_on_holdout(large, front, held, OBJECTIVES) == ""
+    assert (
+        fails_on_holdout(small, front, lost, OBJECTIVES) == "" == fails_on_holdout(small, front, held, OBJECTIVES)
+    )  # nothing is as small
 
 
 def test_nobody_is_blamed_for_what_was_not_confirmed() -> None:
     front = (trial(1, 0.9, 1e6), trial(2, 0.91, 2e6))
-    assert luck(front[1], front, {}, OBJECTIVES) == ""
-    assert luck(front[1], front, {2: {"accuracy": 0.5}}, OBJECTIVES) == ""
+    assert fails_on_holdout(front[1], front, {}, OBJECTIVES) == ""
+    assert fails_on_holdout(front[1], front, {2: {"accuracy": 0.5}}, OBJECTIVES) == ""
 
 
 class Task:

@@ -167,7 +167,7 @@ def ranked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("ranked")
 def test_devices_are_counted_on_each_machine() -> None:
     found = dist_env.enter(Hardware("cpu", devices=2), {"lora": Lora()})
-    assert (found.size, found.nodes, found.first) == (4, 2, False)
+    assert (found.size, found.nodes, found.is_rank_zero) == (4, 2, False)
     with pytest.raises(UserError, match=r"hardware\.devices=4; start as many"):
         dist_env.enter(Hardware("cpu", devices=4), {"lora": Lora()})
 
@@ -190,9 +190,9 @@ def test_a_child_sees_nothing_of_the_ranks_around_it(monkeypatch: pytest.MonkeyP
 
 
 def test_only_trainings_are_spread_and_only_over_several_devices(tmp_path: Path) -> None:
-    assert torchrun.is_spread(Lora(), Run(tmp_path, devices=2))
-    assert not torchrun.is_spread(Lora(), Run(tmp_path))
-    assert not torchrun.is_spread(Wanda(), Run(tmp_path, devices=2))
+    assert torchrun.needs_torchrun(Lora(), Run(tmp_path, devices=2))
+    assert not torchrun.needs_torchrun(Lora(), Run(tmp_path))
+    assert not torchrun.needs_torchrun(Wanda(), Run(tmp_path, devices=2))
 
 
 def test_the_childs_command_line_makes_the_same_stage_and_run(tiny: Path, tmp_path: Path) -> None:

@@ -21,16 +21,16 @@ from winnow.hardware.compute import fastest, training_precision
 from winnow.hardware.run import Run
 from winnow.model.pretrained import pretrained
 from winnow.training import fit as fitting
-from winnow.training.dist_env import World
+from winnow.training.dist_env import DistEnv
 from winnow.training.fit import Batching, fit
 from winnow.training.module import Recovery, Schedule
-from winnow.training.preflight import Demand, Flight, check, demand
+from winnow.training.preflight import TrainingMemory, TrainingMemoryPlan, check, demand
 
 GB = 10**9
 ASKED: dict[str, Any] = {"tokens_per_device": 0, "share": 8192, "longest": 512, "work": 1e6}
 
 
-def llama_8b(trained_share: float, bytes_each: float = 4.0) -> Demand:
+def llama_8b(trained_share: float, bytes_each: float = 4.0) -> TrainingMemory:
     """An 8-billion-parameter model from its configuration; nothing of it in memory."""
     config = LlamaConfig(
         vocab_size=128256,
@@ -54,9 +54,11 @@ def llama_8b(trained_share: float, bytes_each: float = 4.0) -> Demand:
     )
 
 
-def flown(found: Demand, usable_gb: float, world: World | None = None, parallel: str = "auto", **asked: Any) -> Flight:
+def flown(
+    found: TrainingMemory, usable_gb: float, world: DistEnv | None = None, parallel: str = "auto", **asked: Any
+) -> TrainingMemoryPlan:
     run = Run(Path(), device="cuda", parallel=parallel, tflops=100.0)
-    return check(found, run, world or World(), **{**ASKED, **asked}, usable=int(usable_gb * GB))
+    return check(found, run, world or DistEnv(), **{**ASKED, **asked}, usable=int(usable_gb * GB))
 
 
 def refused(*arguments: Any, **options: Any) -> str:
@@ -85,24 +87,24 @@ def test_activations_are_recomputed_only_where_they_do_not_fit() -> None:
 
 
 def test_weights_are_sharded_only_where_one_device_cannot_hold_them() -> None:
-    full, two = llama_8b(1.0), World(size=8, local_size=8)
+    full, two = llama_8b(1.0), DistEnv(size=8, local_size=8)
     assert flown(full, 45, two).sharded
     assert not flown(full, 200, two).sharded
     assert flown(full, 200, two, parallel="fsdp").sharded
-    assert "with hardware.parallel=fsdp" in refused(full, 45, World(), "auto") + refused(full, 45, two, "ddp")
+    assert "with hardware.parallel=fsdp" in refused(full, 45, DistEnv(), "auto") + refused(full, 45, two, "ddp")
 
 
 def test_the_refusal_says_what_would_fit() -> None:
     assert "qlora" in refused(llama_8b(0.005), 20)
     assert "tokens_per_device=" in refused(llama_8b(0.005), 55, tokens_per_device=65536, longest=64, share=10**6)
     assert "smaller model" in refused(llama_8b(1.0), 1)
-    assert "usable" in refused(llama_8b(1.0), 45, World(), "ddp")
+    assert "usable" in refused(llama_8b(1.0), 45, DistEnv(), "ddp")
 
 
 def test_quantized_weights_are_not_sharded() -> None:
     quantized = llama_8b(0.005, bytes_each=0.56)
-    assert "set hardware.parallel=ddp" in refused(quantized, 45, World(2, 0, 2, 0), "fsdp")
-    assert not flown(quantized, 45, World(2, 0, 2, 0)).sharded
+    assert "set hardware.parallel=ddp" in refused(quantized, 45, DistEnv(2, 0, 2, 0), "fsdp")
+    assert not flown(quantized, 45, DistEnv(2, 0, 2, 0)).sharded
 
 
 def rows_of(tokenizer: Any) -> list[Encoded]:
@@ -133,7 +135,7 @@ def test_recomputed_activations_give_the_same_gradients(
             kept.update({n: p.grad.clone() for n, p in module.student.trainable.items()})
 
         monkeypatch.setattr(Recovery, "on_before_optimizer_step", keep)
-        flight = Flight(512, 0, 0, checkpointing=checkpointing)
+        flight = TrainingMemoryPlan(512, 0, 0, checkpointing=checkpointing)
         monkeypatch.setattr(fitting.preflight, "check", lambda *a, **k: flight)
         folder = tmp_path / str(checkpointing)
         folder.mkdir()

@@ -19,7 +19,7 @@ from tests.method.test_conformance import logits, look_before_saving, stage_of
 from tests.wild.architectures import ARCHITECTURES, random_model
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
-from winnow.estimate.layout import plan_of
+from winnow.estimate.layout import layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline, suitability
 from winnow.method.bnb import NF4
@@ -86,13 +86,13 @@ def test_experts_are_quantized_and_their_router_is_not(
     family: str, stage: Any, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     lm, seen = pretrained(str(base(family))), []  # type: ignore[var-annotated]
-    predicted = stage.predict(plan_of(lm)).disk_bytes
+    predicted = stage.predict(layout_of(lm)).disk_bytes
     with look_before_saving(seen):
         made = pipeline.compress(lm, {"rtn": stage}, run_in(tmp_path), tmp_path / "artifact")
     assert "transformers" in made.manifest["runtimes"]
     size = manifest.sizes(tmp_path / "artifact")["size_bytes"]
     assert size == pytest.approx(predicted, rel=0.02)
-    assert plan_of(pretrained(str(tmp_path / "artifact"))).disk_bytes == pytest.approx(size, rel=0.02)
+    assert layout_of(pretrained(str(tmp_path / "artifact"))).disk_bytes == pytest.approx(size, rel=0.02)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "artifact")
     original: Any = AutoModelForCausalLM.from_pretrained(base(family))
     torch.testing.assert_close(logits(LM(model=model, tokenizer=lm.tokenizer)), seen[-1], atol=2e-2, rtol=2e-2)
@@ -150,7 +150,7 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_made(
 ) -> None:
     name = type(stage).__name__.lower()
     lm = pretrained(str(base(family)))
-    plan = plan_of(lm)
+    plan = layout_of(lm)
     with pytest.raises(UserError) as forecast:
         suitability.check({name: stage}, plan.tensors, plan.spec.name)
     with pytest.raises(UserError) as refusal:
@@ -188,7 +188,7 @@ def test_documents_are_padded_where_attention_cannot_be_told_of_them(
 
 
 def test_a_model_without_a_longest_sequence_is_described(base: Callable[[str], Path]) -> None:
-    plan = plan_of(pretrained(str(base("bloom"))))
+    plan = layout_of(pretrained(str(base("bloom"))))
     assert context_of(plan.config) is None
     assert plan.spec.context > 0
 
@@ -209,7 +209,7 @@ def test_the_page_is_made_from_what_was_tried() -> None:
 
 @pytest.mark.parametrize("family", sorted(HELD))
 def test_the_page_says_what_is_refused(family: str, base: Callable[[str], Path]) -> None:
-    plan = plan_of(pretrained(str(base(family))))
+    plan = layout_of(pretrained(str(base(family))))
     for name, outcome in HELD[family].items():
         try:
             suitability.check({name: stage_of(name)}, plan.tensors, plan.spec.name)

@@ -13,7 +13,7 @@ import numpy as np
 
 from winnow.core.types import Strategy, Trial
 from winnow.study.history import History
-from winnow.study.policy import Outlook, Suggestion, fresh
+from winnow.study.policy import Forecaster, Suggestion, fresh
 from winnow.study.space import NONE, Space
 
 RECENT = 1000  # trials: 0.97 to this power is nothing
@@ -60,14 +60,14 @@ class Bandit:
     memory: float = 0.97
     pool: int = 64
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         rng = np.random.default_rng([self.seed, history.proposals])
         told = [t for t in recent(history) if not t.failed and space.holds(t.strategy)]
         taken = {t.number: tuple(chosen(space, t.strategy).items()) for t in told}
         rates = Rates.of(history, taken, self.memory)
         slots = [(slot, [NONE, *(m.name for m in methods)]) for slot, methods in space.slots()]
         drawn = {(slot.name, name): rates.drawn((slot.name, name), rng) for slot, names in slots for name in names}
-        candidates = [s for s in fresh(history, space, rng, self.pool) if not outlook.refusal(s)]
+        candidates = [s for s in fresh(history, space, rng, self.pool) if not outlook.infeasible_reason(s)]
         candidates = candidates or fresh(history, space, rng, self.pool)
         values = [sum(drawn[option] for option in chosen(space, s).items()) for s in candidates]
         best = max(values)

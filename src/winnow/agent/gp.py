@@ -20,7 +20,7 @@ from winnow.agent.surrogate import Features, GaussianProcess, Settings, features
 from winnow.core.types import Objective, Strategy, Trial
 from winnow.study.history import History
 from winnow.study.objectives import KL
-from winnow.study.policy import ENUMERABLE, Outlook, Suggestion, drawn, fresh
+from winnow.study.policy import ENUMERABLE, Forecaster, Suggestion, drawn, fresh
 from winnow.study.space import Space
 
 MOST_OBSERVATIONS = 300  # that a process is conditioned on: solving for them is cubic
@@ -53,7 +53,7 @@ class GP:
     _known: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
     _now: _Moment | None = field(default=None, init=False, repr=False)
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         """The next strategy.
 
         Raises:
@@ -68,7 +68,7 @@ class GP:
             seconds = np.array([outlook.seconds(s) for s in candidates])
             order = np.argsort(-gains / seconds**self.cost_exponent, kind="stable")
         for place in order:
-            if not outlook.refusal(candidates[place]):
+            if not outlook.infeasible_reason(candidates[place]):
                 if gains is None:
                     return Suggestion(candidates[place], "gp", "drawn at random, to begin with")
                 why = f"{gains[place]:.2%} of the hypervolume to be gained in some {seconds[place]:.0f} s"
@@ -91,12 +91,12 @@ class GP:
         known = (t for t in considered(history) if t.complete and space.holds(t.strategy))
         return len(list(itertools.islice(known, needed))) == needed
 
-    def gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
+    def gains(self, history: History, space: Space, outlook: Forecaster, candidates: Sequence[Strategy]) -> np.ndarray:
         """The expected improvement of each [candidates], as a share of all that could be dominated."""
         with _one_thread():
             return self._gains(history, space, outlook, candidates)
 
-    def _gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray:
+    def _gains(self, history: History, space: Space, outlook: Forecaster, candidates: Sequence[Strategy]) -> np.ndarray:
         new = self._features(space, candidates)
         forecast = outlook.figures(candidates)
         now = self._at(history)

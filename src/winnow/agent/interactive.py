@@ -17,7 +17,7 @@ from winnow.core.cli import say
 from winnow.core.errors import UserError
 from winnow.core.types import Strategy
 from winnow.study.history import History
-from winnow.study.policy import Exhausted, Outlook, Policy, Suggestion
+from winnow.study.policy import Exhausted, Forecaster, Policy, Suggestion
 from winnow.study.space import Space
 
 MOST_REJECTED = 5  # for one trial
@@ -45,7 +45,7 @@ class Interactive:
     show: Callable[[str], None] = say
     _rejected: list[Strategy] = field(default_factory=list, init=False, repr=False)
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         """What the person has accepted.
 
         Raises:
@@ -76,7 +76,7 @@ class Interactive:
         why = clean(suggestion.why, 600) or "no reason given"
         self.show(f"{suggestion.by} proposes {suggestion.strategy}\n  {why}{gain}")
 
-    def _chosen(self, suggestion: Suggestion, history: History, space: Space, outlook: Outlook) -> Suggestion | None:
+    def _chosen(self, suggestion: Suggestion, history: History, space: Space, outlook: Forecaster) -> Suggestion | None:
         """The suggestion as accepted or edited; None if it is rejected."""
         while True:
             answer = self._read(QUESTION).lower()
@@ -92,7 +92,7 @@ class Interactive:
                     return edited
                 self._show(suggestion)
 
-    def _edited(self, suggestion: Suggestion, history: History, space: Space, outlook: Outlook) -> Suggestion | None:
+    def _edited(self, suggestion: Suggestion, history: History, space: Space, outlook: Forecaster) -> Suggestion | None:
         while line := self._read(EDIT):
             try:
                 strategy = edit(suggestion.strategy, line, space, self.configured)

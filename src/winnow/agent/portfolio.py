@@ -15,7 +15,7 @@ from winnow.agent.bandit import Rates, recent
 from winnow.core.errors import UserError
 from winnow.core.types import Strategy
 from winnow.study.history import History
-from winnow.study.policy import Exhausted, Outlook, Policy, Suggestion
+from winnow.study.policy import Exhausted, Forecaster, Policy, Suggestion
 from winnow.study.space import Space
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -25,7 +25,9 @@ _GOLDEN = (5**0.5 - 1) / 2
 class Judge(Protocol):
     """An agent that can say what a strategy would gain."""
 
-    def gains(self, history: History, space: Space, outlook: Outlook, candidates: Sequence[Strategy]) -> np.ndarray: ...
+    def gains(
+        self, history: History, space: Space, outlook: Forecaster, candidates: Sequence[Strategy]
+    ) -> np.ndarray: ...
 
     def is_ready(self, history: History, space: Space) -> bool: ...
 
@@ -62,7 +64,7 @@ class Portfolio:
         if any(self.shares.get(name, 0) <= 0 for name in self.agents):
             raise UserError(f"agent.shares must have a positive share for each of {', '.join(self.agents)}")
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         """The suggestion of one of the agents.
 
         Raises:
@@ -99,7 +101,7 @@ class Portfolio:
         shares: Mapping[str, float],
         history: History,
         space: Space,
-        outlook: Outlook,
+        outlook: Forecaster,
     ) -> Suggestion:
         record: dict[str, Any] = {**found.record, "agent": name, "shares": {k: round(v, 4) for k, v in shares.items()}}
         judge, policy = next(((n, p) for n, p in self.agents.items() if isinstance(p, Judge)), (None, None))

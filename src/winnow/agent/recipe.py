@@ -14,7 +14,7 @@ from winnow.core.cli import say
 from winnow.core.errors import UserError
 from winnow.core.types import Strategy
 from winnow.study.history import History
-from winnow.study.policy import Exhausted, Outlook, Suggestion
+from winnow.study.policy import Exhausted, Forecaster, Suggestion
 from winnow.study.space import Method, Space
 
 
@@ -24,7 +24,7 @@ class Recipe:
 
     strategies: Sequence[Strategy]
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         for strategy in self.strategies:
             if strategy.overrides not in history.seen:
                 return Suggestion(strategy, "recipe", "next of the recipe")

@@ -15,7 +15,7 @@ from winnow.agent.llm.schema import as_proposal
 from winnow.core.cli import say
 from winnow.core.errors import UserError
 from winnow.study.history import History
-from winnow.study.policy import Exhausted, Outlook, Suggestion
+from winnow.study.policy import Exhausted, Forecaster, Suggestion
 from winnow.study.space import Space
 
 
@@ -60,7 +60,7 @@ class Replay:
         if not self._recorded:
             raise UserError(f"agent.study={self.study} holds no strategy to replay")
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         """The next strategy of the recorded study.
 
         Raises:

@@ -15,7 +15,7 @@ import numpy as np
 
 from winnow.core.types import Trial
 from winnow.study.history import History
-from winnow.study.policy import Exhausted, Near, Outlook, Suggestion, fresh
+from winnow.study.policy import Exhausted, Forecaster, Near, Suggestion, fresh
 from winnow.study.space import Space, distributions
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Random:
 
     seed: int = 0
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         rng = np.random.default_rng([self.seed, history.proposals])
         candidates = fresh(history, space, rng, 16)
         return Suggestion(candidates[int(rng.integers(len(candidates)))], "random", "drawn at random")
@@ -46,7 +46,7 @@ class Grid:
     points: int = 3
     seed: int = 0
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         for strategy in space.all(self.points):
             if strategy.overrides not in history.seen:
                 return Suggestion(strategy, "grid", "next on the grid")
@@ -70,7 +70,7 @@ class Sampler:
     def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         raise NotImplementedError
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         """The sampler's next draw that was not tried; one like it where it keeps to what was."""
         import optuna
 
@@ -87,12 +87,12 @@ class Sampler:
             notes = study._storage.get_trial_system_attrs(draft._trial_id)
             study.tell(draft, state=optuna.trial.TrialState.FAIL)
             self._drafts += 1
-            if strategy.overrides not in history.seen and not outlook.refusal(strategy):
+            if strategy.overrides not in history.seen and not outlook.infeasible_reason(strategy):
                 return Suggestion(strategy, name, "drawn by Optuna's sampler", record={NOTES: notes})
         rng = np.random.default_rng([self.seed, history.proposals])
         for _ in range(CHANGES):
             near = space.draw(Near(rng, space.parameters(strategy)))
-            if near.overrides not in history.seen and not outlook.refusal(near):
+            if near.overrides not in history.seen and not outlook.infeasible_reason(near):
                 return Suggestion(near, name, "like one that Optuna's sampler comes back to", record={NOTES: notes})
         candidates = fresh(history, space, rng, 16)
         chosen = candidates[int(rng.integers(len(candidates)))]

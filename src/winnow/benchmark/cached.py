@@ -23,7 +23,7 @@ _CHOOSING = ("name", "limit", "data_dir", "held_back", "confirming", "order", "s
 
 
 @dataclass(frozen=True)
-class Recalled:
+class CachedBenchmark:
     """A benchmark that is put to a model once.
 
     Attributes:

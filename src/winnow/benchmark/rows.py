@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from winnow.model.adapter import bare, virtual_tokens
+from winnow.model.adapter import base_model, virtual_tokens
 from winnow.model.packed_attention import NOT_TOLD, Segment, Segments, attending, segments_attention
 
 Request = tuple[Sequence[int], Sequence[int]]  # the ids of a context, and of its continuation; neither is empty
@@ -77,7 +77,7 @@ def scores(model: Any, requests: Sequence[Request], most_tokens: int) -> list[Sc
     """The score of each request by `model`, a causal language model of transformers that `fits`."""
     found: list[Score] = [(0.0, False)] * len(requests)
     device = model.device
-    with attending(bare(model), NAME, segments_attention):
+    with attending(base_model(model), NAME, segments_attention):
         for row in rows(requests, most_tokens):
             wanted = [place for _, places in row.asked for place in places]
             logits_nv = model(
@@ -117,7 +117,7 @@ def fits(model: Any) -> bool:
     What other words in the first choice do to the other requests is nothing at all, since the same products of the same sizes are
     computed: a short convolution may do little, and is found all the same.
     """
-    if virtual_tokens(model) or "logits_to_keep" not in inspect.signature(bare(model).forward).parameters:
+    if virtual_tokens(model) or "logits_to_keep" not in inspect.signature(base_model(model).forward).parameters:
         return False
     vocabulary = model.config.get_text_config().vocab_size
     contexts, continuations = ([[i % vocabulary for i in ids] for ids in part] for part in TRIED)

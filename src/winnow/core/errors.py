@@ -117,7 +117,7 @@ def raised_below(error: BaseException, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def blaming(what: str) -> Iterator[None]:
+def as_unservable(what: str) -> Iterator[None]:
     """Turns errors into one that says that `what` cannot be served, unless something else is to blame.
 
     A setting, a library that is missing, memory or disk that does not suffice say nothing about the model.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from winnow.core.types import Calibration
 
 if TYPE_CHECKING:
-    from winnow.estimate.layout import Plan, Stored
+    from winnow.estimate.layout import ModelLayout, TensorLayout
     from winnow.model.spec import ModelSpec
 
 BATCH_TOKENS = 4096  # of a calibration batch at most, where it has not been counted
@@ -65,7 +65,7 @@ def counted(calibration: Calibration) -> Counted:
 
 
 @dataclass(frozen=True)
-class Work:
+class StageCost:
     """What is done and held.
 
     Attributes:
@@ -84,21 +84,21 @@ class Work:
     sorted_weights: float = 0.0
     host_bytes: float = 0.0
     device_bytes: float = 0.0
-    hole_bytes: float = 0.0
+    fragmentation_bytes: float = 0.0
     moved_bytes: float = 0.0
     matmuls: int = 0
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: StageCost) -> StageCost:
         """Both, held at the same time."""
-        return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
+        return StageCost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
 
-    def then(self, other: Work) -> Work:
+    def then(self, other: StageCost) -> StageCost:
         """One after the other: the larger of what they hold."""
         held = ("host_bytes", "device_bytes", "hole_bytes", "moved_bytes")
         both = self + other
         return dataclasses.replace(both, **{name: max(getattr(self, name), getattr(other, name)) for name in held})
 
-    def times(self, count: float) -> Work:
+    def times(self, count: float) -> StageCost:
         """The same work `count` times, one after the other."""
         return dataclasses.replace(
             self,
@@ -108,44 +108,44 @@ class Work:
         )
 
     @staticmethod
-    def streamed(plan: Plan) -> Work:
+    def streamed(plan: ModelLayout) -> StageCost:
         """Every linear weight read and written once in main memory, a matrix at a time, in single precision."""
-        return Work(traffic_bytes=2 * _bytes(plan.linears), host_bytes=8 * _largest(plan.linears))
+        return StageCost(traffic_bytes=2 * _bytes(plan.linears), host_bytes=8 * _largest(plan.linears))
 
     @staticmethod
-    def sorted(plan: Plan) -> Work:
+    def sorted(plan: ModelLayout) -> StageCost:
         """Scores of every linear weight put in order, a matrix at a time: scores, their order and its copy, a mask."""
-        return Work(
+        return StageCost(
             sorted_weights=plan.linear_parameters,
             device_bytes=(4 + 4 + 8 + 8 + 1) * _largest(plan.linears),
             moved_bytes=_bytes(plan.largest_block),
         )
 
     @staticmethod
-    def selected(plan: Plan) -> Work:
+    def selected(plan: ModelLayout) -> StageCost:
         """The smallest scores of every linear weight matrix found without ordering them all (`torch.kthvalue`)."""
-        return dataclasses.replace(Work.sorted(plan), sorted_weights=plan.linear_parameters / 8)
+        return dataclasses.replace(StageCost.sorted(plan), sorted_weights=plan.linear_parameters / 8)
 
     @staticmethod
-    def packed(plan: Plan) -> Work:
+    def packed(plan: ModelLayout) -> StageCost:
         """New weights on a grid (`packing.quantize_linear`) with an 8-bit integer each, packed a matrix at a time.
 
         They come on top of the old ones, which stay mapped from their file as long as one tensor of it is in use.
         """
-        return Work(
+        return StageCost(
             traffic_bytes=4 * _bytes(plan.linears) + 8 * plan.linear_parameters,
             host_bytes=_bytes(plan.linears) + plan.linear_parameters + 12 * _largest(plan.linears),
         )
 
     @staticmethod
-    def reloaded(plan: Plan, bits: float) -> Work:
+    def reloaded(plan: ModelLayout, bits: float) -> StageCost:
         """The model written to a scratch file and read back by a library that narrows the linear weights to `bits`.
 
         Beside the base: the scratch file, mapped, the weights as read from it, and the narrowed ones.
         """
         read = _bytes(plan.linears)
         narrowed = plan.linear_parameters * bits / 8
-        return Work(
+        return StageCost(
             traffic_bytes=4 * plan.memory_bytes + 2 * read,
             host_bytes=plan.memory_bytes + read,
             device_bytes=narrowed,
@@ -153,7 +153,7 @@ class Work:
         )
 
     @staticmethod
-    def calibrated(plan: Plan, calibration: Calibration, passes: float = 2) -> Work:
+    def calibrated(plan: ModelLayout, calibration: Calibration, passes: float = 2) -> StageCost:
         """All calibration tokens through every block `passes` times, a block on the device at a time.
 
         `walk_blocks` with one replay takes two: one to look at the inputs, one for the inputs of the next block. It holds the
@@ -164,7 +164,7 @@ class Work:
         states = seen.tokens * n.hidden_size * width
         inputs = seen.tokens * (16 + 2 * n.head_dim * width)
         attention = 4 * _mean_length(seen) * seen.tokens * n.heads * n.head_dim * n.layers
-        return Work(
+        return StageCost(
             flops=passes * (2 * seen.tokens * plan.linear_parameters + attention),
             traffic_bytes=2 * passes * states * n.layers,
             host_bytes=states + inputs + _widened(plan.outside_blocks, plan),
@@ -174,28 +174,28 @@ class Work:
         )
 
     @staticmethod
-    def widened(plan: Plan) -> Work:
+    def widened(plan: ModelLayout) -> StageCost:
         """All weights once more in single precision, for a library that cannot widen them a block at a time."""
-        return Work(host_bytes=_widened(list(plan.tensors.values()), plan))
+        return StageCost(host_bytes=_widened(list(plan.tensors.values()), plan))
 
     @staticmethod
-    def hessians(plan: Plan, calibration: Calibration) -> Work:
+    def hessians(plan: ModelLayout, calibration: Calibration) -> StageCost:
         """X^T X in single precision of the inputs of every linear layer, those of one block held at a time."""
         seen = counted(calibration)
         block = [t for t in plan.largest_block if t.linear]
-        return Work(
+        return StageCost(
             flops=2 * seen.tokens * sum(t.shape[1] ** 2 for t in plan.linears),
             device_bytes=4 * sum(t.shape[1] ** 2 for t in block) + 4 * seen.batch_tokens * _inputs(block),
             moved_bytes=_bytes(plan.largest_block),
         )
 
     @staticmethod
-    def solved(plan: Plan) -> Work:
+    def solved(plan: ModelLayout) -> StageCost:
         """The error of every column spread over those that follow (GPTQ, SparseGPT), a matrix at a time.
 
         Cholesky, inverse and Cholesky of its matrix [in, in] take in^3 / 3 + in^3 + in^3 / 3, the spreading out * in^2.
         """
-        return Work(
+        return StageCost(
             flops=sum(5 / 3 * t.shape[1] ** 3 + t.shape[0] * t.shape[1] ** 2 for t in plan.linears),
             device_bytes=max((12 * t.shape[1] ** 2 + 12 * t.numel for t in plan.linears), default=0),
             moved_bytes=_bytes(plan.largest_block),
@@ -203,7 +203,7 @@ class Work:
 
     @staticmethod
     def trained(
-        plan: Plan,
+        plan: ModelLayout,
         calibration: Calibration,
         steps: int,
         batch_tokens: int,
@@ -214,7 +214,7 @@ class Work:
         frozen: bool = False,
         masked: bool = False,
         device_tokens: int = 0,
-    ) -> Work:
+    ) -> StageCost:
         """`steps` optimizer steps of `batch_tokens` tokens; the whole model on the device, its weights in single precision.
 
         Keeps what the backward pass of `device_tokens` tokens needs (0: of all tokens of a step): see `activations`. A
@@ -235,12 +235,12 @@ class Work:
         flops = 2 * batch_tokens * (2 * parameters + trained_parameters)
         in_single = held - plan.memory_bytes
         unpacked = 4 * _largest(plan.linears) if frozen else 0  # in 16 bits, for a product and for its gradient
-        return Work(
+        return StageCost(
             flops=steps * flops,
             traffic_bytes=16 * parameters,
             host_bytes=in_single + _TEXT_BYTES * documents * _mean_length(seen),
             device_bytes=(16 if frozen else 12) * trained_parameters + masks + kept + unpacked,
-            hole_bytes=heap_holes(in_heap, mixed, adapters),
+            fragmentation_bytes=heap_holes(in_heap, mixed, adapters),
             moved_bytes=held,
             matmuls=min(steps, 2 * seen.shapes) * 3 * (_kinds(plan) * (3 if adapters else 1) + 1),
         )
@@ -271,30 +271,30 @@ def activations(
     return tokens * kept, logits + tokens * 3 * 4 * n.hidden_size
 
 
-def _bytes(tensors: list[Stored]) -> int:
+def _bytes(tensors: list[TensorLayout]) -> int:
     return sum(t.memory_bytes for t in tensors)
 
 
-def _largest(linears: list[Stored]) -> int:
+def _largest(linears: list[TensorLayout]) -> int:
     return max((t.numel for t in linears), default=0)
 
 
-def _inputs(linears: list[Stored]) -> int:
+def _inputs(linears: list[TensorLayout]) -> int:
     return max((t.shape[1] for t in linears), default=0)
 
 
-def _widened(tensors: list[Stored], plan: Plan) -> int:
+def _widened(tensors: list[TensorLayout], plan: ModelLayout) -> int:
     """Bytes of these weights once more, in single precision, where they are stored in less and computed with in that."""
     return 4 * sum(t.numel for t in tensors) if plan.is_widened else 0
 
 
-def _widest(plan: Plan) -> int:
+def _widest(plan: ModelLayout) -> int:
     """Elements for each token that a block holds at once while it computes."""
     n = plan.spec
     return 4 * n.hidden_size + n.heads * n.head_dim + 3 * n.intermediate_size
 
 
-def _kinds(plan: Plan) -> int:
+def _kinds(plan: ModelLayout) -> int:
     """Different shapes of the linear weights."""
     return len({t.shape for t in plan.linears})
 

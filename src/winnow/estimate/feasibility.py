@@ -1,6 +1,6 @@
 """Whether a pipeline can be made and served on given hardware, before anything is loaded: from the base's configuration alone.
 
-    feasibility(plan_of(lm), {"rtn": RTN()}, hardware, Calibration(), machine.measured(hardware, "bfloat16")).fits
+    feasibility(layout_of(lm), {"rtn": RTN()}, hardware, Calibration(), machine.measured(hardware, "bfloat16")).fits
 
 Sizes on disk follow from shapes and are good to 3 %. Memory is estimated, to some 20 % on a processor; time is rough.
 """
@@ -16,12 +16,12 @@ from typing import Protocol
 from winnow.core.errors import UserError
 from winnow.core.formats import human
 from winnow.core.types import Calibration
-from winnow.estimate.cost import Work
-from winnow.estimate.layout import Plan, plan_of
+from winnow.estimate.cost import StageCost
+from winnow.estimate.layout import ModelLayout
 from winnow.estimate.machine import DISK_BYTES_PER_S, Machine
 from winnow.hardware.device import Hardware
 
-__all__ = ["HEADROOM", "Feasibility", "Step", "feasibility", "plan_of"]
+__all__ = ["HEADROOM", "Feasibility", "Step", "feasibility"]
 
 HEADROOM = 0.9  # of the memory: the rest is for the runtime's own buffers and for fragmentation
 _SHORTEST = 256  # tokens that a way out still offers
@@ -47,7 +47,7 @@ class Step:
     """
 
     name: str
-    plan: Plan
+    plan: ModelLayout
     disk_bytes: int
     weights_bytes: int
     cache_bytes: int
@@ -104,13 +104,13 @@ class Feasibility:
 class Predicting(Protocol):
     """A stage, as far as it says what it will make and what making it costs."""
 
-    def predict(self, plan: Plan) -> Plan: ...
+    def predict(self, plan: ModelLayout) -> ModelLayout: ...
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work: ...
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost: ...
 
 
 def feasibility(
-    base: Plan, stages: Mapping[str, Predicting], hardware: Hardware, calibration: Calibration, machine: Machine
+    base: ModelLayout, stages: Mapping[str, Predicting], hardware: Hardware, calibration: Calibration, machine: Machine
 ) -> Feasibility:
     """The base and what each of the stages makes of it, in their order, on this hardware.
 
@@ -123,7 +123,7 @@ def feasibility(
         )
     largest = max(t.numel for t in base.tensors.values())
     # every weight is looked at once, to be known as finite: a tensor at a time, its magnitudes and two masks
-    loading = Work(traffic_bytes=3 * base.memory_bytes, host_bytes=4 * largest)
+    loading = StageCost(traffic_bytes=3 * base.memory_bytes, host_bytes=4 * largest)
     steps = [_step("base", base, base, loading, hardware, machine)]
     plan = base
     for name, stage in stages.items():
@@ -134,13 +134,15 @@ def feasibility(
     return Feasibility(tuple(steps))
 
 
-def _step(name: str, before: Plan, plan: Plan, work: Work, hardware: Hardware, machine: Machine) -> Step:
+def _step(
+    name: str, before: ModelLayout, plan: ModelLayout, work: StageCost, hardware: Hardware, machine: Machine
+) -> Step:
     on_cpu = hardware.device == "cpu"
     # weights are mapped from their file: what a stage changes in place takes no more than what it replaces
     host = machine.process_bytes + before.memory_bytes + work.host_bytes
     device = 0.0
     if on_cpu:
-        host += work.device_bytes + work.hole_bytes + machine.kernels_bytes(work)
+        host += work.device_bytes + work.fragmentation_bytes + machine.kernels_bytes(work)
     else:
         device = work.moved_bytes + work.device_bytes
     seconds = machine.seconds(work)
@@ -162,7 +164,7 @@ def _step(name: str, before: Plan, plan: Plan, work: Work, hardware: Hardware, m
     )
 
 
-def _weights(plan: Plan, hardware: Hardware, bits: float | None = None) -> int:
+def _weights(plan: ModelLayout, hardware: Hardware, bits: float | None = None) -> int:
     """In memory: transformers unpacks what it has no kernels for, other runtimes compute with what is stored.
 
     With the linear weights at `bits` instead, where that is given.
@@ -175,7 +177,7 @@ def _weights(plan: Plan, hardware: Hardware, bits: float | None = None) -> int:
     return plan.served_bytes
 
 
-def _cache(plan: Plan, hardware: Hardware, tokens: int, batch: int) -> int:
+def _cache(plan: ModelLayout, hardware: Hardware, tokens: int, batch: int) -> int:
     """Of keys and values when the last token is answered; in a quantized cache the newest ones wait unquantized."""
     n = plan.spec
     if plan.cache_bits is None:
@@ -185,7 +187,7 @@ def _cache(plan: Plan, hardware: Hardware, tokens: int, batch: int) -> int:
 
 
 def _serving(
-    plan: Plan, hardware: Hardware, machine: Machine, tokens: int, batch: int, bits: float | None = None
+    plan: ModelLayout, hardware: Hardware, machine: Machine, tokens: int, batch: int, bits: float | None = None
 ) -> int:
     """Bytes to answer `batch` requests of `tokens` at once."""
     n = plan.spec
@@ -198,7 +200,7 @@ def _serving(
     )
 
 
-def _not_made(step: Step, work: Work, hardware: Hardware, machine: Machine) -> str:
+def _not_made(step: Step, work: StageCost, hardware: Hardware, machine: Machine) -> str:
     """Why the stage cannot be run: empty if it can, or if nothing is known of the machine that it would run on."""
     host_limit = hardware.memory_bytes() if hardware.device == "cpu" else machine.host_limit
     asked = [(True, step.device_peak_bytes, hardware.memory_bytes()), (False, step.host_peak_bytes, host_limit)]
@@ -229,7 +231,7 @@ def _not_served(step: Step, hardware: Hardware, machine: Machine) -> str:
     )
 
 
-def _way_out(plan: Plan, hardware: Hardware, machine: Machine, usable: float) -> str:
+def _way_out(plan: ModelLayout, hardware: Hardware, machine: Machine, usable: float) -> str:
     """What would be served instead: with fewer bits, one request at a time, a shorter context, in this order."""
     batch, tokens = hardware.latency_batch_size, hardware.prompt_tokens + hardware.output_tokens
     packed = dataclasses.replace(hardware, runtime="vllm")

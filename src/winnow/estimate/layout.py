@@ -1,6 +1,6 @@
 """What a model will take after a pipeline, from its configuration alone: the tensors of its file, one by one.
 
-A `Plan` is made on the meta device; each stage turns it into the plan of what it will write (`Stage.predict`).
+A `ModelLayout` is made on the meta device; each stage turns it into the plan of what it will write (`Stage.predict`).
 
     python compress.py method=[wanda,rtn] dry_run=true
 """
@@ -40,7 +40,7 @@ _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorLayout:
     """A tensor of the model as it will be stored.
 
     Attributes:
@@ -67,7 +67,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ModelLayout:
     """A model that is to be: its configuration, its tensors by name, and how its cache is stored.
 
     Attributes:
@@ -84,7 +84,7 @@ class Plan:
     """
 
     config: PretrainedConfig
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorLayout]
     other_bytes: int = 0
     cache_bits: float | None = None
     cache_residual: int = 0
@@ -92,7 +92,7 @@ class Plan:
     layout: str = ""
     passes_gradients: bool = True
     sparse: bool = False
-    base: Plan | None = None
+    base: ModelLayout | None = None
     computed_in: str | None = None
 
     @property
@@ -124,7 +124,7 @@ class Plan:
         )
 
     @property
-    def outside_blocks(self) -> list[Stored]:
+    def outside_blocks(self) -> list[TensorLayout]:
         """The tensors that belong to no decoder block: embeddings, head, last norm."""
         return [t for t in self.tensors.values() if t.block is None]
 
@@ -148,14 +148,14 @@ class Plan:
         return sum(t.disk_bytes for t in self.tensors.values())
 
     @property
-    def linears(self) -> list[Stored]:
+    def linears(self) -> list[TensorLayout]:
         """The weight matrices [out, in] of the blocks."""
         return [t for t in self.tensors.values() if t.linear]
 
     @property
-    def largest_block(self) -> list[Stored]:
+    def largest_block(self) -> list[TensorLayout]:
         """The tensors of the decoder block that takes most memory."""
-        blocks: dict[int, list[Stored]] = defaultdict(list)
+        blocks: dict[int, list[TensorLayout]] = defaultdict(list)
         for t in self.tensors.values():
             if t.block is not None:
                 blocks[t.block].append(t)
@@ -166,19 +166,19 @@ class Plan:
         """The model's numbers: layers, widths, and the cache in the type that is computed in."""
         return _spec_of(_Same(self.config), self.computed_in)
 
-    def with_linears(self, change: Callable[[str, Stored], Stored]) -> Plan:
+    def with_linears(self, change: Callable[[str, TensorLayout], TensorLayout]) -> ModelLayout:
         """Another storage for each linear weight of the blocks; `change(name, stored)` gives it."""
         changed = {name: change(name, t) if t.linear else t for name, t in self.tensors.items()}
         return dataclasses.replace(self, tensors=changed)
 
-    def grouped(self, bits: float, group_size: int, scale_bytes: int = 2) -> Plan:
+    def grouped(self, bits: float, group_size: int, scale_bytes: int = 2) -> ModelLayout:
         """Linear weights as packed integers with a scale a group, as compressed-tensors stores them."""
 
         from winnow.model.packing import check_read_back, ill_fitting
 
         check_read_back(self.spec.name)
 
-        def change(name: str, t: Stored) -> Stored:
+        def change(name: str, t: TensorLayout) -> TensorLayout:
             rows, width = t.shape
             if width % group_size:
                 raise ill_fitting(group_size, name, width, [t.shape[1] for t in self.linears])
@@ -188,7 +188,7 @@ class Plan:
 
         return dataclasses.replace(self.with_linears(change), layout="compressed-tensors")
 
-    def in_16_bits(self) -> Plan:
+    def in_16_bits(self) -> ModelLayout:
         """The same where what is saved in single precision becomes bfloat16: formats that compute in half precision."""
         if self.dtype != "float32":
             return self
@@ -196,7 +196,7 @@ class Plan:
         config.dtype = "bfloat16"
         return dataclasses.replace(self, config=config, tensors=dense_tensors(config))
 
-    def reshaped(self, config: PretrainedConfig) -> Plan:
+    def reshaped(self, config: PretrainedConfig) -> ModelLayout:
         """The plan of the same model with another configuration (fewer layers, narrower), stored densely."""
         return dataclasses.replace(self, config=config, tensors=dense_tensors(config), base=self.base or self)
 
@@ -226,7 +226,7 @@ def _spec(kind: type[PretrainedConfig], settings: str, dtype: str | None) -> Mod
     return spec(kind(**json.loads(settings)), dtype=dtype)
 
 
-def plan_of(lm: LM) -> Plan:
+def layout_of(lm: LM) -> ModelLayout:
     """The plan of a model as it is, saved again unchanged; no weight is read.
 
     Raises:
@@ -241,18 +241,18 @@ def plan_of(lm: LM) -> Plan:
         dtype = str(getattr(config, "dtype", None) or _dtype_of_file(lm) or "bfloat16").removeprefix("torch.")
     config.dtype = dtype
     with plain_errors(lm.path or lm.name):
-        plan = Plan(config, dense_tensors(config), other_bytes=_other_bytes(lm.path))
+        plan = ModelLayout(config, dense_tensors(config), other_bytes=_other_bytes(lm.path))
     if lm.path and getattr(config, "quantization_config", None) is not None:
         plan = _as_stored(plan, Path(lm.path))
     beside = adapter.folder_of(lm.path)
     if beside is not None:
         size = sum((beside / name).stat().st_size for name in ADAPTER_FILES if (beside / name).is_file())
-        stored = Stored((0,), size, 2 * size, entries=0)  # PEFT loads it in single precision
+        stored = TensorLayout((0,), size, 2 * size, entries=0)  # PEFT loads it in single precision
         plan = dataclasses.replace(plan, tensors={**plan.tensors, adapter.NAME: stored})
     return plan
 
 
-def _as_stored(plan: Plan, folder: Path) -> Plan:
+def _as_stored(plan: ModelLayout, folder: Path) -> ModelLayout:
     """The plan of a quantized model in a folder: what each linear weight is stored as, from the headers of the files."""
     from winnow.model.unfused import renaming
 
@@ -270,7 +270,7 @@ def _as_stored(plan: Plan, folder: Path) -> Plan:
     method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     computes_with_it = method == "bitsandbytes"  # what else there is, transformers unpacks when it is loaded
 
-    def change(name: str, t: Stored) -> Stored:
+    def change(name: str, t: TensorLayout) -> TensorLayout:
         found = sizes[name.removesuffix(".weight")]
         if not found:
             return t
@@ -314,7 +314,7 @@ def _other_bytes(path: str | None) -> int:
     return sum(Path(file).stat().st_size for file in cached if isinstance(file, str))
 
 
-def dense_tensors(config: PretrainedConfig) -> dict[str, Stored]:
+def dense_tensors(config: PretrainedConfig) -> dict[str, TensorLayout]:
     """The tensors of a model of this configuration, each in the configuration's dtype; tied ones once.
 
     Matrices are those of the model that is taken apart (`winnow.model.unfused`), as checkpoints have them, too.
@@ -329,7 +329,7 @@ def dense_tensors(config: PretrainedConfig) -> dict[str, Stored]:
     blocks = in_blocks(model)
     width = {"float32": 4}.get(str(getattr(config, "dtype", None)).removeprefix("torch."), 2)
     return {
-        name: Stored(
+        name: TensorLayout(
             tuple(p.shape),
             p.numel() * width,
             p.numel() * width,

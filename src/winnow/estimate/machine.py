@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from winnow.estimate.cost import Work
+from winnow.estimate.cost import StageCost
 from winnow.hardware.device import Hardware
 from winnow.hardware.inventory import physical_memory_bytes, visible_gpus
 
@@ -52,14 +52,14 @@ class Machine:
     process_bytes: int = 0
     host_limit: int | None = None
 
-    def seconds(self, work: Work) -> float | None:
+    def seconds(self, work: StageCost) -> float | None:
         """Rough: without the start of the process."""
         if work.flops and not self.flops:
             return None
         products = work.flops / (EFFICIENCY * self.flops) if self.flops else 0.0
         return products + work.traffic_bytes / self.traffic + work.sorted_weights / self.sorts
 
-    def kernels_bytes(self, work: Work) -> float:
+    def kernels_bytes(self, work: StageCost) -> float:
         return min(work.matmuls, self.kernels) * self.kernel_bytes
 
 

@@ -28,7 +28,7 @@ _POLL_S = 0.02
 
 
 @contextmanager
-def alone(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
+def exclusive_device(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
     """Holds the device for a measurement: no other process measures, and none starts to share it, meanwhile."""
     with ExitStack() as stack:
         for one in _devices(device):
@@ -38,7 +38,7 @@ def alone(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
 
 
 @contextmanager
-def sharing(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
+def shared_device(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
     """Uses the device beside others, but never beside a measurement."""
     with ExitStack() as stack:
         for one in _devices(device):

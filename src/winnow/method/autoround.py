@@ -22,8 +22,8 @@ from winnow.model.holders import LINEAR
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan, Stored
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout, TensorLayout
 
 DRIVER = "winnow.method.autoround_driver"
 WORD = 32  # bits of the integers into which the auto_round format packs
@@ -65,12 +65,12 @@ class AutoRound(Checked):
     def libraries(self) -> tuple[str, ...]:
         return ("auto_round", "compressed_tensors")
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         grouped = plan.grouped(self.bits, self.group_size, 4 if plan.dtype == "float32" else 2)
         if self.format == "llm_compressor":
             return grouped
 
-        def change(name: str, t: Stored) -> Stored:
+        def change(name: str, t: TensorLayout) -> TensorLayout:
             rows, width = t.shape
             _check_words(name.removesuffix(".weight"), rows)
             groups = width // self.group_size
@@ -79,20 +79,20 @@ class AutoRound(Checked):
 
         return dataclasses.replace(plan.in_16_bits().with_linears(change), layout="auto-round")
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work, counted
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost, counted
 
-        seen, walked = counted(calibration), Work.calibrated(plan, calibration, passes=3)
+        seen, walked = counted(calibration), StageCost.calibrated(plan, calibration, passes=3)
         longest = min(calibration.max_length, 2 * seen.tokens / calibration.samples)  # roughly
         tokens = min(self.batch_size * longest, seen.tokens)  # of an iteration
         block = sum(t.numel for t in plan.largest_block if t.linear)
-        tuned = Work(
+        tuned = StageCost(
             flops=self.iters * 6 * tokens * plan.linear_parameters,
             traffic_bytes=(self.iters or SEARCHED) * 60 * plan.linear_parameters,
             host_bytes=walked.host_bytes + 4 * block,  # the tuned blocks' hidden states too, the best rounding so far
             device_bytes=20 * block + 2 * walked.device_bytes * tokens / seen.batch_tokens,
         )
-        return (walked + tuned).then(Work.packed(plan))
+        return (walked + tuned).then(StageCost.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch

@@ -86,7 +86,7 @@ def outside_blocks(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]
 
 
 @torch.no_grad()
-def walk_blocks(
+def iterate_blocks(
     model: PreTrainedModel, batches: Sequence[torch.Tensor], run: Run, checkpoint: Checkpoint | None = None
 ) -> Iterator[tuple[int, nn.Module, Callable[..., None]]]:
     """For each block: its index, the block on the run's device, and `replay()`, which runs all calibration batches through it.

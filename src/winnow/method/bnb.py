@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan, Stored
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout, TensorLayout
 
 BLOCK = 64  # weights that share an 8-bit scale
 BLOCKS = 256  # blocks whose scales share a 32-bit one
@@ -106,17 +106,17 @@ class Int8(Checked):
     def libraries(self) -> tuple[str, ...]:
         return ("bitsandbytes",)
 
-    def predict(self, plan: Plan) -> Plan:
-        def change(name: str, t: Stored) -> Stored:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
+        def change(name: str, t: TensorLayout) -> TensorLayout:
             size = t.numel + 4 * t.shape[0]  # a scale a row
             return dataclasses.replace(t, disk_bytes=size + 1, memory_bytes=size, entries=3)  # and the layout's number
 
         return dataclasses.replace(plan.in_16_bits().with_linears(change), layout="int8")
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
-        return Work.reloaded(plan, bits=8)
+        return StageCost.reloaded(plan, bits=8)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         return lm.changed(_reloaded(lm, run, load_in_8bit=True, llm_int8_threshold=self.threshold))
@@ -133,18 +133,18 @@ class _FourBit(Checked):
     def libraries(self) -> tuple[str, ...]:
         return ("bitsandbytes",)
 
-    def predict(self, plan: Plan) -> Plan:
-        def change(name: str, t: Stored) -> Stored:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
+        def change(name: str, t: TensorLayout) -> TensorLayout:
             blocks = math.ceil(t.numel / BLOCK)
             size = math.ceil(t.numel / 2) + blocks + 4 * math.ceil(blocks / BLOCKS) + CODES_BYTES
             return dataclasses.replace(t, disk_bytes=size + STATE_BYTES, memory_bytes=size, entries=6)
 
         return dataclasses.replace(plan.in_16_bits().with_linears(change), layout="4bit")
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
-        return Work.reloaded(plan, bits=BITS)
+        return StageCost.reloaded(plan, bits=BITS)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         model = _reloaded(

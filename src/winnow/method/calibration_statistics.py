@@ -28,7 +28,7 @@ FOLDER = "statistics"
 MOST_BYTES = 10**9  # kept, the least recently used go first
 
 
-def kept(
+def cached_statistics(
     model: PreTrainedModel, run: Run, kind: str, said: tuple[object, ...], compute: Callable[[], Statistics]
 ) -> Statistics:
     """What `compute` returns, or what it returned earlier for the same weights, architecture and code.

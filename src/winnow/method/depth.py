@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan, Stored
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout, TensorLayout
     from winnow.method.blocks import Caught
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configurations with an entry a layer
@@ -60,7 +60,7 @@ class Depth(Checked):
     share: float = knob(0.2, low=0.02, high=0.75, search_range=(0.1, 0.5))
     by: str = knob("influence", choices=("influence", "perplexity"))
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         # which layers go is only known from data; those kept are all of one size
         layers = plan.config.num_hidden_layers
         from winnow.model.layers import final_norm
@@ -71,14 +71,16 @@ class Depth(Checked):
             final_norm(on_meta(plan.config))  # refuses models without one
         return plan.reshaped(shallower(plan.config, range(self.kept(layers))))
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work, counted
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost, counted
 
         seen, layers = counted(calibration), plan.spec.layers
         if self.by == "influence":
-            return Work.calibrated(plan, calibration)
-        states = Work(host_bytes=plan.element_bytes * layers * seen.tokens * plan.spec.hidden_size)  # of each candidate
-        return Work.calibrated(plan, calibration, passes=self._dropped(layers) * layers / 2) + states
+            return StageCost.calibrated(plan, calibration)
+        states = StageCost(
+            host_bytes=plan.element_bytes * layers * seen.tokens * plan.spec.hidden_size
+        )  # of each candidate
+        return StageCost.calibrated(plan, calibration, passes=self._dropped(layers) * layers / 2) + states
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.data.calibration import calibration_batches
@@ -90,7 +92,7 @@ class Depth(Checked):
         count = self._dropped(len(blocks))
         batches, digest = calibration_batches(lm, run)
         if self.by == "influence":
-            found = calibration_statistics.kept(
+            found = calibration_statistics.cached_statistics(
                 lm.model, run, "influence", (digest,), lambda: {"blocks": block_influences(lm.model, batches, run)}
             )
             scores = found["blocks"].tolist()
@@ -115,7 +117,7 @@ class Depth(Checked):
         return min(max(round(self.share * layers), 1), layers - 1)
 
 
-def check_alike(tensors: Iterable[Stored], architecture: str, method: str) -> None:
+def check_alike(tensors: Iterable[TensorLayout], architecture: str, method: str) -> None:
     """Refuses models some of whose blocks are of another kind: which ones is said by their place, in ways of each architecture.
 
     Raises:
@@ -157,13 +159,13 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
     import torch
     import torch.nn.functional as F
 
-    from winnow.method.blocks import walk_blocks
+    from winnow.method.blocks import iterate_blocks
     from winnow.model.layers import decoder_blocks
 
     count = len(decoder_blocks(model))
     tokens = sum(batch.numel() for batch in batches)
     influences = []
-    for index, block, replay in walk_blocks(model, batches, run):
+    for index, block, replay in iterate_blocks(model, batches, run):
         cosines: list[float] = []
 
         def compare(

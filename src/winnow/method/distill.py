@@ -22,8 +22,8 @@ from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     from winnow.data.encoding import Encoded
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
     from winnow.training.losses import Loss
     from winnow.training.objective import Objective
     from winnow.training.student import Student
@@ -145,14 +145,14 @@ class Distilling(Training):
         student.packs = student.packs and asked.packs  # both read the same rows
         return Distillation(asked, self.divergence, self.alpha, self.hidden_weight)
 
-    def training_work(self, plan: Plan, calibration: Calibration) -> Work:
+    def training_work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         """What the training of a student of this plan costs, its teacher included."""
-        from winnow.estimate.cost import Work
+        from winnow.estimate.cost import StageCost
 
         parameters = sum(t.numel for t in plan.tensors.values())
         trained = self.cost(plan, calibration, parameters, adapters=False)
         base = plan.base or plan
-        reading = Work(
+        reading = StageCost(
             flops=2 * self.steps * self.tokens_per_batch * sum(t.numel for t in base.tensors.values()),
             device_bytes=base.memory_bytes,
         )
@@ -203,7 +203,7 @@ class Distill(Distilling):
             object.__setattr__(self, "student", dict(self.student))
             check_shape(self.student, f"{self.option}.student")
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         if self.student is None:
             return plan
         from winnow.method.depth import check_alike
@@ -214,7 +214,7 @@ class Distill(Distilling):
             check_alike(plan.tensors.values(), plan.spec.name, "distill")
         return plan.reshaped(smaller(plan.config, self.student, f"{self.option}.student"))
 
-    def check(self, plan: Plan, base: LM, run: Run) -> None:
+    def check(self, plan: ModelLayout, base: LM, run: Run) -> None:
         from winnow.training.teacher import check_pair, check_widths
 
         super().check(plan, base, run)
@@ -223,17 +223,17 @@ class Distill(Distilling):
         if self.hidden_weight:
             check_widths(teacher, self.predict(plan).config, f"{self.option}.hidden_weight")
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         return self.training_work(self.predict(plan), calibration)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.method.student_init import carved, smaller
+        from winnow.method.student_init import slice_student, smaller
 
         teacher = self._teacher(lm, run)
         self._check_other(lm, teacher)
         config = smaller(lm.model.config, self.student or {}, f"{self.option}.student")
         rows = self.documents_for(lm, teacher, run)
-        model = carved(lm.model, config) if self.student else lm.model
+        model = slice_student(lm.model, config) if self.student else lm.model
         record = self.learn(model, teacher, rows, run)
         lm.manifest["_notes"] = {"training": record, "teacher": {"name": teacher.name, "sha256": teacher.sha256()}}
         return lm.changed(model)

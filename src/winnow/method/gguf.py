@@ -21,8 +21,8 @@ from winnow.model.lm import LM
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 
@@ -63,7 +63,7 @@ class GGUF(Checked):
     def libraries(self) -> tuple[str, ...]:
         return ("gguf",) if self.dense else ("gguf", "llama_cpp")
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         from winnow.model.gguf.architectures import family_of
         from winnow.model.gguf.mix import Model, tensor_bytes, tensor_type
 
@@ -75,14 +75,14 @@ class GGUF(Checked):
         vocabulary = family.token_bytes * plan.config.vocab_size
         return dataclasses.replace(plan, tensors=tensors, other_bytes=plan.other_bytes + vocabulary, kind="gguf")
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
         largest = max(t.numel for t in plan.tensors.values())
-        written = Work(
+        written = StageCost(
             traffic_bytes=4 * plan.memory_bytes, host_bytes=8 * largest
         )  # one tensor in single precision, twice
-        return Work.calibrated(plan, calibration).then(written) if self._calibrated else written
+        return StageCost.calibrated(plan, calibration).then(written) if self._calibrated else written
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method.imatrix import collect

@@ -29,12 +29,14 @@ def collect(lm: LM, run: Run) -> tuple[dict[str, np.ndarray], str]:
     from winnow.method import calibration_statistics
 
     batches, digest = calibration_batches(lm, run)
-    found = calibration_statistics.kept(lm.model, run, "importance", (digest,), lambda: _mean_squares(lm, batches, run))
+    found = calibration_statistics.cached_statistics(
+        lm.model, run, "importance", (digest,), lambda: _mean_squares(lm, batches, run)
+    )
     return {name: mean.numpy() for name, mean in found.items()}, digest
 
 
 def _mean_squares(lm: LM, batches: Sequence[torch.Tensor], run: Run) -> dict[str, torch.Tensor]:
-    from winnow.method.blocks import walk_blocks
+    from winnow.method.blocks import iterate_blocks
     from winnow.model.gguf.architectures import Names
     from winnow.model.layers import decoder_blocks, linears
 
@@ -43,7 +45,7 @@ def _mean_squares(lm: LM, batches: Sequence[torch.Tensor], run: Run) -> dict[str
     tokens = sum(batch.numel() for batch in batches)
     count = len(decoder_blocks(lm.model))
     found: dict[str, torch.Tensor] = {}
-    for index, block, replay in walk_blocks(lm.model, batches, run):
+    for index, block, replay in iterate_blocks(lm.model, batches, run):
         with _squares(block) as squares:
             replay()
         for linear, sum_i in squares.items():

@@ -53,7 +53,7 @@ def kept_importances(
         layers |= {f"heads.{n}": each for n, each in enumerate(found.heads)}
         return layers | {"hidden": found.hidden} | {norms[norm]: each for norm, each in found.energy.items()}
 
-    found = calibration_statistics.kept(model, run, "widths", (heads, digest), compute)
+    found = calibration_statistics.cached_statistics(model, run, "widths", (heads, digest), compute)
     count = sum(name.startswith("channels.") for name in found)
     return Importances(
         [found[f"channels.{n}"] for n in range(count)],
@@ -66,7 +66,7 @@ def kept_importances(
 @torch.no_grad()
 def importances(model: PreTrainedModel, heads: int, batches: Sequence[torch.Tensor], run: Run) -> Importances:
     """Walks over the blocks of a Llama-like model with `heads` query heads; the model is left as it is."""
-    from winnow.method.blocks import walk_blocks
+    from winnow.method.blocks import iterate_blocks
     from winnow.model.layers import decoder_blocks
 
     blocks = decoder_blocks(model)
@@ -74,7 +74,7 @@ def importances(model: PreTrainedModel, heads: int, batches: Sequence[torch.Tens
     found = Importances([], [], torch.zeros(final.weight.shape, dtype=torch.float64), {})
     tokens = sum(batch.numel() for batch in batches)
     block: Any
-    for index, block, replay in walk_blocks(model, batches, run):
+    for index, block, replay in iterate_blocks(model, batches, run):
         attention, mlp = block.self_attn, block.mlp
         last = index == len(blocks) - 1
         norms = [norm for _, norm in norms_of(block, len(found.hidden))] + [final] * last

@@ -13,8 +13,8 @@ from winnow.model.holders import ANY
 
 if TYPE_CHECKING:
     from winnow.core.types import Calibration, Slot
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
     from winnow.hardware.run import Run
     from winnow.model.lm import LM
 
@@ -95,11 +95,11 @@ class Stage(Protocol):
 
     def __call__(self, lm: LM, run: Run) -> LM: ...
 
-    def check(self, plan: Plan, base: LM, run: Run) -> None: ...
+    def check(self, plan: ModelLayout, base: LM, run: Run) -> None: ...
 
-    def predict(self, plan: Plan) -> Plan: ...
+    def predict(self, plan: ModelLayout) -> ModelLayout: ...
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work: ...
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost: ...
 
 
 class Checked:
@@ -122,7 +122,7 @@ class Checked:
         """The modules of optional libraries that the stage cannot do without."""
         return ()
 
-    def check(self, plan: Plan, base: LM, run: Run) -> None:
+    def check(self, plan: ModelLayout, base: LM, run: Run) -> None:
         """Refuses what `predict` cannot know; called before any stage of a pipeline begins.
 
         Args:
@@ -133,15 +133,15 @@ class Checked:
         """
         require(*self.libraries)
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         """What the stage makes of a model, from shapes alone; here: nothing that bytes would show."""
         return plan
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         """What applying it to a model of this plan costs; here: every weight is read and written once."""
-        from winnow.estimate.cost import Work
+        from winnow.estimate.cost import StageCost
 
-        return Work.streamed(plan)
+        return StageCost.streamed(plan)
 
     def __post_init__(self) -> None:
         for field_name, knob_ in knobs_of(type(self)).items():

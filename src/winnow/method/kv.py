@@ -25,8 +25,8 @@ from winnow.model.lm import LM
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 GROUPS = (16, 32, 64, 128)
 
@@ -70,7 +70,7 @@ class KV(Checked):
     def libraries(self) -> tuple[str, ...]:
         return ("hqq",) if self.bits < 16 else ()
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         config = copy.deepcopy(plan.config)
         self._check(config)
         if self.window:
@@ -78,10 +78,10 @@ class KV(Checked):
         bits = self.bits + 32 / self.group_size if self.bits < 16 else plan.cache_bits
         return dataclasses.replace(plan, config=config, cache_bits=bits, cache_residual=self.residual)
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
-        return Work()
+        return StageCost()
 
     def __call__(self, lm: LM, run: Run) -> LM:
         if lm.final:

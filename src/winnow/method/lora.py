@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 ALL = "all"
 _LEAST_NORM = 1e-30  # of a row: what a length of 0 is divided by
@@ -53,7 +53,7 @@ class Adapting(Training):
     def libraries(self) -> tuple[str, ...]:
         return ("peft",)
 
-    def targeted(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+    def targeted(self, plan: ModelLayout) -> dict[str, tuple[int, ...]]:
         """The shapes of the matrices that get an update, by the names of their layers.
 
         Raises:
@@ -69,7 +69,7 @@ class Adapting(Training):
             )
         return {name: shape for name, shape in shapes.items() if is_meant(name, self.targets)}
 
-    def trained(self, plan: Plan) -> int:
+    def trained(self, plan: ModelLayout) -> int:
         """Weights of the updates."""
         return self.rank * sum(sum(shape) for shape in self.targeted(plan).values())
 
@@ -97,11 +97,11 @@ class Lora(Adapting):
     shown_after: ClassVar[tuple[str, ...]] = ("wanda",)
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.training.fit")
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         self.targeted(plan)
         return plan
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         as_stored = self.precision_in(plan.compute_dtype) == "bf16-mixed" and plan.dtype == "bfloat16"
         return self.cost(plan, calibration, self.trained(plan), frozen=as_stored, masked=plan.sparse)
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,34 @@ class LowRank(Checked):
     share: float = knob(0.75, low=0.05, high=0.95, search_range=(0.3, 0.9))
     multiple: int = knob(64, choices=(16, 32, 64, 128), search=False)
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         from winnow.model.own_architectures import code_bytes, factorised
 
         config, _ = factorised(plan.config, self.ranks(plan.config))
         grown = len(config.to_json_string()) - len(plan.config.to_json_string())
         return dataclasses.replace(plan.reshaped(config), other_bytes=plan.other_bytes + code_bytes() + grown)
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work, counted
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost, counted
 
         ranks = self.ranks(plan.config)
         weights = {name: plan.tensors[f"{name}.weight"] for name in ranks}
         factors = {(*weights[name].shape, rank) for name, rank in ranks.items()}
         # products with the moments, and the eigenvectors of each layer's outputs (about 10 n^3) in double precision
-        solving = Work(
+        solving = StageCost(
             flops=sum(2 * t.numel * sum(t.shape) + 10 * min(t.shape) ** 3 for t in plan.linears),
             device_bytes=max((24 * min(t.shape) ** 2 + 12 * t.numel for t in plan.linears), default=0),
             host_bytes=self.share
             * sum(t.memory_bytes for t in plan.linears),  # the factors, beside what they stand for
             matmuls=2 * len(factors) * counted(calibration).shapes,  # of both, when a changed block is run
         )
-        return Work.calibrated(plan, calibration) + Work.hessians(plan, calibration) + solving
+        return StageCost.calibrated(plan, calibration) + StageCost.hessians(plan, calibration) + solving
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch
 
         from winnow.data.calibration import calibration_batches
-        from winnow.method.blocks import input_sums, walk_blocks
+        from winnow.method.blocks import input_sums, iterate_blocks
         from winnow.model.layers import decoder_blocks, linears
         from winnow.model.modeling_lowrank import product_in_place_of
         from winnow.model.own_architectures import factorised
@@ -98,7 +98,7 @@ class LowRank(Checked):
         names = {linear: name for name, linear in linears(lm.model).items()}
         batches, digest = calibration_batches(lm, run)
         count = len(decoder_blocks(lm.model))
-        for index, block, replay in walk_blocks(lm.model, batches, run):
+        for index, block, replay in iterate_blocks(lm.model, batches, run):
             moments = input_sums(
                 block,
                 replay,

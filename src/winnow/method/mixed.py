@@ -18,8 +18,8 @@ from winnow.model.holders import LINEAR
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 WIDTHS = (2, 3, 4, 8)  # that compressed-tensors packs; without 3 a searched recipe can lose to a uniform one
 GRID = 1 << 16  # the most steps that a budget is divided into; nearly all shapes need fewer, and are solved exactly
@@ -66,26 +66,26 @@ class Mixed(Checked):
     def libraries(self) -> tuple[str, ...]:
         return ("compressed_tensors",)
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         if getattr(plan.config.get_text_config(decoder=True), "num_kv_shared_layers", None):
             raise UserError(
                 "method=[mixed]: layers of this model share keys and values and cannot be scored; use method=[rtn]"
             )
         return plan.grouped(self.bits, self.group_size)
 
-    def check(self, plan: Plan, base: LM, run: Run) -> None:
+    def check(self, plan: ModelLayout, base: LM, run: Run) -> None:
         super().check(plan, base, run)
         _check_halves(run.calibration.samples)
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work, counted
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost, counted
 
         seen, spec = counted(calibration), plan.spec
         linears = [t for t in plan.largest_block if t.linear]
         width = plan.memory_bytes / sum(t.numel for t in plan.tensors.values())
         # all on half of the texts: two forwards, a backward to the inputs, a product for each width; then three forwards
-        passes = Work.calibrated(plan, calibration, passes=(3 + len(WIDTHS) + 3) / 2)
-        held = Work(
+        passes = StageCost.calibrated(plan, calibration, passes=(3 + len(WIDTHS) + 3) / 2)
+        held = StageCost(
             host_bytes=seen.tokens / 2 * spec.hidden_size * width * (spec.layers - 1)  # the inputs of all blocks
             + 16 * calibration.max_length * spec.vocab_size,  # logits of a text, their softmax and gradient
             matmuls=2 * passes.matmuls + 3 * seen.shapes,  # backward, in the two halves, and the head's
@@ -93,7 +93,7 @@ class Mixed(Checked):
             + 12 * max((t.numel for t in linears), default=0)  # one matrix while it is rounded
             + 2 * seen.batch_tokens / 2 * width * (8 * spec.hidden_size + 4 * spec.intermediate_size),  # to go backward
         )
-        return (passes + held).then(Work.packed(plan))
+        return (passes + held).then(StageCost.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.data.calibration import calibration_batches
@@ -149,7 +149,7 @@ class Mixed(Checked):
             return {unit: torch.tensor(list(found[unit].values()), dtype=torch.float64) for unit in units}
 
         said = (digest, self.group_size, run.seed, WIDTHS)
-        found = calibration_statistics.kept(lm.model, run, "sensitivity", said, score)
+        found = calibration_statistics.cached_statistics(lm.model, run, "sensitivity", said, score)
         return {unit: dict(zip(WIDTHS, found[unit].tolist(), strict=True)) for unit in units}
 
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan, Stored
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout, TensorLayout
 
 _SCALES_WHAT_HAS_NO_WEIGHT = {"BloomForCausalLM"}  # the library would move scales of AWQ into its activation function
 DRIVER = "winnow.method.oneshot_driver"
@@ -60,7 +60,7 @@ class _Grouped(_OneShot):
     group_size: int = knob(64, choices=(32, 64, 128))
     scale: str = knob("auto", choices=("auto", "minmax", "mse"), search=False)
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         return plan.grouped(self.bits, self.group_size, _scale_bytes(plan))
 
     def _scheme(self, model: PreTrainedModel, **weights: Any) -> dict[str, Any]:
@@ -97,11 +97,11 @@ class GPTQ(_Grouped):
     damping: float = knob(0.01, low=1e-4, high=1.0, log=True, search=False)  # share of the Hessian's mean diagonal
     act_order: str = knob("static", choices=("static", "none"), search=False)
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
-        seen = Work.calibrated(plan, calibration) + Work.hessians(plan, calibration)
-        return (seen + Work.solved(plan) + Work.widened(plan)).then(Work.packed(plan))
+        seen = StageCost.calibrated(plan, calibration) + StageCost.hessians(plan, calibration)
+        return (seen + StageCost.solved(plan) + StageCost.widened(plan)).then(StageCost.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         order = {"actorder": self.act_order if self.act_order != "none" else None}
@@ -139,15 +139,17 @@ class AWQ(_Grouped):
 
     grid: int = knob(20, low=3, high=100, search=False)
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work, counted
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost, counted
 
         inputs = max(t.shape[1] for t in plan.linears)
-        held = Work(device_bytes=3 * 2 * counted(calibration).tokens * inputs)  # of one part, with two of its outputs
-        seen = Work.calibrated(plan, calibration, passes=2 + 1.5 * self.grid) + Work.widened(plan)
-        return (seen + held).then(Work.packed(plan))
+        held = StageCost(
+            device_bytes=3 * 2 * counted(calibration).tokens * inputs
+        )  # of one part, with two of its outputs
+        seen = StageCost.calibrated(plan, calibration, passes=2 + 1.5 * self.grid) + StageCost.widened(plan)
+        return (seen + held).then(StageCost.packed(plan))
 
-    def check(self, plan: Plan, base: LM, run: Run) -> None:
+    def check(self, plan: ModelLayout, base: LM, run: Run) -> None:
         super().check(plan, base, run)
         importlib.import_module(DRIVER)  # which keeps the library silent
         from llmcompressor.modifiers.transform.awq.dynamic_mappings import AWQ_DYNAMIC_MAPPING_REGISTRY
@@ -191,12 +193,12 @@ class SmoothQuant(_OneShot):
 
     strength: float = knob(0.5, low=0.0, high=1.0)
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
-        return (Work.calibrated(plan, calibration) + Work.widened(plan)).then(Work.packed(plan))
+        return (StageCost.calibrated(plan, calibration) + StageCost.widened(plan)).then(StageCost.packed(plan))
 
-    def check(self, plan: Plan, base: LM, run: Run) -> None:
+    def check(self, plan: ModelLayout, base: LM, run: Run) -> None:
         super().check(plan, base, run)
         importlib.import_module(DRIVER)
         from llmcompressor.modifiers.transform.smoothquant import dynamic_mappings, utils
@@ -204,7 +206,7 @@ class SmoothQuant(_OneShot):
         known = {*utils.MAPPINGS_REGISTRY, *dynamic_mappings.SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY}
         _check_known(plan.spec.name, "smoothquant", known)
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         return _in_8_bits(plan.with_linears(lambda name, t: _in_bytes(t, t.shape[0] * _scale_bytes(plan))))
 
     def __call__(self, lm: LM, run: Run) -> LM:
@@ -239,13 +241,13 @@ class FP8(_OneShot):
 
     scales: str = knob("channel", choices=("channel", "block"))
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
-        return Work.streamed(plan).then(Work.packed(plan))
+        return StageCost.streamed(plan).then(StageCost.packed(plan))
 
-    def predict(self, plan: Plan) -> Plan:
-        def change(name: str, t: Stored) -> Stored:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
+        def change(name: str, t: TensorLayout) -> TensorLayout:
             rows, width = t.shape
             if self.scales == "channel":
                 return _in_bytes(t, rows * _scale_bytes(plan))
@@ -334,17 +336,17 @@ def _check_block(name: str, width: int) -> None:
         )
 
 
-def _scale_bytes(plan: Plan) -> int:
+def _scale_bytes(plan: ModelLayout) -> int:
     """Scales have the type of the weights."""
     return next((t.memory_bytes // t.numel for t in plan.tensors.values() if t.linear), 2)
 
 
-def _in_8_bits(plan: Plan) -> Plan:
+def _in_8_bits(plan: ModelLayout) -> ModelLayout:
     """Activations are rounded to 8 bits, too, and what is rounded passes no gradient on."""
     return dataclasses.replace(plan, layout="compressed-tensors", passes_gradients=False)
 
 
-def _in_bytes(t: Stored, scale_bytes: int) -> Stored:
+def _in_bytes(t: TensorLayout, scale_bytes: int) -> TensorLayout:
     """A weight stored in a byte a number, and its scales."""
     memory_bytes = t.memory_bytes + scale_bytes  # transformers computes in the model's own type
     return dataclasses.replace(t, disk_bytes=t.numel + scale_bytes, memory_bytes=memory_bytes, entries=2)

@@ -116,7 +116,11 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
         started = time.perf_counter()
         before = _readied(stage, lm)
         with EnergyMeter(run.carbon_g_per_kwh, run.device, run.devices) as energy:
-            lm = torchrun.spread(name, stage, lm, run) if torchrun.is_spread(stage, run) else stage(lm, run)
+            lm = (
+                torchrun.run_under_torchrun(name, stage, lm, run)
+                if torchrun.needs_torchrun(stage, run)
+                else stage(lm, run)
+            )
         record: dict[str, Any] = {
             "method": name,
             "slot": stage.slot.name.lower(),
@@ -180,13 +184,13 @@ def check(stages: Mapping[str, Stage], lm: LM, run: Run) -> None:
     Raises:
         UserError: a stage does not suit the model that those before it will make.
     """
-    from winnow.estimate.layout import Plan, dense_tensors, plan_of
+    from winnow.estimate.layout import ModelLayout, dense_tensors, layout_of
 
     config = lm.model.config
     if is_finished(lm, config):
-        plan = plan_of(lm)
+        plan = layout_of(lm)
     else:
-        plan = Plan(config, dense_tensors(config))
+        plan = ModelLayout(config, dense_tensors(config))
         suitability.check(stages, plan.tensors, type(lm.model).__name__)
     plan = dataclasses.replace(plan, computed_in=run.compute_dtype)
     for stage in stages.values():
@@ -230,7 +234,7 @@ def _made(
     """See `compress`; `keep` is shown what lies between two stages, and the artifact."""
     from winnow.model import manifest
     from winnow.model.save import save
-    from winnow.runtime.check import tried
+    from winnow.runtime.check import working_runtimes
     from winnow.training.dist_env import world
 
     config = lm.model.config
@@ -241,12 +245,12 @@ def _made(
         lm.release()
         lm = copied(lm, run.folder / f"files-{world().rank}")
     made = apply(lm, stages, run, keep)
-    if not world().first:
+    if not world().is_rank_zero:
         return made
     saved = save(made, output)
     lm.release()  # so that there is one model in memory at a time
     base = LM(run.base, loading=lm.loading) if run.base is not None else None
-    saved.manifest |= tried(saved, run.device, run.log, base)
+    saved.manifest |= working_runtimes(saved, run.device, run.log, base)
     manifest.write(output, saved.manifest)
     keep(saved)
     return saved

@@ -15,8 +15,8 @@ from winnow.method.trainable import Training
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Pretrain(Training):
     def documents(self) -> int:
         return self.stream + self.held_out
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         parameters = sum(t.numel for t in plan.tensors.values())
         return self.cost(plan, calibration, parameters, adapters=False)
 

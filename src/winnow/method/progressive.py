@@ -26,8 +26,8 @@ from winnow.model.lm import LM
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 PRUNERS = ("depth", "width", "wanda", "magnitude")
 LEAST_SHARE = 0.02  # of the layers that a round of depth can drop
@@ -66,11 +66,11 @@ class Progressive(Distilling):
         matrices: tuple[str, ...] | None = self._pruning(self.amount).matrices
         return matrices
 
-    def predict(self, plan: Plan) -> Plan:
-        made: Plan = self._pruning(self.amount).predict(plan)
+    def predict(self, plan: ModelLayout) -> ModelLayout:
+        made: ModelLayout = self._pruning(self.amount).predict(plan)
         return made
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         first: Checked
         first, *others = self.schedule(plan.config)
         pruned = first.predict(plan)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 PATTERNS = ("unstructured", "2:4", "4:8")
 ALLOCATIONS = ("uniform", "global", "owl")
@@ -64,7 +64,7 @@ class Pruning(Checked):
                 f"half of every layer; leave allocation at uniform or take pattern=unstructured"
             )
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         """As before, since zeros are stored like other weights."""
         if self.pattern != "unstructured":
             group = int(self.pattern.split(":")[1])
@@ -107,11 +107,13 @@ class Pruning(Checked):
 
             # without data they are counted as fast as looked up
             counts = (
-                count() if digest is None else calibration_statistics.kept(lm.model, run, "scores", (digest,), count)
+                count()
+                if digest is None
+                else calibration_statistics.cached_statistics(lm.model, run, "scores", (digest,), count)
             )
             ordered = {name: counts[name] for name in names.values() if name in counts}  # as kept they are in another
             return allocation.global_threshold(ordered, self.sparsity)
-        found = calibration_statistics.kept(
+        found = calibration_statistics.cached_statistics(
             lm.model, run, "outliers", (digest, self.owl_m), lambda: self._outliers(lm, run, batches)
         )
         blocks = [[m for m in block.modules() if m in names] for block in decoder_blocks(lm.model)]
@@ -134,7 +136,7 @@ class Pruning(Checked):
     ) -> Iterator[dict[nn.Linear, torch.Tensor]]:
         """Block by block of the unpruned model, |weight|, times the norms of its inputs if there are batches."""
 
-        from winnow.method.blocks import walk_blocks
+        from winnow.method.blocks import iterate_blocks
         from winnow.model.layers import decoder_blocks, linears_in
 
         blocks = decoder_blocks(lm.model)
@@ -143,7 +145,7 @@ class Pruning(Checked):
                 found = linears_in(block).values()
                 yield {linear: linear.weight.data.to(run.device).abs() for linear in found}
             return
-        for index, block, replay in walk_blocks(lm.model, batches, run):
+        for index, block, replay in iterate_blocks(lm.model, batches, run):
             groups = input_norms(block, replay)
             yield {m: m.weight.data.abs().float() * norm_i for members, norm_i in groups for m in members}
             run.log(f"{self.name}: allocation, block {index + 1} of {len(blocks)}")
@@ -164,11 +166,11 @@ class Magnitude(Pruning):
 
     perplexity_bound: ClassVar[float] = 1.02  # measured: 1.005
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
-        ranked = Work.selected(plan) if self.pattern == "unstructured" else Work.sorted(plan)
-        return Work.calibrated(plan, calibration).then(ranked) if self.allocation == "owl" else ranked
+        ranked = StageCost.selected(plan) if self.pattern == "unstructured" else StageCost.sorted(plan)
+        return StageCost.calibrated(plan, calibration).then(ranked) if self.allocation == "owl" else ranked
 
     def __call__(self, lm: LM, run: Run) -> LM:
 
@@ -193,15 +195,15 @@ class Magnitude(Pruning):
 class CalibratedPruning(Pruning):
     """A walk over the blocks in which each linear layer is pruned by what its inputs were, after the pruned blocks before."""
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
         walks = 1 if self.allocation == "uniform" else 2
-        return Work.calibrated(plan, calibration, passes=2 * walks) + Work.sorted(plan)
+        return StageCost.calibrated(plan, calibration, passes=2 * walks) + StageCost.sorted(plan)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.data.calibration import calibration_batches
-        from winnow.method.blocks import walk_blocks
+        from winnow.method.blocks import iterate_blocks
         from winnow.method.checkpoint import checkpoint_of
         from winnow.model.layers import decoder_blocks, linears
 
@@ -212,7 +214,7 @@ class CalibratedPruning(Pruning):
             checkpoint.state["sparsities"] = self.sparsities(lm, run, batches, digest)
         sparsities = checkpoint.state["sparsities"]
         blocks = decoder_blocks(lm.model)
-        for index, block, replay in walk_blocks(lm.model, batches, run, checkpoint):
+        for index, block, replay in iterate_blocks(lm.model, batches, run, checkpoint):
             self.prune_block(block, replay, {linear: (name, sparsities[name]) for linear, name in names.items()})
             run.log(f"{self.name}: block {index + 1} of {len(blocks)}")
         lm.manifest["_notes"] = notes(blocks, digest)

@@ -22,8 +22,8 @@ from winnow.model.lm import LM
 if TYPE_CHECKING:
     import torch
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class QLoRA(Adapting):
     def libraries(self) -> tuple[str, ...]:
         return ("bitsandbytes", "peft")
 
-    def predict(self, plan: Plan) -> Plan:
-        from winnow.estimate.layout import Stored, dense_tensors
+    def predict(self, plan: ModelLayout) -> ModelLayout:
+        from winnow.estimate.layout import TensorLayout, dense_tensors
         from winnow.model.adapter import CONFIG_BYTES
 
         if plan.layout not in ("", "4bit", "int8"):
@@ -84,19 +84,19 @@ class QLoRA(Adapting):
             magnitudes = shape[0] if self.dora else 0
             size = 2 * weights + 4 * magnitudes
             # loaded in single precision; PEFT names each tensor in full
-            tensors[f"adapter.{name}"] = Stored(
+            tensors[f"adapter.{name}"] = TensorLayout(
                 (weights + magnitudes,), size + 160, 4 * (weights + magnitudes), entries=3 if self.dora else 2
             )
             names += len(name)
         return dataclasses.replace(base, tensors=tensors, other_bytes=base.other_bytes + CONFIG_BYTES + names)
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         from winnow.method.bnb import NF4
 
         training = self.cost(self._quantized(plan), calibration, self.trained(plan), frozen=True)
         return NF4().work(plan, calibration).then(training) if is_dense(plan) else training
 
-    def _quantized(self, plan: Plan) -> Plan:
+    def _quantized(self, plan: ModelLayout) -> ModelLayout:
         from winnow.method.bnb import NF4
 
         return NF4().predict(plan) if is_dense(plan) else plan
@@ -126,7 +126,7 @@ class QLoRA(Adapting):
         return lm.changed(merged(model)) if self.merge else attach_adapter(lm, model)
 
 
-def is_dense(plan: Plan) -> bool:
+def is_dense(plan: ModelLayout) -> bool:
     """Whether the linear weights are stored with 16 bits or more each."""
     return all(t.disk_bytes >= 2 * t.numel for t in plan.linears)
 

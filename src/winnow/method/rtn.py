@@ -18,8 +18,8 @@ from winnow.model.lm import LM
 if TYPE_CHECKING:
     import torch
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class RTN(Checked):
     def libraries(self) -> tuple[str, ...]:
         return ("compressed_tensors",)
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         return plan.grouped(self.bits, self.group_size)
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
-        return Work.streamed(plan).then(Work.packed(plan))
+        return StageCost.streamed(plan).then(StageCost.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.model.layers import linears

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,22 @@ class SoftPrompt(Training):
     def libraries(self) -> tuple[str, ...]:
         return ("peft",)
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         self._longest(plan.config)
         if not plan.passes_gradients:
             raise UserError(
                 "method=[...,soft_prompt]: no gradient reaches the prompt through layers whose activations are rounded (fp8, "
                 "smoothquant); take method=[nf4,soft_prompt]"
             )
-        from winnow.estimate.layout import Stored
+        from winnow.estimate.layout import TensorLayout
         from winnow.model.adapter import CONFIG_BYTES
 
         numbers = self.tokens * plan.spec.hidden_size
-        prompt = Stored((self.tokens, plan.spec.hidden_size), 4 * numbers, 4 * numbers)
+        prompt = TensorLayout((self.tokens, plan.spec.hidden_size), 4 * numbers, 4 * numbers)
         tensors = {**plan.tensors, "adapter.prompt_embeddings": prompt}
         return dataclasses.replace(plan, tensors=tensors, other_bytes=plan.other_bytes + CONFIG_BYTES)
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         from winnow.estimate.cost import counted
 
         seen = counted(calibration)

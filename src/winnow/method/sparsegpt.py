@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 ATTEMPTS = 4  # at a damping ten times the last
 
@@ -48,12 +48,12 @@ class SparseGPT(CalibratedPruning):
     block_size: int = knob(128, choices=(32, 64, 128, 256), search=False)  # columns that a mask is chosen for at once
     damping: float = knob(0.01, low=0.0001, high=1.0, log=True, search=False)  # of the mean of the Hessian's diagonal
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
         passes = 2 if self.allocation == "uniform" else 3
-        seen = Work.calibrated(plan, calibration, passes) + Work.hessians(plan, calibration)
-        return seen + Work.solved(plan)
+        seen = StageCost.calibrated(plan, calibration, passes) + StageCost.hessians(plan, calibration)
+        return seen + StageCost.solved(plan)
 
     def prune_block(
         self, block: nn.Module, replay: Callable[[], None], layers: Mapping[nn.Linear, tuple[str, float]]

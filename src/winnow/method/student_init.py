@@ -82,7 +82,7 @@ def check_blocks(config: PretrainedConfig, shape: Mapping[str, int]) -> None:
         layers_of(on_meta(config))
 
 
-def carved(model: PreTrainedModel, new: PretrainedConfig) -> PreTrainedModel:
+def slice_student(model: PreTrainedModel, new: PretrainedConfig) -> PreTrainedModel:
     """The student of a configuration that `smaller` gave, from the weights of `model`, which is spent.
 
     Raises:

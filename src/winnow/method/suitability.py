@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from winnow.estimate.layout import Stored
+    from winnow.estimate.layout import TensorLayout
 
 REACHED = (
     0.75  # the least share of the blocks' weights that must lie in matrices; the rest are norms, convolutions, routers
@@ -30,7 +30,7 @@ _SAID = {
 _SAMPLES = 4096  # weights of each tensor that are looked at to see whether a stage has changed it
 
 
-def check(stages: Mapping[str, Stage], tensors: Mapping[str, Stored], architecture: str) -> None:
+def check(stages: Mapping[str, Stage], tensors: Mapping[str, TensorLayout], architecture: str) -> None:
     """Refuses stages that would leave most of a model as it is, or whose format cannot hold it.
 
     Args:

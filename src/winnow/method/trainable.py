@@ -16,8 +16,8 @@ from winnow.model.spec import context_of
 
 if TYPE_CHECKING:
     from winnow.data.encoding import Encoded
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
     from winnow.training.fit import Fitted
     from winnow.training.objective import Objective
     from winnow.training.student import Student
@@ -69,17 +69,17 @@ class Training(Checked):
         return max(64, self.steps * self.tokens_per_batch // 16) + self.held_out
 
     def cost(
-        self, plan: Plan, calibration: Calibration, trained: int, *, tokens_per_batch: int = 0, **how: bool
-    ) -> Work:
+        self, plan: ModelLayout, calibration: Calibration, trained: int, *, tokens_per_batch: int = 0, **how: bool
+    ) -> StageCost:
         """What these steps on a model of this plan cost, of which `trained` parameters get a gradient.
 
         Args:
             tokens_per_batch: where more is read than the documents.
             how: as for `Work.trained`.
         """
-        from winnow.estimate.cost import Work
+        from winnow.estimate.cost import StageCost
 
-        return Work.trained(
+        return StageCost.trained(
             plan,
             calibration,
             self.steps,

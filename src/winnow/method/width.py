@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from winnow.estimate.cost import Work
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.cost import StageCost
+    from winnow.estimate.layout import ModelLayout
 
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -71,19 +71,19 @@ class Width(Checked):
     hidden: float = knob(1.0, low=0.25, high=1.0)
     multiple: int = knob(64, choices=(16, 32, 64, 128, 256), search=False)
 
-    def predict(self, plan: Plan) -> Plan:
+    def predict(self, plan: ModelLayout) -> ModelLayout:
         from winnow.model.spec import on_meta
 
         layers_of(on_meta(plan.config))  # refuses other structures
         return plan.reshaped(self.narrower(plan.config))
 
-    def work(self, plan: Plan, calibration: Calibration) -> Work:
-        from winnow.estimate.cost import Work
+    def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
+        from winnow.estimate.cost import StageCost
 
-        sliced = Work(
+        sliced = StageCost(
             host_bytes=sum(t.memory_bytes for t in plan.linears)
         )  # beside the weights that they are slices of
-        return Work.calibrated(plan, calibration).then(sliced)
+        return StageCost.calibrated(plan, calibration).then(sliced)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.data.calibration import calibration_batches

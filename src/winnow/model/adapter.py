@@ -42,7 +42,7 @@ def is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def bare(model: Any) -> Any:
+def base_model(model: Any) -> Any:
     """The model itself, without PEFT's wrapping; the layers of an adapter stay in it."""
     return model.get_base_model() if is_adapted(model) else model
 
@@ -132,7 +132,7 @@ def write(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def taken_off(model: Any) -> Any:
+def without_adapter(model: Any) -> Any:
     """The base model without the layers of its adapter, which are spent."""
     return model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
 
@@ -158,7 +158,7 @@ def check_gradients(model: Any, method: str) -> None:
     """
     import torch
 
-    base = bare(model)
+    base = base_model(model)
     ids = torch.arange(5, 21, device=base.device)[None] % base.config.get_text_config().vocab_size
     trained = {
         name: p for name, p in model.named_parameters() if p.requires_grad and "lora_A" not in name

@@ -46,7 +46,7 @@ def _write_weights(lm: LM, folder: Path) -> None:
     with quiet():
         if adapter.is_adapted(model):
             adapter.write(model, folder / adapter.NAME, model.dtype)
-            model = adapter.taken_off(model)
+            model = adapter.without_adapter(model)
         compressor = packing.pack(model) if packing.is_packable(model) else None
         with unfused.fused(model):
             model.save_pretrained(folder)
@@ -56,10 +56,10 @@ def _write_weights(lm: LM, folder: Path) -> None:
 
 def attach_adapter(lm: LM, model: Any) -> LM:
     """The same lineage with the adapter of `model`: in memory, or beside the files where `lm` is final files."""
-    from winnow.model.adapter import NAME, bare, write
+    from winnow.model.adapter import NAME, base_model, write
 
     if not lm.final:
         return lm.changed(model)
     assert lm.path is not None
-    write(model, Path(lm.path) / NAME, bare(model).dtype)
+    write(model, Path(lm.path) / NAME, base_model(model).dtype)
     return lm.stored(lm.path)

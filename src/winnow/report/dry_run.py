@@ -29,7 +29,7 @@ from winnow.report.table import aligned
 if TYPE_CHECKING:
     from winnow.estimate.cost import Counted
     from winnow.estimate.feasibility import Feasibility, Step
-    from winnow.estimate.layout import Plan
+    from winnow.estimate.layout import ModelLayout
     from winnow.estimate.machine import Machine
     from winnow.hardware.device import Hardware
     from winnow.study.budget import Budget
@@ -43,7 +43,7 @@ _ENDS = 2  # values of a range that the table shows
 class Base:
     """What every row of a table has in common."""
 
-    plan: Plan
+    plan: ModelLayout
     hardware: Hardware
     calibration: Calibration
     name: str
@@ -72,7 +72,7 @@ def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
         UserError: there is none, or it is not one that could be compressed.
     """
     from winnow.data.corpus import check_source
-    from winnow.estimate.layout import plan_of
+    from winnow.estimate.layout import layout_of
     from winnow.method.pipeline import check_dense
 
     hardware, lm = build.hardware(cfg), build.model(cfg, weights=False)
@@ -80,7 +80,7 @@ def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
     calibration = build.calibration(cfg)
     check_source(calibration)
     computed_in = hardware.compute_dtype if lm.loading.dtype == "auto" else lm.loading.dtype
-    plan = dataclasses.replace(plan_of(lm), computed_in=computed_in)
+    plan = dataclasses.replace(layout_of(lm), computed_in=computed_in)
     check_dense(lm, plan.config, stages)
     return Base(plan, hardware, countable(lm, calibration, cfg.seed), lm.name)
 

@@ -72,10 +72,10 @@ def front_table(summary: Summary) -> str:
 
 def luck_of(summary: Summary) -> dict[int, str]:
     """The trials whose place on the front does not hold on items that the search did not use, and why."""
-    from winnow.study.pareto import luck
+    from winnow.study.pareto import fails_on_holdout
 
     front = front_of(summary)
-    found = {trial.number: luck(trial, front, summary.confirmed, summary.objectives) for trial in front}
+    found = {trial.number: fails_on_holdout(trial, front, summary.confirmed, summary.objectives) for trial in front}
     return {number: why for number, why in found.items() if why}
 
 

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from winnow.core.errors import UserError, blaming
+from winnow.core.errors import UserError, as_unservable
 from winnow.hardware.device import Hardware
 from winnow.model import adapter
 from winnow.model.folder_checks import gguf_file
@@ -127,7 +127,7 @@ def serving(
     name = chosen(lm, hardware)
     if name != hardware.runtime:
         log(f"runtime: {lm.name} is a GGUF file: it is served by {name}, not by {hardware.runtime}")
-    with blaming(f"{lm.path or lm.name}: loading it in {name}"):
+    with as_unservable(f"{lm.path or lm.name}: loading it in {name}"):
         opened: Served = _module(name).Runtime(lm, hardware, log)
     try:
         yield opened

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from winnow.core.errors import Unservable, blaming
+from winnow.core.errors import Unservable, as_unservable
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def check(lm: LM, served: Served) -> float:
     base = lm.manifest.get(RECORD, {}).get("base")
     bound = highest(served.vocab_size, base)
     what = f"{lm.path or lm.name}: in {served.name}"
-    with blaming(what):
+    with as_unservable(what):
         perplexity = plain_perplexity(lm, served, bound)
         if perplexity > bound:
             known = f" (the base model's is {base:,.0f})" if base else ""
@@ -102,7 +102,7 @@ def highest(vocab_size: int, base: float | None) -> float:
     return min(bound, math.exp(math.log(base) + LOST * math.log(vocab_size / base)))
 
 
-def tried(lm: LM, device: str, log: Callable[[str], None], base: LM | None = None) -> dict[str, Any]:
+def working_runtimes(lm: LM, device: str, log: Callable[[str], None], base: LM | None = None) -> dict[str, Any]:
     """For a manifest: `runtimes` that read the format of `lm` and are installed here, with their versions, and `plain_text`.
 
     Each loads the files anew and is checked; where that fails, the version is followed by why. `plain_text` holds the perplexity

@@ -37,7 +37,7 @@ def _obstacles(model: Any, generation: Any) -> Iterator[str]:
 
     if adapter.virtual_tokens(model):
         yield "it has a soft prompt, which PEFT puts before the text in Python"
-    model = adapter.bare(model)
+    model = adapter.base_model(model)
     cache = getattr(generation or model.generation_config, "cache_implementation", None)
     if cache not in PLAIN_CACHES:
         yield f"its generation settings ask for a cache of their own (cache_implementation={cache})"
@@ -94,7 +94,7 @@ def unsupported_base(
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from winnow.hardware.lock import sharing
+    from winnow.hardware.lock import shared_device
     from winnow.model.lm import LM
     from winnow.model.loading import Loading
     from winnow.model.quiet import quiet
@@ -110,7 +110,7 @@ def unsupported_base(
             generation = model.generation_config
     because = unsupported(model, generation)
     if because is None and device is not None:
-        with sharing(device, log), quiet():
+        with shared_device(device, log), quiet():
             try:
                 with torch.device(device):
                     model = AutoModelForCausalLM.from_config(few_layers(config), **settings).eval()

@@ -94,7 +94,7 @@ class Decoder:
     def __init__(self, model: Any, prompt_bt: Tensor, output_tokens: int) -> None:
         from winnow.model import adapter
 
-        self._model = adapter.bare(model)
+        self._model = adapter.base_model(model)
         self.shape = (*prompt_bt.shape, output_tokens)
         batch, prompt_tokens, _ = self.shape
         text, device = self._model.config.get_text_config(decoder=True), prompt_bt.device

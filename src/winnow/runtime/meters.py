@@ -20,7 +20,7 @@ from winnow.hardware.device import Hardware
 from winnow.hardware.disturbance import Disturbance, Repeater, Watch
 from winnow.hardware.energy import EnergyMeter, prepare
 from winnow.hardware.footprint import disk_bytes
-from winnow.hardware.lock import alone
+from winnow.hardware.lock import exclusive_device
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
 from winnow.runtime import Served, in_turn, latency, serving
@@ -54,7 +54,7 @@ class Meters:
         figures = Figures({"size_bytes": float(disk_bytes(lm))})
         with serving(lm, hardware, run.log, served) as candidate:
             latency.check_context(candidate.context, hardware)
-            with alone(hardware.device, run.log), _threads(hardware.threads):
+            with exclusive_device(hardware.device, run.log), _threads(hardware.threads):
                 until = time.perf_counter() + hardware.most_seconds
                 request = self.request(candidate, run.seed)
                 self.warm_up(request, until)

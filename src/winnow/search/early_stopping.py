@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from winnow import build
 from winnow.benchmark import divergence, order
-from winnow.benchmark.cached import Recalled
+from winnow.benchmark.cached import CachedBenchmark
 from winnow.benchmark.harness import Harness
 from winnow.benchmark.protocol import Benchmark
 from winnow.benchmark.samples import FILE, Sample, read
@@ -40,7 +40,7 @@ from winnow.runtime.in_turn import Base
 from winnow.search import racing
 from winnow.search.job import RIVALS
 from winnow.study.objectives import KL, objectives
-from winnow.study.pareto import matches
+from winnow.study.pareto import is_at_least_as_good
 
 if TYPE_CHECKING:
     from winnow.runtime import Served
@@ -73,7 +73,7 @@ class Racing:
                 raise UserError(f"racing.{name}={getattr(self, name)} is negative; give 0 to switch it off")
 
 
-class Gates:
+class EarlyStopping:
     """The gates of one trial.
 
     Args:
@@ -98,7 +98,7 @@ class Gates:
         self._samples = functools.cache(lambda number: read(folder.parent / str(number) / FILE))  # of an earlier trial
         self.scores_first = all(o.name in FROM_DISK for o in self._others)
 
-    def served(self, lm: LM, served: Served, run: Run) -> Figures:
+    def on_loaded(self, lm: LM, served: Served, run: Run) -> Figures:
         """The divergence from the base model, and the size on disk."""
         figures = Figures({"size_bytes": float(disk_bytes(lm))})
         base = build.model(self._config)
@@ -134,7 +134,7 @@ class Gates:
         nothing: dict[str, Any] = {"base": None, "front": [], "scored": {}}
         return nothing | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
 
-    def measured(self, figures: Figures) -> None:
+    def on_measured(self, figures: Figures) -> None:
         """Finds the rivals.
 
         Raises:
@@ -144,7 +144,7 @@ class Gates:
             return  # text is scored last: whether it is matched there is not known before the end
         told = self._told
         mine = Trial(-1, Strategy(), figures=figures, sources=figures.sources)
-        self._rivals = [rival for rival in told["front"] if matches(_trial(rival), mine, self._others)]
+        self._rivals = [rival for rival in told["front"] if is_at_least_as_good(_trial(rival), mine, self._others)]
         settings = self._settings
         for rival in self._rivals if settings.hopeless_ratio and KL in figures else ():
             bound = max(settings.hopeless_ratio * rival["figures"].get(KL, np.inf), settings.hopeless_floor)
@@ -161,7 +161,7 @@ class Gates:
     def ordered(self, benchmark: Benchmark) -> Benchmark:
         """The benchmark, its items in the order that was drawn for this trial; the base model's outcomes may be known."""
         if self._cache is not None:
-            return Recalled(benchmark, self._cache, self._about)  # type: ignore[arg-type]
+            return CachedBenchmark(benchmark, self._cache, self._about)  # type: ignore[arg-type]
         path = self._folder / order.FILE
         return dataclasses.replace(benchmark, order=str(path)) if path.is_file() else benchmark  # type: ignore[type-var]
 
@@ -172,7 +172,7 @@ class Gates:
             scored: divergences of trials that were scored on all items, by number.
             kl: its own.
         """
-        numbers = {*informants(scored, kl), *(rival["number"] for rival in self._rivals)}
+        numbers = {*nearest_scored_trials(scored, kl), *(rival["number"] for rival in self._rivals)}
         missed: Counter[order.Item] = Counter()
         for number in numbers:
             for sample in self._samples(number):
@@ -183,7 +183,7 @@ class Gates:
         self._drawn = order.Order(self._benchmark.seed + int(self._folder.name), chances)
         self._drawn.write(self._folder / order.FILE)
 
-    def scored(self, samples: Sequence[Sample], left: int) -> None:
+    def on_round(self, samples: Sequence[Sample], left: int) -> None:
         """Looks at the race.
 
         Raises:
@@ -224,7 +224,7 @@ class Gates:
         return sorted(scored, key=lambda s: self._drawn.time((s.benchmark, s.doc_hash)))
 
 
-def informants(scored: Mapping[int, float | None], kl: float | None) -> list[int]:
+def nearest_scored_trials(scored: Mapping[int, float | None], kl: float | None) -> list[int]:
     """The trials, of those with these divergences, that are most like one with the divergence `kl`."""
 
     def distance(number: int) -> float:

@@ -20,7 +20,7 @@ from winnow.core.targets import target_of
 from winnow.core.types import Strategy, Trial
 from winnow.search import child
 from winnow.study.costs import Costs
-from winnow.study.policy import Outlook
+from winnow.study.policy import Forecaster
 
 # a size from shapes may be off by this much, a memory by that: relative; a constraint is broken beyond it
 KNOWN_TO, ESTIMATED_TO = 0.03, 0.25
@@ -31,7 +31,7 @@ class Forecasts:
     """Of a search; one that cannot be made (the process has died) is empty and refuses nothing.
 
     Args:
-        ask: many strategies at once -> for each `figures` that are known, `estimates`, and a `refusal`.
+        ask: many strategies at once -> for each `figures` that are known, `estimates`, and a `infeasible_reason`.
         constraints: limits by figure; those that follow from the configuration are checked here.
         cached: whether stages that trials have in common are made once.
     """
@@ -52,7 +52,7 @@ class Forecasts:
     def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
         return [found.get("figures", {}) for found in self._of(strategies)]
 
-    def refusal(self, strategy: Strategy) -> str:
+    def infeasible_reason(self, strategy: Strategy) -> str:
         (found,) = self._of([strategy])
         if found.get("refusal"):
             return str(found["refusal"])
@@ -77,9 +77,9 @@ class Forecasts:
         return [self._found[s.overrides] for s in strategies]
 
 
-def smallest(strategies: Sequence[Strategy], outlook: Outlook, most: int) -> list[Strategy]:
+def smallest(strategies: Sequence[Strategy], outlook: Forecaster, most: int) -> list[Strategy]:
     """So many of the strategies that can be made, by the size that they are known to have; those of unknown size come last."""
-    found = [s for s in strategies if not outlook.refusal(s)]
+    found = [s for s in strategies if not outlook.infeasible_reason(s)]
     sizes = [figures.get("size_bytes", math.inf) for figures in outlook.figures(found)]
     return [found[place] for place in sorted(range(len(found)), key=sizes.__getitem__)[:most]]
 

@@ -80,7 +80,7 @@ def score(settings: dict[str, Any], artifact: str, output: str, log: Callable[[s
     """In the child: the scores of an artifact on the items that were held back."""
     from winnow import build
     from winnow.core.files import whole_folder
-    from winnow.hardware.lock import sharing
+    from winnow.hardware.lock import shared_device
     from winnow.runtime import serving
 
     model = {**settings["model"], "_target_": "winnow.model.pretrained.pretrained", "path": artifact}
@@ -89,7 +89,11 @@ def score(settings: dict[str, Any], artifact: str, output: str, log: Callable[[s
     hardware = build.hardware(cfg)
     hardware.check()
     lm = build.model(cfg, dequantize=hardware.runtime != "llama_cpp")  # as it was scored before
-    with whole_folder(Path(output)) as folder, sharing(hardware.device, log), serving(lm, hardware, log) as served:
+    with (
+        whole_folder(Path(output)) as folder,
+        shared_device(hardware.device, log),
+        serving(lm, hardware, log) as served,
+    ):
         return dict(build.benchmark(cfg)(lm, build.run(cfg, folder, log), served=served))
 
 

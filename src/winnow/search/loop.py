@@ -26,8 +26,8 @@ from winnow.search.trial import read_outcome
 from winnow.search.views import Views
 from winnow.search.workers import Launch, Workers
 from winnow.study.budget import Budget, Convergence
-from winnow.study.history import tried_again
-from winnow.study.policy import Exhausted, Outlook, Policy, Suggestion, fresh
+from winnow.study.history import should_retry
+from winnow.study.policy import Exhausted, Forecaster, Policy, Suggestion, fresh
 from winnow.study.space import Space
 from winnow.study.study import Proposal, Study
 
@@ -56,7 +56,7 @@ class Search:
     study: Study
     space: Space
     policy: Policy
-    outlook: Outlook
+    outlook: Forecaster
     launch: Launch
     budget: Budget
     folder: Path
@@ -192,7 +192,7 @@ class Search:
             return None
         refusal = self.space.objection(suggestion.strategy)
         if suggestion.strategy.methods and not refusal:
-            refusal = self.outlook.refusal(suggestion.strategy)
+            refusal = self.outlook.infeasible_reason(suggestion.strategy)
         self._trials.clear(proposal.number)  # of an earlier study of this name
         self._trials.keep_messages(proposal.number, suggestion.messages)
         if refusal:
@@ -232,7 +232,7 @@ class Search:
         """
         rng = np.random.default_rng([self.study.proposals])
         strategies = fresh(self.study, self.space, rng, DRAWS)
-        refusals = [self.outlook.refusal(strategy) for strategy in strategies]
+        refusals = [self.outlook.infeasible_reason(strategy) for strategy in strategies]
         for strategy, refusal in zip(strategies, refusals, strict=True):
             if not refusal:
                 return Suggestion(
@@ -331,5 +331,5 @@ class Search:
 
 
 def _check_base(trial: Trial) -> None:
-    if not trial.strategy.methods and not trial.complete and not tried_again(trial):
+    if not trial.strategy.methods and not trial.complete and not should_retry(trial):
         raise UserError(f"the base model cannot be evaluated ({trial.reason}): {trial.message}")

@@ -143,10 +143,10 @@ def _check_base(cfg: DictConfig, folder: Path) -> None:
 def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable[[str], None]) -> dict[str, Any]:
     """In the child: `evaluate.py`'s work on the artifact, which ends early where the trial's gates say so."""
     from winnow import commands
-    from winnow.search.early_stopping import Gates
+    from winnow.search.early_stopping import EarlyStopping
 
     model = {**settings["model"], "_target_": "winnow.model.pretrained.pretrained", "path": artifact}
-    gates = Gates(OmegaConf.create(settings), Path(output).parent, log)
+    gates = EarlyStopping(OmegaConf.create(settings), Path(output).parent, log)
     metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log, gates)
     return {
         "figures": metrics["figures"],

@@ -53,7 +53,7 @@ class Budget:
             return f"budget.co2_kg={self.co2_kg:g} is spent"
         return ""
 
-    def silences(self, history: History) -> str:
+    def llm_budget_spent(self, history: History) -> str:
         """Which limit of the language model was reached, in words; the search goes on without it."""
         if self.tokens is not None and history.tokens >= self.tokens:
             return f"budget.tokens={self.tokens} is spent"

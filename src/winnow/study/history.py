@@ -16,7 +16,7 @@ TRANSIENT = (Reason.CRASHED, Reason.LOST)  # a trial that failed so is tried onc
 AGAIN = ("retried", "again")  # in the record of a proposal: the number of the trial that it repeats
 
 
-def tried_again(trial: Trial) -> bool:
+def should_retry(trial: Trial) -> bool:
     """Whether a failure is one that the next attempt may not have; that of the second attempt stands."""
     return trial.reason in TRANSIENT and "retried" not in trial.decision
 
@@ -76,7 +76,7 @@ class History:
         """Whether a trial is run once more: it failed as the next attempt may not, or it is the base model's, with which all are
         compared, and an objective's measurement was disturbed. What comes of the second attempt stands."""
         is_base = not trial.strategy.methods
-        return tried_again(trial) or (is_base and "retried" not in trial.decision and bool(self.disturbed(trial)))
+        return should_retry(trial) or (is_base and "retried" not in trial.decision and bool(self.disturbed(trial)))
 
     def counts(self, trial: Trial) -> bool:
         """Whether a trial was really run, and is not run once more."""

@@ -92,7 +92,7 @@ def hypervolume_series(trials: Sequence[Trial], objectives: Sequence[Objective])
     return tuple(series)
 
 
-def matches(rival: Trial, trial: Trial, others: Sequence[Objective]) -> bool:
+def is_at_least_as_good(rival: Trial, trial: Trial, others: Sequence[Objective]) -> bool:
     """Whether a rival is at least as good in these objectives, differences below their resolution aside.
 
     As on the front, a figure whose measurement was disturbed is worse than any other.
@@ -103,7 +103,7 @@ def matches(rival: Trial, trial: Trial, others: Sequence[Objective]) -> bool:
     return bool((first <= second).all())
 
 
-def luck(
+def fails_on_holdout(
     trial: Trial, front: Sequence[Trial], confirmed: Mapping[int, Mapping[str, float]], objectives: Sequence[Objective]
 ) -> str:
     """Why a trial's place on the front does not hold on fresh items; empty where it does, or nobody knows."""
@@ -114,7 +114,7 @@ def luck(
     mine = confirmed[trial.number]
     for rival in front:
         theirs = confirmed.get(rival.number)
-        if rival.number == trial.number or theirs is None or not matches(rival, trial, others):
+        if rival.number == trial.number or theirs is None or not is_at_least_as_good(rival, trial, others):
             continue
         if all(theirs[o.name] >= mine[o.name] if o.maximize else theirs[o.name] <= mine[o.name] for o in scores):
             return f"trial {rival.number} is no worse in anything else, and as good on fresh items"

@@ -39,13 +39,13 @@ class Suggestion:
     messages: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Outlook(Protocol):
+class Forecaster(Protocol):
     """What can be told of a strategy before it runs."""
 
     def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
         """Of each, those that follow from the configuration alone, such as `size_bytes`; empty where none does."""
 
-    def refusal(self, strategy: Strategy) -> str:
+    def infeasible_reason(self, strategy: Strategy) -> str:
         """Why it cannot be made or served here, or breaks a constraint; empty where it can be tried."""
 
     def seconds(self, strategy: Strategy) -> float:
@@ -58,7 +58,7 @@ class Outlook(Protocol):
 class Policy(Protocol):
     """Who proposes the next strategy."""
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         """Raises Exhausted if there is no strategy that was not tried."""
 
 

@@ -19,9 +19,9 @@ import torch
 from winnow.core.files import write_json
 from winnow.data.encoding import Encoded, collate, moved
 from winnow.hardware.run import Run
-from winnow.training.dist_env import World, agreed, local_device
+from winnow.training.dist_env import DistEnv, agreed, local_device
 from winnow.training.objective import Objective
-from winnow.training.preflight import Demand, Flight
+from winnow.training.preflight import TrainingMemory, TrainingMemoryPlan
 from winnow.training.student import Student
 
 NAME = "batch_sizes.json"
@@ -32,9 +32,9 @@ def choose(
     objective: Objective,
     rows: Sequence[Encoded],
     run: Run,
-    world: World,
-    demand: Demand,
-    flight: Flight,
+    world: DistEnv,
+    demand: TrainingMemory,
+    flight: TrainingMemoryPlan,
     *,
     precision: str,
     tokens_per_device: int,
@@ -45,7 +45,7 @@ def choose(
     if tokens_per_device:
         return max(longest, min(tokens_per_device, share))
     tokens = flight.tokens
-    if world.first:
+    if world.is_rank_zero:
         device = local_device(run)
         fits = _forecast(flight)
         if run.device == "cuda" and not flight.sharded:
@@ -71,7 +71,7 @@ def choose(
     return chosen
 
 
-def _forecast(flight: Flight) -> Callable[[int], bool]:
+def _forecast(flight: TrainingMemoryPlan) -> Callable[[int], bool]:
     return lambda tokens: tokens <= flight.tokens
 
 

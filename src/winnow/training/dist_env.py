@@ -36,7 +36,7 @@ HELD = "WINNOW_DEVICE_HELD"  # in the environment of a training whose pipeline s
 
 
 @dataclass(frozen=True)
-class World:
+class DistEnv:
     """All processes of a training, and this one among them."""
 
     size: int = 1
@@ -45,7 +45,7 @@ class World:
     local_rank: int = 0
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     @property
@@ -63,22 +63,22 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def world() -> World:
+def world() -> DistEnv:
     """As `torchrun` has put it into the environment; one process where it has not."""
     if not under_torchrun():
-        return World()
+        return DistEnv()
     names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
-    return World(*(int(os.environ[name]) for name in names))
+    return DistEnv(*(int(os.environ[name]) for name in names))
 
 
-def enter(hardware: Hardware, stages: Mapping[str, HasSlot]) -> World:
+def enter(hardware: Hardware, stages: Mapping[str, HasSlot]) -> DistEnv:
     """Who this process is, once it is clear that what it is asked to do can be spread as `torchrun` has spread it.
 
     Raises:
         UserError: other devices than `hardware.devices`, or a stage that is no training.
     """
     if not under_torchrun():
-        return World()
+        return DistEnv()
     found = world()
     if found.local_size != hardware.devices:
         raise UserError(
@@ -100,7 +100,7 @@ def enter(hardware: Hardware, stages: Mapping[str, HasSlot]) -> World:
     return found
 
 
-def join(run: Run, world: World) -> None:
+def join(run: Run, world: DistEnv) -> None:
     """Lets the processes of a training find one another; does nothing for a single one, or a second time."""
     if world.size == 1:
         return
@@ -138,7 +138,7 @@ def together(energy: Energy, run: Run) -> Energy:
     return dataclasses.replace(energy, wh=float(spent[0]), co2_g=float(spent[1]))
 
 
-def agreed(value: Any, world: World) -> Any:
+def agreed(value: Any, world: DistEnv) -> Any:
     """What the first process says, on all of them."""
     if world.size == 1:
         return value
@@ -171,7 +171,7 @@ def local_device(run: Run) -> str:
     return f"cuda:{world().local_rank}" if run.device == "cuda" else run.device
 
 
-def trainer_arguments(run: Run, world: World, sharded: bool = False) -> dict[str, Any]:
+def trainer_arguments(run: Run, world: DistEnv, sharded: bool = False) -> dict[str, Any]:
     """The arguments of `lightning.Trainer` that say where it runs."""
     accelerator = "cpu" if run.device == "cpu" else "gpu"
     if world.size == 1:

@@ -24,7 +24,7 @@ import torch
 from winnow.core.errors import RankLost, UserError
 from winnow.data.encoding import Encoded
 from winnow.hardware.run import Run
-from winnow.model.adapter import bare
+from winnow.model.adapter import base_model
 from winnow.model.packed_attention import packed
 from winnow.model.packing import cast_weights
 from winnow.training import batch_size, dist_env, kernels, low_rank, preflight
@@ -147,8 +147,8 @@ def _trained(
     schedule: Schedule,
     batching: Batching,
     run: Run,
-    world: dist_env.World,
-    flight: preflight.Flight,
+    world: dist_env.DistEnv,
+    flight: preflight.TrainingMemoryPlan,
     *,
     precision: str,
     checkpoint_minutes: float | None,
@@ -230,7 +230,7 @@ def _trained(
 
 
 @contextlib.contextmanager
-def _endings(world: dist_env.World, checkpoints: Checkpoints, progress: Progress) -> Iterator[None]:
+def _endings(world: dist_env.DistEnv, checkpoints: Checkpoints, progress: Progress) -> Iterator[None]:
     """Whatever way Lightning ends, it is said in our words, and signals and terminal are as before."""
     try:
         yield
@@ -255,9 +255,9 @@ def _placed(
     schedule: Schedule,
     batching: Batching,
     run: Run,
-    world: dist_env.World,
+    world: dist_env.DistEnv,
     precision: str,
-) -> tuple[preflight.Demand, preflight.Flight, dict[str, int]]:
+) -> tuple[preflight.TrainingMemory, preflight.TrainingMemoryPlan, dict[str, int]]:
     """Brings the model to its device; returns the memory it needs, how it will train, and limits of its batches in tokens.
 
     Raises:
@@ -268,12 +268,14 @@ def _placed(
     share, longest = math.ceil(batching.tokens / world.size), max((len(row.ids) for row in rows), default=1)
     asked = {"tokens_per_device": batching.tokens_per_device, "share": share, "longest": longest}
     work = schedule.steps * batching.tokens
-    flight: preflight.Flight = dist_env.agreed(preflight.check(demand, run, world, **asked, work=work), world)
+    flight: preflight.TrainingMemoryPlan = dist_env.agreed(
+        preflight.check(demand, run, world, **asked, work=work), world
+    )
     if flight.sharded and schedule.optimizer == "muon":
         raise UserError(
             "optimizer=muon needs whole matrices, and the weights are spread over the devices; set optimizer=adamw"
         )
-    if world.first:
+    if world.is_rank_zero:
         run.log(f"training {flight}")
     if flight.checkpointing:
         recompute(model)
@@ -286,7 +288,7 @@ def _placed(
 
 def recompute(model: Any) -> None:
     """Lets every block keep its input alone, and compute the rest a second time in the backward pass."""
-    base = bare(model)
+    base = base_model(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

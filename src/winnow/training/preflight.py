@@ -20,19 +20,19 @@ from winnow.core.errors import UserError
 from winnow.core.formats import duration, human
 from winnow.estimate.cost import activations, heap_holes
 from winnow.estimate.feasibility import HEADROOM
-from winnow.estimate.layout import Plan
+from winnow.estimate.layout import ModelLayout
 from winnow.estimate.machine import EFFICIENCY, resident_bytes
 from winnow.hardware.inventory import available_cores, physical_memory_bytes
 from winnow.hardware.run import Run
-from winnow.model.adapter import bare
+from winnow.model.adapter import base_model
 from winnow.model.spec import ModelSpec
-from winnow.training.dist_env import World
+from winnow.training.dist_env import DistEnv
 
 SHORTEST = 64  # tokens at a time that a way out still offers
 
 
 @dataclass(frozen=True)
-class Demand:
+class TrainingMemory:
     """What a training takes of one device.
 
     Attributes:
@@ -77,7 +77,7 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class Flight:
+class TrainingMemoryPlan:
     """How a training will run.
 
     Attributes:
@@ -104,11 +104,11 @@ class Flight:
         )
 
 
-def demand(model: Any, run: Run, mixed: bool, others: Sequence[nn.Module] = ()) -> Demand:
+def demand(model: Any, run: Run, mixed: bool, others: Sequence[nn.Module] = ()) -> TrainingMemory:
     """Counted on a causal language model of transformers, bare or wrapped by PEFT, as it will be trained."""
     from winnow.model.layers import decoder_blocks, linears
 
-    base = bare(model)
+    base = base_model(model)
     in_blocks = [sum(p.nbytes for p in block.parameters()) for block in decoder_blocks(base)]
     everything = sum(p.nbytes for p in model.parameters())
     masks = sum(b.nbytes for b in model.buffers())
@@ -118,8 +118,8 @@ def demand(model: Any, run: Run, mixed: bool, others: Sequence[nn.Module] = ()) 
     head = base.get_output_embeddings().weight
     narrowed = [weight for weight in (*products, head) if weight.element_size() == 4]
     teachers = {id(p): p.nbytes for other in others for p in other.parameters()}
-    return Demand(
-        spec=Plan(base.config, {}).spec,
+    return TrainingMemory(
+        spec=ModelLayout(base.config, {}).spec,
         weights_bytes=everything + 5 * masks,  # an adapter over a pruned matrix makes it anew in single precision
         largest_bytes=2 * max(in_blocks, default=0) + everything - sum(in_blocks),
         copied=sum(weight.numel() for weight in narrowed) if mixed else 0,
@@ -131,7 +131,7 @@ def demand(model: Any, run: Run, mixed: bool, others: Sequence[nn.Module] = ()) 
     )
 
 
-def usable_bytes(run: Run, world: World) -> int:
+def usable_bytes(run: Run, world: DistEnv) -> int:
     """Of one device: of its limit, less the headroom; a processor's memory is shared by its processes."""
     if run.device == "cpu":
         limit = run.memory_limit_bytes or physical_memory_bytes() // world.local_size
@@ -143,16 +143,16 @@ def usable_bytes(run: Run, world: World) -> int:
 
 
 def check(
-    found: Demand,
+    found: TrainingMemory,
     run: Run,
-    world: World,
+    world: DistEnv,
     *,
     tokens_per_device: int,
     share: int,
     longest: int,
     work: float,
     usable: int | None = None,
-) -> Flight:
+) -> TrainingMemoryPlan:
     """How the training will run on these devices.
 
     Args:
@@ -185,7 +185,7 @@ def check(
             while tokens > least and found.needed(tokens, checkpointing, parts) > left:
                 tokens = max(least, tokens // 2)
             needed = process + found.needed(tokens, checkpointing, parts)
-            return Flight(
+            return TrainingMemoryPlan(
                 tokens, needed, usable, checkpointing, parts > 1, _seconds(found, run, world, work, checkpointing)
             )
     needed = process + found.needed(least, True, shards[-1])
@@ -195,12 +195,12 @@ def check(
     )
 
 
-def can_shard(found: Demand) -> bool:
+def can_shard(found: TrainingMemory) -> bool:
     """Quantized weights take fewer bytes than half precision, and are no matrices that could be spread."""
     return found.weights_bytes >= 2 * found.spec.parameters
 
 
-def _way_out(found: Demand, left: float, least: int, world: World, whole_weights: bool) -> str:
+def _way_out(found: TrainingMemory, left: float, least: int, world: DistEnv, whole_weights: bool) -> str:
     for checkpointing, parts in ((True, 1), (True, world.size)):
         fewer = found.most(left, least // 2, checkpointing, parts)
         if fewer:
@@ -223,11 +223,11 @@ def _way_out(found: Demand, left: float, least: int, world: World, whole_weights
     return f"it fits with {', or '.join(ways)}" if ways else "take a smaller model, or devices with more memory"
 
 
-def _lora(found: Demand) -> int:
+def _lora(found: TrainingMemory) -> int:
     return 16 * found.spec.lora_width
 
 
-def _seconds(found: Demand, run: Run, world: World, work: float, checkpointing: bool) -> float | None:
+def _seconds(found: TrainingMemory, run: Run, world: DistEnv, work: float, checkpointing: bool) -> float | None:
     """Two operations a weight for the forward pass, two for the inputs' gradient, two for that of what is trained."""
     flops = run.tflops * 1e12 if run.tflops else _speed(found.mixed) if run.device == "cpu" else None
     if not flops:

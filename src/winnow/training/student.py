@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from winnow.data.encoding import IGNORED
-from winnow.model.adapter import bare
+from winnow.model.adapter import base_model
 from winnow.model.packed_attention import NOT_TOLD, packed
 from winnow.training.losses import Head, head_of
 
@@ -35,7 +35,7 @@ class Student(nn.Module):
     @property
     def base(self) -> Any:
         """The model itself, without PEFT's wrapping; adapters stay in its layers."""
-        return bare(self.model)
+        return base_model(self.model)
 
     @property
     def head(self) -> Head:

@@ -47,12 +47,12 @@ _OWN = (
 _KEPT_LINES = 400
 
 
-def is_spread(stage: HasSlot, run: Run) -> bool:
+def needs_torchrun(stage: HasSlot, run: Run) -> bool:
     """Whether the stage is a training that several devices share, and that is not being shared already."""
     return run.devices > 1 and not under_torchrun() and stage.slot in TRAINING and hasattr(stage, "steps")
 
 
-def spread(name: str, stage: HasSlot, lm: LM, run: Run) -> LM:
+def run_under_torchrun(name: str, stage: HasSlot, lm: LM, run: Run) -> LM:
     """What `stage(lm, run)` returns, made by one process a device; its record is in the manifest's `_notes`.
 
     Raises:

@@ -15,7 +15,7 @@ from winnow.core.types import Strategy
 from winnow.method.knobs import is_number, same
 from winnow.study.dimension import Dimension
 from winnow.study.history import History
-from winnow.study.policy import Outlook
+from winnow.study.policy import Forecaster
 from winnow.study.space import Method, Space
 
 REASON_CHARACTERS = 600
@@ -41,7 +41,7 @@ class Verdict:
     objections: list[str] = field(default_factory=list)
 
 
-def judge(answer: Any, most: int, history: History, space: Space, outlook: Outlook) -> Verdict:
+def judge(answer: Any, most: int, history: History, space: Space, outlook: Forecaster) -> Verdict:
     """Looks at the proposals of an answer in their order; those past the first `most` are not looked at."""
     verdict = Verdict()
     unknown, proposals = _proposals(answer)
@@ -105,7 +105,7 @@ def strategy_of(nodes: Any, space: Space) -> tuple[Strategy | None, list[str]]:
     return (None if objections else Strategy(tuple(m.name for m in chosen), knobs)), objections
 
 
-def objections_to(strategy: Strategy, history: History, outlook: Outlook) -> list[str]:
+def objections_to(strategy: Strategy, history: History, outlook: Forecaster) -> list[str]:
     """Why a strategy of the space is not to be tried."""
     if not strategy.methods:
         return ["it is the base model itself, which is known; name at least one method."]
@@ -113,7 +113,7 @@ def objections_to(strategy: Strategy, history: History, outlook: Outlook) -> lis
         running = any(s.overrides == strategy.overrides for s in history.running.values())
         state = "is running now" if running else "was proposed before"
         return [f"{strategy} {state}; propose another one."]
-    refusal = outlook.refusal(strategy)
+    refusal = outlook.infeasible_reason(strategy)
     return [f"{strategy} cannot be tried: {clean(refusal, 300)}"] if refusal else []
 
 

@@ -19,7 +19,7 @@ from winnow.agent.llm.reader import Unusable
 from winnow.agent.llm.schema import proposals_schema, route_schema
 from winnow.agent.llm.specialists import COORDINATOR, RULES, Specialist, of_space, prompt
 from winnow.study.history import History
-from winnow.study.policy import Outlook
+from winnow.study.policy import Forecaster
 from winnow.study.space import Space
 
 MOST_OBJECTIONS = 12
@@ -33,7 +33,7 @@ class Session:
     brief: str
     history: History
     space: Space
-    outlook: Outlook
+    outlook: Forecaster
     transcript: Transcript
     specialist: Specialist | None = None
     why: str = ""

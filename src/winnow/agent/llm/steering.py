@@ -20,7 +20,7 @@ from winnow.core.cli import say
 from winnow.core.errors import UserError
 from winnow.study.budget import Budget
 from winnow.study.history import History
-from winnow.study.policy import Outlook, Policy, Suggestion
+from winnow.study.policy import Forecaster, Policy, Suggestion
 from winnow.study.space import Space
 
 DEAD_IN_A_ROW = 3  # proposals without an answer, after which the model is not asked any more
@@ -116,13 +116,13 @@ class LLM:
         if self._silent:
             self.log(f"search: no language model steers ({self._silent}): agent.fallback does")
 
-    def ask(self, history: History, space: Space, outlook: Outlook) -> Suggestion:
+    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         """The model's proposal, or what is suggested instead.
 
         Raises:
             Exhausted: there is no strategy that was not tried.
         """
-        spent = self._limits.silences(history)
+        spent = self._limits.llm_budget_spent(history)
         if spent and not self._silent:
             self._give_up(spent)
         steering = self.fallback if self._silent and self.fallback is not None else self.optimizer
