@@ -1,7 +1,7 @@
 """Search for the Pareto front of compressed versions of a model. `python search.py --help` lists the options.
 
-`conf/search.yaml` makes this a Hydra multirun whose sweeper is winnow's: the sweeper proposes strategies, and this task runs one,
-wherever the launcher has it run. (Hydra's basic launcher has no place of its own: `winnow.search.launching`.)
+`conf/search.yaml` makes this a Hydra multirun with the sweeper of winnow: the sweeper proposes strategies, and this task runs one
+strategy in the process that the launcher chose. (Hydra's basic launcher has no process of its own: `winnow.search.launching`.)
 """
 
 from __future__ import annotations

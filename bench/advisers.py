@@ -17,7 +17,7 @@ from winnow.core.types import Trial
 from winnow.search.early_stopping import Racing
 from winnow.study import pareto
 from winnow.study.history import History
-from winnow.study.policy import Exhausted, Forecaster, Suggestion, fresh
+from winnow.study.policy import Exhausted, Forecaster, Suggestion, untried_strategies
 from winnow.study.space import Space
 
 SHARE_OF_LLM = 0.3
@@ -32,7 +32,7 @@ class Ranked:
 
     def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         for strategy in self.strategies:
-            if strategy.overrides not in history.seen:
+            if strategy.overrides not in history.proposed:
                 return Suggestion(strategy, "adviser", "as told")
         raise Exhausted("the adviser has nothing more to say")
 
@@ -47,7 +47,7 @@ class Knowing:
     def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         found = [self.world.numbers[t.strategy.overrides] for t in history.trials if t.complete]
         strategies = {n: self.world.table.rows[n].strategy for n in self.front}
-        left = [n for n, strategy in strategies.items() if strategy.overrides not in history.seen]
+        left = [n for n, strategy in strategies.items() if strategy.overrides not in history.proposed]
         if not left:
             raise Exhausted("the adviser has nothing more to say")
         most = max(left, key=lambda n: self.world.share([*found, n]))
@@ -62,7 +62,7 @@ class Nonsense:
 
     def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
         rng = np.random.default_rng([self.seed, history.proposals, 7])
-        candidates = fresh(history, space, rng, 16)
+        candidates = untried_strategies(history, space, rng, 16)
         return Suggestion(candidates[int(rng.integers(len(candidates)))], "adviser", "nonsense")
 
 

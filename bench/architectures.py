@@ -61,7 +61,7 @@ def outcome(folder: Path, name: str, stage: Any, scratch: Path) -> str:
     from winnow.hardware.run import Run
     from winnow.method import pipeline, suitability
     from winnow.model import manifest
-    from winnow.model.holders import EXPERT
+    from winnow.model.matrix_kinds import EXPERT
     from winnow.model.pretrained import pretrained
 
     said: list[str] = []
@@ -81,7 +81,7 @@ def outcome(folder: Path, name: str, stage: Any, scratch: Path) -> str:
             return f"DEFECT: not served: {made.manifest.get('runtimes')}, {said[-2:]}"
         if seen and name != "gguf":
             loaded = logits(pretrained(str(scratch / "artifact")))
-            experts = any(t.holder == EXPERT for t in plan.tensors.values())
+            experts = any(t.matrix_kind == EXPERT for t in plan.tensors.values())
             close = CLOSE_BESIDE_EXPERTS if name == "fp8" and experts else CLOSE
             if (loaded - seen[-1]).abs().max() > close * seen[-1].abs().max():
                 return f"DEFECT: logits differ by {(loaded - seen[-1]).abs().max():.3g} of {seen[-1].abs().max():.3g}"

@@ -53,7 +53,7 @@ def process(path: Path, parallel: str, lora: bool) -> None:
     from winnow.data.corpus import documents
     from winnow.data.encoding import encode
     from winnow.hardware.run import Run
-    from winnow.method.lora import Lora, adapted
+    from winnow.method.lora import Lora, add_adapters
     from winnow.nano.embedded import trained
     from winnow.training import dist_env
     from winnow.training.fit import Batching, fit
@@ -73,7 +73,7 @@ def process(path: Path, parallel: str, lora: bool) -> None:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(config)
     if lora:
-        model = adapted(model, Lora(rank=4), seed=0)
+        model = add_adapters(model, Lora(rank=4), seed=0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:  # it starts at zero, where A has no gradient

@@ -62,13 +62,13 @@ def settings() -> dict[str, Strategy]:
     found = [Strategy()]
     for name, stage in classes().items():
         if name not in NOT_MEASURED:
-            shown = {f"method.{name}.{k}": v for k, v in stage.shown_with.items()}
-            if stage.shown_after:
-                found.append(Strategy(stage.shown_after))
-            found.append(Strategy((*stage.shown_after, name), shown))
+            shown = {f"method.{name}.{k}": v for k, v in stage.measured_with.items()}
+            if stage.measured_after:
+                found.append(Strategy(stage.measured_after))
+            found.append(Strategy((*stage.measured_after, name), shown))
             if stage.aggressive:
                 most = {f"method.{name}.{k}": v for k, v in stage.aggressive.items()}
-                found.append(Strategy((*stage.shown_after, name), shown | most))
+                found.append(Strategy((*stage.measured_after, name), shown | most))
     found += [strategy for bits in FEW_BITS for strategy in compared(bits)]
     return {" ".join(strategy.overrides): strategy for strategy in found}
 
@@ -86,11 +86,11 @@ def measure(again: Sequence[str] = ()) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from winnow.hardware.inventory import cpu_model
-    from winnow.search import child, trial
+    from winnow.search import fork_server, trial
 
     held = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
     figures = {k: v for k, v in held.get("figures", {}).items() if k in settings()}
-    child.start_server()
+    fork_server.start_server()
     for key, strategy in settings().items():
         if key in figures and not set(strategy.methods) & set(again):
             continue

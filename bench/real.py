@@ -183,11 +183,11 @@ def measured(chosen: Setting, data: str) -> dict[str, Any]:
 
 def measure(data: str, only: Sequence[str], again: Sequence[str]) -> dict[str, Any]:
     """Measures the settings that `docs/real.json` does not hold."""
-    from winnow.hardware.compute import fastest
+    from winnow.hardware.compute import fastest_dtype
     from winnow.hardware.inventory import available_cores, cpu_model
 
     held = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {"figures": {}}
-    machine = f"{cpu_model()}, {available_cores()} cores, computed in {fastest('cpu')}"
+    machine = f"{cpu_model()}, {available_cores()} cores, computed in {fastest_dtype('cpu')}"
     for chosen in SETTINGS:
         if only and not set(chosen.methods) & set(only):
             continue

@@ -17,7 +17,7 @@ from table import Row, Table
 from winnow.core.errors import Reason
 from winnow.core.types import Slot, Strategy, Trial
 from winnow.search.early_stopping import LEAST_CHANCE, Racing, nearest_scored_trials
-from winnow.search.folders import scored
+from winnow.search.folders import scored_divergences
 from winnow.search.racing import Race, Rival
 from winnow.study.costs import Costs, Prefix, prefixes
 from winnow.study.history import History
@@ -85,7 +85,7 @@ class Replay:
     def run(self, space: Any) -> Iterator[Trial]:
         """Trials, each once it has ended and its cost is counted, until the space is exhausted."""
         for number in range(len(self.table.rows)):
-            waiting = [s for s in (Strategy(), *self.first) if s.overrides not in self.history.seen]
+            waiting = [s for s in (Strategy(), *self.first) if s.overrides not in self.history.proposed]
             try:
                 found = (
                     Suggestion(waiting[0], "first") if waiting else self.policy.ask(self.history, space, self.outlook)
@@ -138,7 +138,7 @@ class Replay:
             self.items += len(self.table.items)
             return trial
         at = {t.number: self.numbers[t.strategy.overrides] for t in self.history.trials if t.complete}
-        alike = [at[number] for number in nearest_scored_trials(scored(self.history), trial.figures.get(KL))]
+        alike = [at[number] for number in nearest_scored_trials(scored_divergences(self.history), trial.figures.get(KL))]
         drawn = draw(self.table, [*alike, *(at[r.number] for r in rivals)], self._rng)
         race = drawn.race({r.number: at[r.number] for r in rivals}, self.racing.error_rate)
         mine = self.table.scores[self.numbers[trial.strategy.overrides]][drawn.order][:, None]

@@ -32,7 +32,7 @@ from searches import SHARE, Curve, World, agents, at, ours, peer, peers, reached
 
 from winnow.core.types import Strategy, Trial
 from winnow.search.early_stopping import Racing, nearest_scored_trials
-from winnow.search.folders import LATEST
+from winnow.search.folders import LATEST_COMPLETE
 from winnow.study import pareto
 from winnow.study.objectives import KL
 from winnow.study.pareto import is_at_least_as_good
@@ -137,7 +137,7 @@ def races(world: World, count: int = 4000) -> list[Result]:
         if not rivals:
             scored += items
             continue
-        known = {t.number: t.figures[KL] for t in [*front, *others[-LATEST:]]}
+        known = {t.number: t.figures[KL] for t in [*front, *others[-LATEST_COMPLETE:]]}
         alike = nearest_scored_trials(known, candidate.figures[KL])
         drawn = draw(world.table, [*alike, *(t.number for t in rivals)], rng)
         race = drawn.race({t.number: t.number for t in rivals}, Racing().error_rate)
@@ -175,7 +175,7 @@ def _proposal_ms(count: int) -> float:
     from winnow.core.cli import CONF
     from winnow.search.forecaster import Forecasts
     from winnow.study.opening import open_study
-    from winnow.study.policy import Draw, Suggestion
+    from winnow.study.policy import Suggestion, UniformDraw
     from winnow.study.space import read_space
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -212,8 +212,8 @@ def _proposal_ms(count: int) -> float:
 
         once(Suggestion(Strategy(), "base"))
         while len(study.trials) < count:
-            strategy = space.draw(Draw(rng))
-            if strategy.overrides not in study.seen:
+            strategy = space.draw(UniformDraw(rng))
+            if strategy.overrides not in study.proposed:
                 once(Suggestion(strategy, "random"))
         for _ in range(22):
             started = time.perf_counter()

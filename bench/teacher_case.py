@@ -25,8 +25,8 @@ from winnow.training.losses import forward_kl
 from winnow.training.objective import Distillation, Objective, SampledDistillation
 from winnow.training.packed_rows import Documents
 from winnow.training.student import Student
-from winnow.training.targets import Sampling, Targets, targets_of
-from winnow.training.teacher import frozen
+from winnow.training.targets import Sampling, Targets, load_or_compute_targets
+from winnow.training.teacher import load_frozen
 
 VOCABULARY = 8192
 STUDENT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
@@ -55,7 +55,7 @@ def _speed_ratio(folder: Path) -> float:
     targets = _targets(teacher, rows, folder, VOCABULARY)
     steps = [
         _stepper(Student(pretrained(str(folder / "student"), dtype="float32").model), objective, rows)
-        for objective in (SampledDistillation(targets), Distillation(frozen(teacher, "cpu"), forward_kl))
+        for objective in (SampledDistillation(targets), Distillation(load_frozen(teacher, "cpu"), forward_kl))
     ]
     seconds: list[list[float]] = [[], []]
     for repeat in range(REPEATS + 1):
@@ -91,7 +91,7 @@ def _gradient_cosine(folder: Path) -> float:
     batch = Documents(rows, 4096, seed=0).batch(list(range(len(rows))), 0)
     targets = _targets(teacher, rows, folder, model.config.vocab_size)
     gradients = []
-    for objective in (SampledDistillation(targets), Distillation(frozen(teacher, "cpu"), forward_kl)):
+    for objective in (SampledDistillation(targets), Distillation(load_frozen(teacher, "cpu"), forward_kl)):
         student.zero_grad()
         objective(student, batch).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
@@ -116,7 +116,9 @@ def _rows(lm: LM, count: int) -> list[Encoded]:
 
 
 def _targets(teacher: LM, rows: list[Encoded], folder: Path, vocabulary: int) -> Targets:
-    return targets_of(teacher, rows, Sampling(), folder, vocabulary, lambda: frozen(teacher, "cpu"), lambda line: None)
+    return load_or_compute_targets(
+        teacher, rows, Sampling(), folder, vocabulary, lambda: load_frozen(teacher, "cpu"), lambda line: None
+    )
 
 
 if __name__ == "__main__":

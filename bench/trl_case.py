@@ -95,14 +95,14 @@ def documents(tokenizer: Any, steps: int) -> tuple[list[Encoded], list[Encoded]]
 def adapted_model() -> tuple[Any, Any]:
     import torch
 
-    from winnow.method.lora import Lora, adapted
+    from winnow.method.lora import Lora, add_adapters
     from winnow.model.packing import cast_weights
     from winnow.model.pretrained import pretrained
     from winnow.nano.embedded import WEIGHTS
 
     lm = pretrained(str(WEIGHTS))
     cast_weights(lm.model, torch.float32)
-    return adapted(lm.model, Lora(rank=16, alpha=32), seed=0), lm.tokenizer
+    return add_adapters(lm.model, Lora(rank=16, alpha=32), seed=0), lm.tokenizer
 
 
 def schedule(steps: int) -> Schedule:

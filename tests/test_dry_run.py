@@ -50,7 +50,7 @@ def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def known_machine() -> Iterator[None]:
-    with mock.patch("winnow.estimate.machine.measured", lambda *args: MACHINE):
+    with mock.patch("winnow.estimate.machine.measure_machine", lambda *args: MACHINE):
         yield
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from winnow.core.errors import MissingExtra, Reason, Unservable, classify
 from winnow.core.types import Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked
+from winnow.method.knobs import BaseStage
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS, untrained
@@ -123,25 +123,25 @@ def test_evaluation_ends_with_one_line_and_exit_code_2(command: Callable[..., An
 
 
 @dataclasses.dataclass(frozen=True)
-class Spoiled(Checked):
+class Spoiled(BaseStage):
     """A method whose artifact does not work."""
 
     slot = Slot.PRUNE
 
     def __call__(self, lm: LM, run: Run) -> LM:
         rows_shuffled(lm)
-        return lm.changed(lm.model)
+        return lm.with_model(lm.model)
 
 
 @dataclasses.dataclass(frozen=True)
-class Redrawn(Checked):
+class Redrawn(BaseStage):
     """A method that leaves a model as before its training: the logits are small, and perplexity is near the vocabulary."""
 
     slot = Slot.PRUNE
 
     def __call__(self, lm: LM, run: Run) -> LM:
         fresh = type(lm.model)(lm.model.config)
-        return lm.changed(fresh.to(lm.model.dtype))
+        return lm.with_model(fresh.to(lm.model.dtype))
 
 
 def test_a_model_that_is_random_is_noticed_because_its_base_was_not(tmp_path: Path, run_in: Run) -> None:

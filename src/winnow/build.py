@@ -1,6 +1,6 @@
-"""Turns a composed configuration into objects: the only caller of `hydra.utils.instantiate`, behind an allow-list.
+"""Builds objects from a composed configuration: the only caller of `hydra.utils.instantiate`, behind an allow-list.
 
-A `cfg` stops here: what comes out are values and objects of `winnow`.
+No `cfg` passes beyond this module: it returns values and objects of `winnow`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALLOWED_TARGETS = ("winnow.",)  # prefixes; `_target_` may name nothing else
 
 
 def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str, dict[Any, Any]]]:
-    """Each key with a `_target_`, that, and what stands beside it."""
+    """Yields each key that has a `_target_`, with the target and the mapping that contains it."""
     if isinstance(node, dict):
         for name, value in node.items():
             if name == "_target_":
@@ -43,19 +43,19 @@ def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str, dict[Any, Any
 
 
 def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
-    """The object that `cfg` (found under `key`) describes.
+    """Builds the object that `cfg`, the configuration under `key`, describes.
 
     Raises:
-        UserError: a `_target_` outside the allow-list, or arguments that its class refuses.
+        UserError: a `_target_` is outside the allow-list, or its class refuses the arguments.
     """
     import hydra.utils
     from hydra.errors import InstantiationException
 
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    for where, target, values in _targets(plain, key):
+    container = OmegaConf.to_container(cfg, resolve=True)
+    for where, target, values in _targets(container, key):
         if where.startswith("agent.") and where.endswith(".llm") and _is_chat_model(target, where):
             continue
-        # "winnow.x.os.system" would pass a mere prefix check: attributes reached through a module's imports are refused
+        # a mere prefix check would pass "winnow.x.os.system": the definition itself must be in winnow
         if not target.startswith(ALLOWED_TARGETS) or not _defined_in_winnow(target):
             allowed = "targets must be classes or functions of winnow, or as agent.llm a chat model that conf/agent/llm.yaml names"
             raise UserError(f"{where}._target_={target} is not allowed: {allowed}")
@@ -71,7 +71,7 @@ def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
 
 
 def _is_chat_model(target: str, where: str) -> bool:
-    """Whether a target is one of the chat models, named one by one, that may steer a search; it is installed then."""
+    """Returns whether a target is one of the listed chat models that may steer a search; raises if it is not installed."""
     from winnow.agent.llm.providers import PROVIDERS, check_installed
 
     if target in PROVIDERS:
@@ -81,55 +81,55 @@ def _is_chat_model(target: str, where: str) -> bool:
 
 def _defined_in_winnow(target: str) -> bool:
     try:
-        found = target_of(target)
+        definition = target_of(target)
     except (ImportError, AttributeError):
         return False
-    return getattr(found, "__module__", "").startswith("winnow.")
+    return getattr(definition, "__module__", "").startswith("winnow.")
 
 
 def methods(cfg: DictConfig) -> dict[str, Any]:
-    """The configurations of the methods that are chosen, by name.
+    """Returns the configurations of the chosen methods by name.
 
-    An experiment also configures methods that `method=[...]` then leaves out: what it says of them is not used.
+    Settings of an experiment for methods that `method=[...]` leaves out are ignored.
     """
     return {str(name): node for name, node in (cfg.method or {}).items() if node is not None and "_target_" in node}
 
 
 def stages(cfg: DictConfig) -> dict[str, Stage]:
-    """The stages of `cfg.method` by name, in their order, with the order of slots checked."""
+    """Builds the stages of `cfg.method` by name, in their order, and checks the order of their slots."""
     from winnow.method.pipeline import check_order
 
-    made = {name: instantiate(node, f"method.{name}") for name, node in methods(cfg).items()}
-    check_order(made)
-    return made
+    pipeline_stages = {name: instantiate(node, f"method.{name}") for name, node in methods(cfg).items()}
+    check_order(pipeline_stages)
+    return pipeline_stages
 
 
 def model(cfg: DictConfig, weights: bool = True, dequantize: bool = True) -> LM:
-    """The base model, not in memory yet; that its files exist and may be read is checked.
+    """Builds the base model without loading it; checks that its files exist and can be read.
 
-    Without `weights` it is only asked for its configuration, and need not have more; without `dequantize` a GGUF file stays as
-    it is.
+    Without `weights` only the configuration of the model is needed. Without `dequantize` a GGUF file stays as it is.
     """
-    told = {} if weights else {"weights": False}
+    options = {} if weights else {"weights": False}
     if not dequantize and cfg.model.get("path"):
-        told["dequantize"] = False
-    lm: LM = instantiate(cfg.model, "model", **told)
+        options["dequantize"] = False
+    lm: LM = instantiate(cfg.model, "model", **options)
     return lm
 
 
 def hardware(cfg: DictConfig) -> Hardware:
-    """The hardware; that it is there is for `Hardware.check`."""
-    made: Hardware = instantiate(cfg.hardware, "hardware")
-    return made
+    """Builds the hardware; `Hardware.check` checks that it is present."""
+    built: Hardware = instantiate(cfg.hardware, "hardware")
+    return built
 
 
 def benchmark(cfg: DictConfig) -> Benchmark:
-    made: Benchmark = instantiate(cfg.benchmark, "benchmark")
-    return made
+    """Builds the benchmark."""
+    built: Benchmark = instantiate(cfg.benchmark, "benchmark")
+    return built
 
 
 def policy(cfg: DictConfig) -> Policy:
-    """The agent; an agent that it names as its fall-back is read from that one's own file."""
+    """Builds the agent; reads a fallback agent that it names from that agent's own file."""
     from omegaconf import open_dict
 
     from winnow.core.cli import CONF, options, unknown_option
@@ -139,12 +139,12 @@ def policy(cfg: DictConfig) -> Policy:
         if isinstance(name, str):
             if name not in options("agent"):
                 raise UserError(unknown_option("agent", name).replace("agent=", "agent.fallback=", 1))
-            read = OmegaConf.load(CONF / "agent" / f"{name}.yaml")
-            if "defaults" in read:
+            fallback = OmegaConf.load(CONF / "agent" / f"{name}.yaml")
+            if "defaults" in fallback:
                 raise UserError(
                     f"agent.fallback={name} may need help itself; give an optimizer, e.g. agent.fallback=gp"
                 )
-            node["fallback"] = read
+            node["fallback"] = fallback
         for child in node.values():
             if OmegaConf.is_dict(child):
                 fill(child)
@@ -152,54 +152,55 @@ def policy(cfg: DictConfig) -> Policy:
     root = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     with open_dict(root):
         fill(root.agent)
-    made: Policy = instantiate(root.agent, "agent")
-    return made
+    built: Policy = instantiate(root.agent, "agent")
+    return built
 
 
 def calibration(cfg: DictConfig) -> Calibration:
+    """Builds the calibration; replaces an automatic source by the default source of the model."""
     from winnow.data import corpus
 
-    given: dict[str, Any] = OmegaConf.to_container(cfg.calibration, resolve=True)  # type: ignore[assignment]
-    check_scalars(Calibration, given, "calibration")
-    if given["source"] == corpus.AUTO:
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.calibration, resolve=True)  # type: ignore[assignment]
+    check_scalars(Calibration, settings, "calibration")
+    if settings["source"] == corpus.AUTO:
         model = cfg.get("model") or {}
-        given["source"] = corpus.suited(str(model.get("_target_")), model.get("path"))
-    return Calibration(**given)
+        settings["source"] = corpus.default_source(str(model.get("_target_")), model.get("path"))
+    return Calibration(**settings)
 
 
 def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
-    """What stages and probes are given beside the model."""
+    """Builds the run: what stages and meters need besides the model."""
     from winnow.data.corpus import check_source
-    from winnow.hardware.compute import slow_here
+    from winnow.hardware.compute import slow_dtype_warning
 
     check_scalars(Run, {"seed": cfg.seed})
-    known = calibration(cfg)
-    check_source(known)
+    calibration_set = calibration(cfg)
+    check_source(calibration_set)
     folder.mkdir(parents=True, exist_ok=True)
-    used = hardware(cfg)
-    slow = slow_here(used.compute_dtype, used.device)
-    if slow and "study" not in cfg:  # a search says it once, not in each trial
-        log(f"hardware.dtype={used.dtype}: {slow}")
+    machine = hardware(cfg)
+    warning = slow_dtype_warning(machine.compute_dtype, machine.device)
+    if warning and "study" not in cfg:  # a search logs it once, not in each trial
+        log(f"hardware.dtype={machine.dtype}: {warning}")
     return Run(
         folder=folder,
         seed=cfg.seed,
-        device=used.device,
-        dtype=used.compute_dtype,
+        device=machine.device,
+        dtype=machine.compute_dtype,
         log=log,
-        calibration=known,
+        calibration=calibration_set,
         base=cfg.get("base"),
-        devices=used.devices,
-        parallel=used.parallel,
-        tflops=used.tflops,
-        memory_limit_bytes=used.memory_limit_bytes,
-        carbon_g_per_kwh=used.carbon_g_per_kwh,
+        devices=machine.devices,
+        parallel=machine.parallel,
+        tflops=machine.tflops,
+        memory_limit_bytes=machine.memory_limit_bytes,
+        carbon_g_per_kwh=machine.carbon_g_per_kwh,
         cache=Path(cfg.outputs) / "cache",
         stage_cache_bytes=int(cfg.get("stage_cache_gb", 0) * 1e9),
     )
 
 
 def output(cfg: DictConfig, command: str, lm: LM, parts: Mapping[str, Any]) -> Path:
-    """Where results go: `cfg.output`, or a name under `cfg.outputs` that the settings determine."""
+    """Returns the folder for results: `cfg.output`, or a name under `cfg.outputs` derived from the settings."""
     if cfg.output:
         return Path(cfg.output)
     settings = OmegaConf.to_container(cfg, resolve=True)
@@ -211,7 +212,7 @@ def output(cfg: DictConfig, command: str, lm: LM, parts: Mapping[str, Any]) -> P
 
 
 def scratch(cfg: DictConfig, output: Path) -> Path:
-    """A folder for checkpoints and intermediate files of what becomes `output`: the same for the same command."""
+    """Returns the folder for checkpoints and intermediate files of `output`, which is the same for the same command."""
     return (
         Path(cfg.outputs)
         / "scratch"

@@ -1,4 +1,4 @@
-"""What `compress.py`, `train.py` and `evaluate.py` do, as functions of their configuration; a trial runs the same ones."""
+"""Implements `compress.py`, `train.py` and `evaluate.py` as functions of their configuration, which trials also run."""
 
 from __future__ import annotations
 
@@ -39,66 +39,65 @@ def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compre
     hardware = build.hardware(cfg)
     stages = build.stages(cfg)
     lm = build.model(cfg)
-    # in main memory, whatever the device: stages bring to it what they work on, a block at a time
+    # weights stay in main memory; stages move one block at a time to the device
     lm.loading = dataclasses.replace(lm.loading, device="cpu")
     hardware.check()
-    world = dist_env.enter(hardware, stages)
-    if not world.is_rank_zero:  # of the processes of a training only the first speaks
-        log = _silent
+    dist = dist_env.enter(hardware, stages)
+    if not dist.is_rank_zero:  # only rank 0 of a distributed training logs
+        log = _ignore
     output = build.output(cfg, command, lm, stages)
     scratch = build.scratch(cfg, output)
     curves = curves_of(cfg, output, scratch, log)
-    with _alone(scratch, output) if world.is_rank_zero else contextlib.nullcontext():
+    with _lock_scratch(scratch, output) if dist.is_rank_zero else contextlib.nullcontext():
         try:
-            with _sharing(hardware.device, log, world), curves if world.is_rank_zero else contextlib.nullcontext():
+            with _share_device(hardware.device, log, dist), curves if dist.is_rank_zero else contextlib.nullcontext():
                 run = dataclasses.replace(build.run(cfg, scratch, log), curve=curves.log)
                 artifact = run_pipeline(lm, stages, run, output)
         except BaseException:
-            # a training's checkpoints stay, so that the same command goes on from them
-            if world.is_rank_zero and not any(scratch.rglob("*.ckpt")):
+            # checkpoints of a training stay, so that the same command resumes from them
+            if dist.is_rank_zero and not any(scratch.rglob("*.ckpt")):
                 _remove(scratch)
             raise
-        if not world.is_rank_zero:
-            sys.exit(0)  # the first writes what they have all made
+        if not dist.is_rank_zero:
+            sys.exit(0)  # rank 0 writes the artifact of all ranks
         _remove(scratch)
     assert artifact.path is not None
     return Path(artifact.path)
 
 
-class Gates(Protocol):
-    """What a search puts between the parts of an evaluation; each may raise `Stopped` to end it there.
+class EvaluationHooks(Protocol):
+    """Hooks of a search between the parts of an evaluation; each may raise `Stopped` to end it.
 
     Attributes:
-        scores_first: whether the hardware is of interest only in what has been scored to its end.
+        scores_first: whether the benchmark runs before the hardware meters.
     """
 
     scores_first: bool
 
     def on_loaded(self, lm: LM, served: Served, run: Run) -> Figures:
-        """Figures that cost little, once the model is open."""
+        """Returns cheap figures once the model is loaded."""
 
     def base(self) -> Base | None:
-        """The base model, if the model is to be measured in turn with it; asked for once the model is open."""
+        """Returns the base model if the model is to be measured in turn with it; called once the model is loaded."""
 
     def on_measured(self, figures: Figures) -> None:
-        """Is shown them, and those of the hardware if they were measured."""
+        """Receives the cheap figures, and those of the hardware if they were measured."""
 
     def ordered(self, benchmark: Benchmark) -> Benchmark:
-        """The benchmark, its items in the order in which they are to be put."""
+        """Returns the benchmark with its items in the order in which they are to be scored."""
 
-    def on_round(self, samples: Sequence[Sample], left: int) -> None:
-        """Is shown the items' outcomes so far, after each round but the last."""
+    def on_round(self, samples: Sequence[Sample], items_left: int) -> None:
+        """Receives the item outcomes so far after each round but the last."""
 
 
-def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = None) -> dict[str, Any]:
-    """Measures and scores `cfg.model` as it lies on disk; writes `metrics.json` and the items' outcomes, returns the metrics.
+def evaluate(cfg: DictConfig, log: Callable[[str], None], hooks: EvaluationHooks | None = None) -> dict[str, Any]:
+    """Measures and scores `cfg.model` as it is on disk; writes `metrics.json` and the item outcomes, returns the metrics.
 
-    A GGUF file is the base model that it was dequantized to, as `compress` takes it; `hardware.runtime=llama_cpp` has llama.cpp
-    serve the file itself.
+    A GGUF file is dequantized to a base model, as in `compress`; `hardware.runtime=llama_cpp` lets llama.cpp serve the file itself.
 
-    Where a gate has stopped it, `stopped` says why, and the figures are those that were found before.
+    If a hook stops the evaluation, `stopped` says why, and the figures are those measured before.
     """
-    from winnow.core.files import whole_folder
+    from winnow.core.files import atomic_folder
     from winnow.model import manifest
     from winnow.runtime import serving
     from winnow.runtime.check import check
@@ -111,35 +110,33 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
     figures, seconds = Figures(), dict[str, float]()
     output = build.output(cfg, "evaluate", lm, {str(cfg.benchmark.name): benchmark})
     stopped = None
-    with whole_folder(output) as folder, contextlib.ExitStack() as opened:
+    with atomic_folder(output) as folder, contextlib.ExitStack() as opened:
         run = build.run(cfg, folder, log)
 
         def measure() -> None:
             with _timed(seconds, "meters"):
-                figures.merge(Meters(hardware, gates.base() if gates is not None else None)(lm, run, served))
+                figures.merge(Meters(hardware, hooks.base() if hooks is not None else None)(lm, run, served))
 
         def score() -> None:
-            if gates is not None:
-                gates.on_measured(figures)
+            if hooks is not None:
+                hooks.on_measured(figures)
             with shared_device(hardware.device, log), _timed(seconds, "benchmark"):
                 figures.merge(
                     benchmark(lm, run, served=served)
-                    if gates is None
-                    else gates.ordered(benchmark)(lm, run, gates.on_round, served)
+                    if hooks is None
+                    else hooks.ordered(benchmark)(lm, run, hooks.on_round, served)
                 )
 
         try:
-            with shared_device(
-                hardware.device, log
-            ):  # with other work; the meters wait until they have the device alone
+            with shared_device(hardware.device, log):  # shared with other work; the meters wait for exclusive use
                 with _timed(seconds, "load"):
                     served = opened.enter_context(serving(lm, hardware, log))
                 with _timed(seconds, "check"):
-                    check(lm, served)  # before anything is paid for
-                if gates is not None:
+                    check(lm, served)  # before anything expensive
+                if hooks is not None:
                     with _timed(seconds, "divergence"):
-                        figures.merge(gates.on_loaded(lm, served, run))
-            for part in (score, measure) if gates is not None and gates.scores_first else (measure, score):
+                        figures.merge(hooks.on_loaded(lm, served, run))
+            for part in (score, measure) if hooks is not None and hooks.scores_first else (measure, score):
                 part()
         except Stopped as end:
             log(f"stopped: {end}")
@@ -163,11 +160,11 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], gates: Gates | None = 
 
 
 @contextlib.contextmanager
-def _alone(scratch: Path, output: Path) -> Iterator[None]:
-    """Holds the scratch folder: a second process with the same command would take files from under the first one.
+def _lock_scratch(scratch: Path, output: Path) -> Iterator[None]:
+    """Locks the scratch folder, because a second process with the same command would remove files of the first one.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -184,25 +181,27 @@ def _alone(scratch: Path, output: Path) -> Iterator[None]:
 
 
 def curves_of(cfg: DictConfig, output: Path, scratch: Path, log: Callable[[str], None]) -> Curves:
-    """Where the curves of the trainings go: into one run of W&B, named after the output."""
+    """Returns the logger of training curves: one W&B run named after the output."""
     from winnow.report.curves import Curves
 
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    shown = {"model": plain["model"].get("name"), **{k: plain.get(k) for k in ("method", "calibration", "seed")}}
-    place = Path(cfg.outputs) / "wandb"
-    return Curves(**plain["wandb"], folder=place, name=output.name, config=shown, memory=scratch / "wandb-id", say=log)
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    config = {"model": settings["model"].get("name"), **{k: settings.get(k) for k in ("method", "calibration", "seed")}}
+    folder = Path(cfg.outputs) / "wandb"
+    return Curves(
+        **settings["wandb"], folder=folder, name=output.name, config=config, memory=scratch / "wandb-id", say=log
+    )
 
 
-def _silent(line: str) -> None: ...
+def _ignore(line: str) -> None: ...
 
 
-def _sharing(
-    device: str, log: Callable[[str], None], world: dist_env.DistEnv
+def _share_device(
+    device: str, log: Callable[[str], None], dist: dist_env.DistEnv
 ) -> contextlib.AbstractContextManager[None]:
-    """Held once by all processes of a training: a measurement that waits for one would never let the next one in."""
-    held = world.local_rank > 0 or dist_env.HELD in os.environ
-    return contextlib.nullcontext() if held else shared_device(device, log)
+    """Takes the shared device once for all ranks: a measurement waiting for exclusive use would block a second request."""
+    already_held = dist.local_rank > 0 or dist_env.DEVICE_HELD in os.environ
+    return contextlib.nullcontext() if already_held else shared_device(device, log)
 
 
 @contextlib.contextmanager
@@ -215,6 +214,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _remove(scratch: Path) -> None:
-    """Removes a scratch folder, and `scratch/` and the outputs' folder if nothing else lies in them."""
+    """Removes a scratch folder, and also `scratch/` and the outputs folder if they are then empty."""
     shutil.rmtree(scratch, ignore_errors=True)
     remove_empty(scratch.parent, until=scratch.absolute().parents[2])

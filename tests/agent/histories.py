@@ -11,7 +11,7 @@ from winnow.core.errors import Reason
 from winnow.core.types import Objective, Strategy, Trial
 from winnow.search.forecaster import Forecasts
 from winnow.study.history import History
-from winnow.study.policy import Draw
+from winnow.study.policy import UniformDraw
 from winnow.study.space import Space, read_space
 
 METHODS = {
@@ -63,7 +63,7 @@ def random_history(space: Space, trials: int, message: str = "") -> History:
     history = History(OBJECTIVES)
     add(history, Strategy(), {"accuracy": 0.9, "size_bytes": 1000.0})
     for number in range(1, trials):
-        strategy = space.draw(Draw(rng))
+        strategy = space.draw(UniformDraw(rng))
         if number % 7 == 0:
             add(history, strategy, {}, reason=Reason.ERROR, message=message or "ValueError: " + "x" * 500)
         else:

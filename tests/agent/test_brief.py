@@ -174,7 +174,7 @@ def test_nothing_outside_the_space_ever_comes_out() -> None:
         if verdict.idea is not None:
             accepted += 1
             assert in_space(verdict.idea.strategy, space)
-            assert verdict.idea.strategy.overrides not in history.seen
+            assert verdict.idea.strategy.overrides not in history.proposed
             assert all(o.startswith("method") for o in verdict.idea.strategy.overrides)
     assert 100 < accepted < 3900  # the mutations do both: leave some intact, and break most
 

@@ -54,8 +54,8 @@ def test_it_looks_and_changes_nothing(name: str) -> None:
     history = world.searched(policy, space, 12, outlook)
     before = copy.deepcopy(history)
     first = policy.ask(history, space, outlook)
-    assert (history.trials, history.seen, history.running, history.proposals) == (
-        before.trials, before.seen, before.running, before.proposals
+    assert (history.trials, history.proposed, history.running, history.proposals) == (
+        before.trials, before.proposed, before.running, before.proposals
     )  # fmt: skip
     assert policy.ask(history, space, outlook).strategy == first.strategy  # asked again, it says the same
 

@@ -37,7 +37,7 @@ def first(count: int) -> list[Strategy]:
     history, found = started(), []
     for _ in range(count):
         found.append(Grid().ask(history, space_of("rtn", "wanda"), outlook()).strategy)
-        history.seen.add(found[-1].overrides)
+        history.proposed.add(found[-1].overrides)
     return found
 
 

@@ -63,7 +63,7 @@ def run(folder: Path, policy: Any, log: Any = lambda line: None, trials: int = 1
         study=study,
         space=space_of(),
         policy=policy,
-        outlook=outlook(),
+        forecaster=outlook(),
         launch=launch or made,
         budget=Budget(trials=trials),
         folder=folder,

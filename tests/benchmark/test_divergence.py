@@ -64,14 +64,14 @@ def test_rows_at_once_are_what_they_are_one_at_a_time(soft: bool, tiny: Path) ->
     if soft:
         peft = pytest.importorskip("peft")
         settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        lm = lm.changed(peft.get_peft_model(lm.model, settings))
+        lm = lm.with_model(peft.get_peft_model(lm.model, settings))
     with serving(lm) as served:
         assert isinstance(served, Runtime)
         served.model.float()
         served.batch_logits = 14 * served.vocab_size  # two of the longest
-        likeliest = served.next_tokens_of(rows, 20)
+        likeliest = served.next_tokens_batch(rows, 20)
         wanted = [np.arange(4 * (len(row) - 1)).reshape(-1, 4) for row in rows]
-        told = served.next_tokens_of(rows, wanted)
+        told = served.next_tokens_batch(rows, wanted)
         for row, columns, (tokens, values), (same, others) in zip(rows, wanted, likeliest, told, strict=True):
             plain_tokens, plain_values = served.next_tokens(row, 20)
             assert np.array_equal(tokens, plain_tokens) and np.allclose(values, plain_values, atol=1e-5)
@@ -91,7 +91,7 @@ def test_the_reference_is_computed_once_and_by_what_it_depends_on(
     first = divergence.reference(pretrained(str(tiny)), None, run, "cpu")
     other = divergence.reference(pretrained(str(tiny)), None, dataclasses.replace(run, seed=1), "cpu")
     assert other.rows != first.rows
-    monkeypatch.setattr(divergence, "_computed", None)  # would fail if it were asked again
+    monkeypatch.setattr(divergence, "_compute_reference", None)  # would fail if it were asked again
     again = divergence.reference(pretrained(str(tiny)), None, run, "cpu")
     assert again.rows == first.rows and np.array_equal(again.tokens, first.tokens)
     assert np.allclose(again.log_probabilities, first.log_probabilities)

@@ -30,10 +30,10 @@ def test_each_has_the_score_that_it_has_alone(family: str, most_tokens: int) -> 
     model = model_of(family)
     asked = requests()
     for found, expected in zip(
-        rows.scores(model, asked, most_tokens), (rows.alone(model, x) for x in asked), strict=True
+        rows.scores(model, asked, most_tokens), (rows.score_unpacked(model, x) for x in asked), strict=True
     ):
         assert found == (pytest.approx(expected[0], abs=1e-4), expected[1])
-    assert rows.fits(model)
+    assert rows.supports_packing(model)
 
 
 def test_a_choice_does_not_see_the_others() -> None:
@@ -65,4 +65,4 @@ def test_a_context_is_read_once_in_a_row() -> None:
 
 
 def test_a_model_that_keeps_a_state_across_positions_is_found_out() -> None:
-    assert not rows.fits(stateful())
+    assert not rows.supports_packing(stateful())

@@ -257,7 +257,7 @@ class TestStudy:
 
 
 def test_an_error_below_a_folder_named_as_a_library_is_a_defect(tmp_path: Path) -> None:
-    from winnow.core.cli import is_mistake
+    from winnow.core.cli import is_user_mistake
 
     (tmp_path / "hydra").mkdir()
     (tmp_path / "hydra" / "mine.py").write_text("def divide():\n    return 1 / 0\n")
@@ -266,4 +266,4 @@ def test_an_error_below_a_folder_named_as_a_library_is_a_defect(tmp_path: Path) 
     exec(code, names)
     with pytest.raises(ZeroDivisionError) as error:
         names["divide"]()  # type: ignore[operator]
-    assert not is_mistake(error.value)
+    assert not is_user_mistake(error.value)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from winnow.core.files import whole, write_json
+from winnow.core.files import atomic_write, write_json
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "front.json"
     write_json(path, {"a": 1})
-    with pytest.raises(OSError, match="full"), whole(path) as scratch:
+    with pytest.raises(OSError, match="full"), atomic_write(path) as scratch:
         scratch.write_text('{"a": 2, "b"')
         raise OSError("the disk is full")
     assert json.loads(path.read_text()) == {"a": 1}
@@ -22,7 +22,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_a_reader_never_sees_half(tmp_path: Path) -> None:
     path = tmp_path / "outcome.json"
-    with whole(path) as scratch:
+    with atomic_write(path) as scratch:
         scratch.write_text("half")
         assert not path.exists() and scratch.suffix == ".json"
     assert path.read_text() == "half"

@@ -12,7 +12,7 @@ from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Chat, Document
 from winnow.data.calibration import calibration_batches
 from winnow.data.contamination import benchmark_of
-from winnow.data.corpus import _benchmarks, _pieces, _worded, documents
+from winnow.data.corpus import _benchmarks, _item_documents, _split_text, documents
 from winnow.hardware.run import Run
 from winnow.model.pretrained import pretrained
 
@@ -163,7 +163,7 @@ def test_articles_come_in_pieces_that_a_document_can_hold() -> None:
     words = sum(len(d.completion.split()) for d in found)  # type: ignore[union-attr]
     assert 0.8 * sum(len(a.split()) for a in articles) < words  # fewer, as the benchmark joins punctuation to words
     assert any("The Boat Race 2008" in d.completion for d in found)  # type: ignore[union-attr]
-    assert "".join(_pieces("a  bb\nccccc d", 3)) == "abbcccccd" and list(_pieces("aaaa", 3)) == ["aaa", "a"]
+    assert "".join(_split_text("a  bb\nccccc d", 3)) == "abbcccccd" and list(_split_text("aaaa", 3)) == ["aaa", "a"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_choices_are_worded_with_the_right_one(name: str, expected: Document) ->
     spec = Spec.read(name, dict(_benchmarks()[name][name]))
     with quiet():
         task = load(spec, str(ITEMS))[0][0].task
-    assert expected in [document for doc in task.eval_docs for document in _worded(task, doc, 512)]
+    assert expected in [document for doc in task.eval_docs for document in _item_documents(task, doc, 512)]
 
 
 def test_a_benchmark_without_a_training_split_is_none() -> None:

@@ -9,10 +9,10 @@ from transformers import LlamaConfig
 
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration
-from winnow.estimate.cost import Counted, StageCost
+from winnow.estimate.cost import CountedCalibration, StageCost
 from winnow.estimate.feasibility import HEADROOM, Feasibility, feasibility
 from winnow.estimate.layout import ModelLayout, dense_tensors
-from winnow.estimate.machine import Machine, measured
+from winnow.estimate.machine import Machine, measure_machine
 from winnow.hardware.device import Hardware
 from winnow.method.bnb import NF4, Int8
 from winnow.method.knobs import Stage
@@ -125,12 +125,12 @@ def test_time_is_unknown_without_the_devices_speed(llama_8b: ModelLayout) -> Non
 
 
 def test_this_machine_is_measured() -> None:
-    machine = measured(Hardware("cpu"), "float32")
+    machine = measure_machine(Hardware("cpu"), "float32")
     assert machine.flops and 1e8 < machine.flops < 1e14
     assert 1e8 < machine.traffic < 1e12
     assert machine.process_bytes > 10**8
     assert machine.host_limit and machine.host_limit > machine.process_bytes
-    assert measured(gpu(24, tflops=312.0), "bfloat16").flops == 312e12
+    assert measure_machine(gpu(24, tflops=312.0), "bfloat16").flops == 312e12
 
 
 def test_work_that_follows_needs_the_larger_memory_and_the_sum_of_the_time() -> None:
@@ -144,7 +144,7 @@ def test_calibration_counts_as_it_was_tokenised(llama_8b: ModelLayout) -> None:
     at_most = StageCost.calibrated(llama_8b, Calibration(samples=10, max_length=100))
     tokens = 10 * 100
     assert at_most.flops == pytest.approx(2 * 2 * tokens * llama_8b.linear_parameters, rel=0.05)
-    found = Counted(samples=10, max_length=100, tokens=500, shapes=3, batch_tokens=100)
+    found = CountedCalibration(samples=10, max_length=100, tokens=500, shapes=3, batch_tokens=100)
     assert StageCost.calibrated(llama_8b, found).flops == pytest.approx(at_most.flops / 2, rel=0.05)
     # as many bytes as the square of the widest inputs of a block in single precision
     assert StageCost.hessians(llama_8b, found).device_bytes > 4 * (6 * 4096**2 + 14336**2)

@@ -113,7 +113,7 @@ def test_artifacts_are_decoded_as_their_methods_say(name: str, tmp_path: Path) -
     prompt_bt = torch.tensor([lm.tokenizer("Anna goes to the forest to look for a tree.")["input_ids"]], device=DEVICE)
     with serving(lm, hardware_of("auto"), lines.append) as served:
         served.request(prompt_bt.tolist(), 12)
-        eager = CLASSES[name].eager_because is not None
+        eager = CLASSES[name].eager_reason is not None
         assert (served.runtime_mode == "eager") == eager == bool(lines), (served.runtime_mode, lines)
         if not eager:
             assert isinstance(served, Runtime) and served._decoder is not None

@@ -12,6 +12,6 @@ from winnow.nano.embedded import WEIGHTS
 def test_each_has_about_the_score_that_it_has_alone() -> None:
     model = pretrained(str(WEIGHTS), device="cuda").model
     asked = [(list(range(20, 31)), list(range(40, 40 + n))) for n in (1, 5, 2)] + [([7], [9, 30, 12])]
-    assert rows.fits(model)
+    assert rows.supports_packing(model)
     for found, request in zip(rows.scores(model, asked, 1000), asked, strict=True):
-        assert found[0] == pytest.approx(rows.alone(model, request)[0], rel=0.02)
+        assert found[0] == pytest.approx(rows.score_unpacked(model, request)[0], rel=0.02)

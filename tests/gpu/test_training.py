@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 from winnow.core.types import Calibration
 from winnow.hardware.run import Run
 from winnow.method.lora import Lora
-from winnow.model.packed_attention import attention, document
+from winnow.model.packed_attention import attention, document_attention
 from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
 from winnow.training.batch_size import NAME
@@ -44,7 +44,7 @@ def test_packed_attention_is_that_of_each_document_alone(heads: tuple[int, int],
 
     plain = [x.detach().float().requires_grad_() for x in row]
     parts = zip(*(x.split(list(LENGTHS), dim=2) for x in plain), strict=True)
-    expected = torch.cat([document(*x, None, 0.0, window, None).transpose(1, 2) for x in parts], dim=1)
+    expected = torch.cat([document_attention(*x, None, 0.0, window, None).transpose(1, 2) for x in parts], dim=1)
     weights = torch.randn(expected.shape, device=DEVICE, generator=generator)
     (packed.float() * weights).sum().backward()
     (expected * weights).sum().backward()
@@ -95,7 +95,7 @@ def test_qlora_wins_back_what_pruning_lost(run_there: Run) -> None:
 
 
 def test_a_batch_that_does_not_fit_is_not_taken(run_there: Run) -> None:
-    from winnow.training.batch_size import doubled, measured
+    from winnow.training.batch_size import double_until_full, fits_on_cuda
 
     size = torch.cuda.get_device_properties(0).total_memory
     weight = torch.ones((), device=DEVICE, requires_grad=True)
@@ -104,7 +104,7 @@ def test_a_batch_that_does_not_fit_is_not_taken(run_there: Run) -> None:
         return (weight * torch.zeros(tokens, 1 << 20, dtype=torch.uint8, device=DEVICE)).float().sum()
 
     usable = size // 2
-    tokens, limited = doubled(measured(step, [weight], DEVICE, usable, 0), 64, 1 << 20)
+    tokens, limited = double_until_full(fits_on_cuda(step, [weight], DEVICE, usable, 0), 64, 1 << 20)
     assert limited and 64 <= tokens << 20 < size
     assert weight.grad is None
     assert torch.cuda.memory_allocated() < size // 100

@@ -46,15 +46,15 @@ def test_processors(flags: set[str], environment: dict[str, str], fast: bool) ->
     [((6, 1), "float32"), ((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")],
 )
 def test_gpus(capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compute.of_capability(capability) == dtype
+    assert compute.dtype_for_capability(capability) == dtype
     slower = [Gpu("new", "GPU-0", 1, (9, 0)), Gpu("old", "GPU-1", 1, capability)]
     monkeypatch.setattr(inventory, "visible_gpus", lambda: tuple(slower))
-    assert compute.fastest("cuda") == dtype
+    assert compute.fastest_dtype("cuda") == dtype
 
 
 def test_a_gpu_that_is_not_here_is_taken_for_a_recent_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inventory, "visible_gpus", lambda: ())
-    assert compute.fastest("cuda") == "bfloat16"
+    assert compute.fastest_dtype("cuda") == "bfloat16"
 
 
 def on(monkeypatch: pytest.MonkeyPatch, flags: set[str]) -> None:
@@ -74,10 +74,10 @@ def test_auto_is_resolved_and_part_of_the_fingerprint(monkeypatch: pytest.Monkey
 
 def test_what_is_slow_here_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, EPYC_MILAN)
-    assert "float32 is up to 10 times faster" in compute.slow_here("bfloat16", "cpu")
-    assert not compute.slow_here("float32", "cpu")
+    assert "float32 is up to 10 times faster" in compute.slow_dtype_warning("bfloat16", "cpu")
+    assert not compute.slow_dtype_warning("float32", "cpu")
     on(monkeypatch, EPYC_GENOA)
-    assert not compute.slow_here("bfloat16", "cpu")
+    assert not compute.slow_dtype_warning("bfloat16", "cpu")
 
 
 @pytest.mark.parametrize("flags", [EPYC_MILAN, EPYC_GENOA], ids=["old", "new"])

@@ -12,7 +12,7 @@ from winnow.core.cli import options
 from winnow.core.errors import UserError
 from winnow.hardware import device
 from winnow.hardware.device import Hardware
-from winnow.hardware.inventory import Gpu, narrowed
+from winnow.hardware.inventory import Gpu, filter_visible
 
 GPUS = [Gpu("A", "GPU-aa11", 10), Gpu("B", "GPU-bb22", 20)]
 
@@ -69,4 +69,4 @@ def test_memory_is_the_limit_or_what_there_is() -> None:
     [(None, "AB"), ("", ""), ("1", "B"), ("1,0", "BA"), ("0,7,1", "A"), ("GPU-bb", "B"), ("-1", ""), ("GPU-", "")],
 )
 def test_cuda_visible_devices_narrows_as_cuda_does(visible: str | None, names: str) -> None:
-    assert "".join(gpu.name for gpu in narrowed(GPUS, visible)) == names
+    assert "".join(gpu.name for gpu in filter_visible(GPUS, visible)) == names

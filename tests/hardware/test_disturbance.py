@@ -18,7 +18,7 @@ from winnow.core.types import Figures, Trial
 from winnow.hardware import counters, disturbance
 from winnow.hardware.counters import Counters, GpuCounters
 from winnow.hardware.device import Hardware
-from winnow.hardware.disturbance import Disturbance, Repeater, Watch, judge
+from winnow.hardware.disturbance import Disturbance, Repeater, Watch, find_disturbance
 from winnow.hardware.inventory import Gpu
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
@@ -54,13 +54,13 @@ IDLE = reading(0.99, 0.99, 0.001, 0.002, 0.02)
     ],
 )
 def test_recorded_readings_are_judged_as_the_latency_suffered(after: Counters, share: float) -> None:
-    found = judge(START, after, "cpu", cores=2)
-    assert found.share == pytest.approx(share) and bool(found.words) == (share > 0)
+    found = find_disturbance(START, after, "cpu", cores=2)
+    assert found.share == pytest.approx(share) and bool(found.description) == (share > 0)
 
 
 def test_the_words_have_the_figures() -> None:
-    found = judge(START, reading(0.60, 0.60, 0.403, 0.502, 1.40), "cpu", cores=2)
-    assert found.words == (
+    found = find_disturbance(START, reading(0.60, 0.60, 0.403, 0.502, 1.40), "cpu", cores=2)
+    assert found.description == (
         "a thread was ready and waited for a core 40% of the time (other programs used 1.4 of 2 cores); "
         "the process had a core 60% of the time"
     )
@@ -68,17 +68,17 @@ def test_the_words_have_the_figures() -> None:
 
 def test_a_thread_that_was_not_there_before_counts_too() -> None:
     after = replace(IDLE, waited_s={1: 0.0, 7: 0.5}, busy_s=2.0)
-    assert judge(START, after, "cpu", cores=2).share == 0.5
+    assert find_disturbance(START, after, "cpu", cores=2).share == 0.5
 
 
 def test_without_waiting_times_pressure_counts_and_without_that_processor_time() -> None:
     busy = replace(reading(0.60, 0.60, 0.0, 0.502, 1.40), waited_s=None)
-    assert judge(START, busy, "cuda", cores=2).share == pytest.approx(0.502)
-    assert judge(START, replace(busy, pressure_s=0.0), "cpu", cores=2).share == pytest.approx(0.4)
+    assert find_disturbance(START, busy, "cuda", cores=2).share == pytest.approx(0.502)
+    assert find_disturbance(START, replace(busy, pressure_s=0.0), "cpu", cores=2).share == pytest.approx(0.4)
     nothing = Counters(1.0, 0.99, 0.99)  # macOS, say
-    assert not judge(Counters(0.0), nothing, "cpu", cores=2)
+    assert not find_disturbance(Counters(0.0), nothing, "cpu", cores=2)
     # a thread that waits for the GPU may sleep
-    assert not judge(Counters(0.0), Counters(1.0, 0.2, 0.2), "cuda", cores=2)
+    assert not find_disturbance(Counters(0.0), Counters(1.0, 0.2, 0.2), "cuda", cores=2)
 
 
 def test_the_kernels_files_are_read_from_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_the_kernels_files_are_read_from_where_they_lie(tmp_path: Path, monkeypa
 def test_what_is_not_there_says_nothing(tmp_path: Path) -> None:
     found = counters.read("cpu", root=tmp_path)
     assert (found.waited_s, found.pressure_s, found.throttled_s, found.stolen_s, found.busy_s) == (None,) * 5
-    assert not judge(
+    assert not find_disturbance(
         found, replace(found, wall_s=found.wall_s + 1, thread_cpu_s=found.thread_cpu_s + 1), "cpu", cores=2
     )
 
@@ -152,15 +152,15 @@ def test_other_processes_on_the_gpu_and_a_clock_that_is_held_down_are_noticed(gp
     )
     assert found == GpuCounters("H200", {10: 0.7, 11: 0.3, 12: 0.05}, ("it is too hot (hardware)",), 1200)
     after = replace(IDLE, gpus=(found,))
-    words = judge(START, after, "cuda", 2, process=10, fastest_mhz={"H200": 1980}).words
+    words = find_disturbance(START, after, "cuda", 2, process=10, fastest_mhz={"H200": 1980}).description
     assert words == (
         "2 other processes used 35% of the H200; the clock of the H200 is held down: it is too hot (hardware)"
     )
     # in a container the process has another id there: the busiest is taken for this one
-    assert judge(START, after, "cuda", 2, process=1).words.startswith("2 other processes used 35%")
-    slow = replace(IDLE, gpus=(replace(found, used={10: 0.7}, slowdowns=()),))
-    assert judge(START, slow, "cuda", 2, 10, {"H200": 1980}).share == pytest.approx(0.39, abs=0.01)
-    assert not judge(START, slow, "cuda", 2, 10, {"H200": 1300})
+    assert find_disturbance(START, after, "cuda", 2, process=1).description.startswith("2 other processes used 35%")
+    slow = replace(IDLE, gpus=(replace(found, process_shares={10: 0.7}, slowdowns=()),))
+    assert find_disturbance(START, slow, "cuda", 2, 10, {"H200": 1980}).share == pytest.approx(0.39, abs=0.01)
+    assert not find_disturbance(START, slow, "cuda", 2, 10, {"H200": 1300})
 
 
 def test_a_power_cap_and_questions_without_an_answer_say_nothing(gpu: Any) -> None:
@@ -170,7 +170,7 @@ def test_a_power_cap_and_questions_without_an_answer_say_nothing(gpu: Any) -> No
         nvmlDeviceGetClockInfo=Nvml.NVMLError,
     )
     assert found == GpuCounters("H200")
-    assert not judge(START, replace(IDLE, gpus=(found,)), "cuda", 2)
+    assert not find_disturbance(START, replace(IDLE, gpus=(found,)), "cuda", 2)
 
 
 class Recorded(Watch):
@@ -182,7 +182,7 @@ class Recorded(Watch):
 
     def __exit__(self, *error: Any) -> None:
         share = next(self.shares)
-        self.found = Disturbance(share, "a busy program" if share else "")
+        self.disturbance = Disturbance(share, "a busy program" if share else "")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from winnow.model.lm import LM
-from winnow.model.packing import computed_in
+from winnow.model.packing import compute_in_dtype
 from winnow.nano.items import held_out_text
 
 
@@ -23,7 +23,7 @@ def texts(lm: LM, count: int) -> Iterator[torch.Tensor]:
 def perplexity(lm: LM, count: int = 100) -> float:
     """Over all tokens of so many held-out texts."""
     loss, tokens = 0.0, 0
-    with computed_in(lm.model.requires_grad_(False), torch.float32):
+    with compute_in_dtype(lm.model.requires_grad_(False), torch.float32):
         for ids in texts(lm, count):
             scores = lm.model(input_ids=ids).logits[0, -ids.shape[1] : -1].float()  # a soft prompt's come before
             loss += F.cross_entropy(scores, ids[0, 1:], reduction="sum").item()
@@ -36,7 +36,7 @@ def divergence(student: LM, teacher: LM, count: int = 30) -> float:
     """KL a token, in nats, of the student's distributions from the teacher's."""
     total, tokens = 0.0, 0
     models = [lm.model.requires_grad_(False) for lm in (student, teacher)]
-    with computed_in(models[0], torch.float32), computed_in(models[1], torch.float32):
+    with compute_in_dtype(models[0], torch.float32), compute_in_dtype(models[1], torch.float32):
         for ids in texts(teacher, count):
             q, p = (model(input_ids=ids).logits.float().log_softmax(-1) for model in models)
             total += F.kl_div(q, p, log_target=True, reduction="sum").item()

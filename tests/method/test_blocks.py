@@ -53,7 +53,11 @@ def test_a_walk_that_changes_nothing_is_the_models_own_forward_pass(family: str,
     model, batches = random_model(family), batches_of((2, 100), (3, 40), (1, 1))
     model.set_attn_implementation(attention)
     outputs: dict[int, torch.Tensor] = {}
-    seen = [index for index, _, replay in iterate_blocks(model, batches, SINGLE) if replay(outputs.__setitem__) is None]
+    seen = [
+        index
+        for index, _, run_calibration in iterate_blocks(model, batches, SINGLE)
+        if run_calibration(outputs.__setitem__) is None
+    ]
     assert seen == [0, 1]
     for number, batch in enumerate(batches):
         torch.testing.assert_close(outputs[number], final_hidden(model, batch), rtol=0, atol=0)
@@ -93,19 +97,19 @@ def test_shared_keys_and_values_reach_the_blocks_that_read_them() -> None:
     )
     model, batch = Gemma3nForCausalLM(config).eval(), batches_of((2, 20))[0]
     outputs: dict[int, torch.Tensor] = {}
-    for _, _, replay in iterate_blocks(model, [batch], SINGLE):
+    for _, _, run_calibration in iterate_blocks(model, [batch], SINGLE):
         outputs.clear()
-        replay(outputs.__setitem__)
+        run_calibration(outputs.__setitem__)
     torch.testing.assert_close(outputs[0], final_hidden(model, batch), rtol=0, atol=0)
 
 
 def test_a_block_sees_what_the_changed_blocks_before_it_put_out() -> None:
     model, batches = random_model("qwen2"), batches_of((2, 30))
     outputs: dict[int, torch.Tensor] = {}
-    for _, block, replay in iterate_blocks(model, batches, SINGLE):
+    for _, block, run_calibration in iterate_blocks(model, batches, SINGLE):
         for parameter in block.mlp.parameters():
             parameter.data.mul_(1.5)
-        replay(outputs.__setitem__)
+        run_calibration(outputs.__setitem__)
     torch.testing.assert_close(outputs[0], final_hidden(model, batches[0]), rtol=0, atol=0)
 
 
@@ -119,36 +123,36 @@ def test_one_block_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -
         return original(module, "cpu")
 
     monkeypatch.setattr(nn.Module, "to", to)
-    for index, _, replay in iterate_blocks(model, batches_of((1, 5)), SINGLE):
-        replay()
+    for index, _, run_calibration in iterate_blocks(model, batches_of((1, 5)), SINGLE):
+        run_calibration()
         if index == 2:
             break  # a method that stops, or fails, leaves no block behind
     assert moved == [(0, "cpu"), (0, "home"), (1, "cpu"), (1, "home"), (2, "cpu"), (2, "home")]
 
 
-def test_replays_keep_no_graph() -> None:
+def test_calibration_runs_keep_no_graph() -> None:
     model = random_model("llama")
-    for _, _, replay in iterate_blocks(model, batches_of((1, 5)), SINGLE):
-        replay(lambda number, output: [][int(output.requires_grad) :])
+    for _, _, run_calibration in iterate_blocks(model, batches_of((1, 5)), SINGLE):
+        run_calibration(lambda number, output: [][int(output.requires_grad) :])
         with torch.enable_grad():
             kept: list[torch.Tensor] = []
-            replay(lambda number, output, kept=kept: kept.append(output))
+            run_calibration(lambda number, output, kept=kept: kept.append(output))
         assert not kept[0].requires_grad
 
 
 def test_layers_that_read_the_same_tensor_share_a_sum() -> None:
     model, batches = random_model("llama"), batches_of((2, 7), (1, 9))
-    _, block, replay = next(iterate_blocks(model, batches, SINGLE))
+    _, block, run_calibration = next(iterate_blocks(model, batches, SINGLE))
     inputs: dict[nn.Module, list[torch.Tensor]] = {m: [] for m in block.modules() if isinstance(m, nn.Linear)}
     handles = [m.register_forward_pre_hook(lambda m, args: inputs[m].append(args[0].flatten(0, -2))) for m in inputs]
-    replay()
+    run_calibration()
     for handle in handles:
         handle.remove()
 
     def add(total: torch.Tensor, x: torch.Tensor) -> None:
         total += x.sum(0)
 
-    groups = input_sums(block, replay, lambda linear: torch.zeros(linear.in_features), add)
+    groups = input_sums(block, run_calibration, lambda linear: torch.zeros(linear.in_features), add)
     attention, mlp = block.self_attn, block.mlp
     assert [members for members, _ in groups] == [
         [attention.q_proj, attention.k_proj, attention.v_proj],

@@ -14,7 +14,7 @@ from winnow.core.errors import UserError
 from winnow.data.calibration import calibration_batches
 from winnow.estimate.layout import ModelLayout, dense_tensors
 from winnow.method import pipeline
-from winnow.method.depth import Depth, answer_starts, block_influences, losses_without, shallower
+from winnow.method.depth import Depth, answer_starts, block_influences, config_of_layers, losses_without
 from winnow.method.rtn import RTN
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
@@ -156,7 +156,7 @@ def test_what_cannot_be_shallower_is_refused(tmp_path: Path, run_in) -> None:
         Depth()(lm, run_in)
     lm.model.config.num_kv_shared_layers = 1
     with pytest.raises(UserError, match="share keys and values"):
-        shallower(lm.model.config, [0])
+        config_of_layers(lm.model.config, [0])
     short = dataclasses.replace(run_in, calibration=dataclasses.replace(run_in.calibration, max_length=8))
     with pytest.raises(UserError, match=r"raise calibration\.max_length"):
         Depth(0.4, "perplexity")(pretrained(str(deep("llama", tmp_path / "deep"))), short)

@@ -19,14 +19,14 @@ from winnow.core.errors import UserError
 from winnow.estimate.layout import dense_tensors, layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline
-from winnow.method.depth import Depth, shallower
+from winnow.method.depth import Depth, config_of_layers
 from winnow.method.distill import Distill
 from winnow.method.prune import Wanda
-from winnow.method.student_init import slice_student, smaller, spaced
+from winnow.method.student_init import slice_student, spaced_layers, student_config
 from winnow.model.layers import linears
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
-from winnow.model.reshape import rebuilt
+from winnow.model.reshape import rebuild_model
 from winnow.nano.embedded import WEIGHTS
 
 SMALL: dict[str, Any] = {"steps": 4, "tokens_per_batch": 512, "learning_rate": 3e-3, "precision": "32-true"}
@@ -49,7 +49,7 @@ def shallow_nano() -> Callable[[], LM]:
         lm = pretrained(str(WEIGHTS))
         for index in (2, 1):
             del lm.model.model.layers[index]
-        return lm.changed(rebuilt(lm.model, shallower(lm.model.config, [0, 3, 4])))
+        return lm.with_model(rebuild_model(lm.model, config_of_layers(lm.model.config, [0, 3, 4])))
 
     return make
 
@@ -81,7 +81,7 @@ def test_students_of_the_same_documents_share_cached_targets(
     def never(*arguments: Any) -> None:
         raise AssertionError("the teacher was loaded again")
 
-    monkeypatch.setattr("winnow.training.teacher.frozen", never)
+    monkeypatch.setattr("winnow.training.teacher.load_frozen", never)
     second = stage(shallow(tiny, shared), shared)
     for name, weight in first.model.state_dict().items():
         assert torch.equal(weight, second.model.state_dict()[name]), name
@@ -164,10 +164,10 @@ def test_a_student_is_given_on_the_command_line() -> None:
 
 
 def test_layers_are_spaced_evenly_with_the_first_and_the_last() -> None:
-    assert spaced(5, 3) == [0, 2, 4]
-    assert spaced(32, 4) == [0, 10, 21, 31]
-    assert spaced(4, 4) == [0, 1, 2, 3]
-    assert spaced(4, 1) == [0]
+    assert spaced_layers(5, 3) == [0, 2, 4]
+    assert spaced_layers(32, 4) == [0, 10, 21, 31]
+    assert spaced_layers(4, 4) == [0, 1, 2, 3]
+    assert spaced_layers(4, 1) == [0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
@@ -178,7 +178,7 @@ def test_a_student_is_a_slice_of_the_model(family: str, tmp_path: Path) -> None:
     base, spent = pretrained(str(folder)), pretrained(str(folder))
     shape = {"num_hidden_layers": 3, "intermediate_size": 320, "hidden_size": 128, "num_attention_heads": 2}
     planned = Distill(student=shape).predict(layout_of(base))
-    made = slice_student(spent.model, smaller(spent.model.config, shape, "student"))
+    made = slice_student(spent.model, student_config(spent.model.config, shape, "student"))
     stored = {name: tuple(p.shape) for name, p in made.named_parameters()}
     assert stored == {name: t.shape for name, t in planned.tensors.items()}
     assert stored == {name: t.shape for name, t in dense_tensors(made.config).items()}

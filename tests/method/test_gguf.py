@@ -26,7 +26,7 @@ from winnow.method import pipeline
 from winnow.method.gguf import GGUF, TYPES
 from winnow.method.imatrix import collect
 from winnow.model.gguf import mix
-from winnow.model.gguf.architectures import Names
+from winnow.model.gguf.architectures import TensorNames
 from winnow.model.gguf.export import export
 from winnow.model.gguf.native import silent
 from winnow.model.gguf.quantize import quantize
@@ -145,9 +145,9 @@ def test_the_embedded_model_is_exported_exactly(tmp_path: Path) -> None:
 def test_types_are_those_that_llama_cpp_chooses(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
     lm = random_model(kind, torch.bfloat16, **{"hidden_size": 256, "vocab_size": 1024} | settings)
     export(lm, tmp_path / "model.gguf", "BF16")
-    names = Names(lm.model.config)
+    names = TensorNames(lm.model.config)
     weights = dict(lm.model.named_parameters())
-    model = mix.Model.of(lm.model.config, weights)
+    model = mix.ModelShape.of(lm.model.config, weights)
     for file_type in TYPES:
         quantize(tmp_path / "model.gguf", tmp_path / "quantized.gguf", file_type)
         written = {t.name: t for t in library.GGUFReader(tmp_path / "quantized.gguf").tensors}

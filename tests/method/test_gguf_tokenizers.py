@@ -46,7 +46,7 @@ def test_ids_of_byte_level_tokenizers_agree(steps: tuple[str, ...], name: str, t
     if "byte-level" not in steps:
         parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     ours = byte_level(*parts, whole_words=name in tokenizer.WHOLE_WORDS)
-    notes = tokenizer.add_to(library.GGUFWriter(tmp_path / "v.gguf", "llama"), ours, len(ours) + 10)
+    notes = tokenizer.write_vocabulary(library.GGUFWriter(tmp_path / "v.gguf", "llama"), ours, len(ours) + 10)
     assert notes == {"tokenizer": "gpt2", "tokenizer_agreement": 1.0, "pre_tokenizer": name}
 
 
@@ -75,5 +75,5 @@ def test_ids_of_sentencepiece_tokenizers_agree(space_first: bool, tmp_path: Path
     made.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "\u2581")])
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
     ours = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    notes = tokenizer.add_to(library.GGUFWriter(tmp_path / "v.gguf", "llama"), ours, len(ours) + 3)
+    notes = tokenizer.write_vocabulary(library.GGUFWriter(tmp_path / "v.gguf", "llama"), ours, len(ours) + 3)
     assert notes == {"tokenizer": "llama", "tokenizer_agreement": 1.0}

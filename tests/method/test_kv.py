@@ -172,8 +172,8 @@ def test_it_edits_final_files(has_own: bool, tmp_path: Path, tiny: Path, run_in:
     if not has_own:
         (folder / "generation_config.json").unlink()
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    lm = KV(4, 32)(pretrained(str(tiny)).stored(folder), run_in)
-    assert lm.final
+    lm = KV(4, 32)(pretrained(str(tiny)).with_files(folder), run_in)
+    assert lm.has_final_files
     assert {n for n, data in before.items() if (folder / n).read_bytes() != data} <= {"generation_config.json"}
     assert json.loads((folder / "generation_config.json").read_text())["cache_config"]["nbits"] == 4
     cache = generate(lm.model).past_key_values
@@ -185,7 +185,7 @@ def test_a_gguf_file_is_refused(tmp_path: Path, tiny: Path, run_in: Run) -> None
     folder.mkdir()
     (folder / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="GGUF"):
-        KV(4)(pretrained(str(tiny)).stored(folder), run_in)
+        KV(4)(pretrained(str(tiny)).with_files(folder), run_in)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_shorter_window_is_kept_and_acts(
         unchanged = lm.model(input_ids=text).logits.float()
     if files:
         shutil.copytree(base, run_in.folder / "files")
-        done = stage(lm.stored(run_in.folder / "files"), run_in)
+        done = stage(lm.with_files(run_in.folder / "files"), run_in)
     else:
         done = stage(lm, run_in)
     with torch.inference_mode():

@@ -9,7 +9,7 @@ import torch
 
 from winnow.core.errors import UserError
 from winnow.estimate.layout import layout_of
-from winnow.method.lora import Lora, adapted, layers, mask_zeros, merge
+from winnow.method.lora import Lora, add_adapters, layers, mask_zeros, merge
 from winnow.method.prune import Wanda
 from winnow.model.layers import linears
 from winnow.model.pretrained import pretrained
@@ -17,7 +17,7 @@ from winnow.model.pretrained import pretrained
 
 def with_update(base: Any, seed: int = 1, **knobs: Any) -> Any:
     """A model with adapters that are not zero, and DoRA's lengths away from where they start."""
-    model = adapted(base.float(), Lora(rank=4, **knobs), 0)
+    model = add_adapters(base.float(), Lora(rank=4, **knobs), 0)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -114,4 +114,4 @@ def test_targets_that_match_nothing_name_what_there_is(tiny) -> None:
         UserError, match=r"method\.lora\.targets: c_attn, lm_head is no linear layer.*there are down_proj.*v_proj"
     ):
         Lora(targets=["c_attn", "q_proj", "lm_head"]).predict(plan)
-    assert len(Lora().targeted(plan)) == 14
+    assert len(Lora().target_shapes(plan)) == 14

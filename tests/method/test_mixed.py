@@ -48,7 +48,7 @@ def sizes_of(lm: LM) -> dict[str, int]:
 def test_trial_rounding_is_the_rounding_that_is_saved(bits: int) -> None:
     lm = pretrained(str(WEIGHTS))
     name, linear = next(iter(linears(lm.model).items()))
-    expected = sensitivity.rounded(linear.weight.data, bits, 64)
+    expected = sensitivity.round_weights(linear.weight.data, bits, 64)
     packing.attach_scheme(lm.model, bits, 64)
     packing.quantize_linear(linear, rtn_scale(linear.weight.data, bits, 64))
     assert torch.equal(linear.weight.data, expected), name
@@ -64,7 +64,7 @@ def test_a_recipes_divergence_is_that_of_the_whole_model(run_in: Run) -> None:
     assert all(torch.equal(linear.weight, kept[name]) for name, linear in linears(lm.model).items())
     before = [lm.model(input_ids=ids).logits.float().log_softmax(-1) for ids in batches]
     for name, linear in linears(lm.model).items():
-        linear.weight.data = sensitivity.rounded(linear.weight.data, recipe[name], 64)
+        linear.weight.data = sensitivity.round_weights(linear.weight.data, recipe[name], 64)
     after = [lm.model(input_ids=ids).logits.float().log_softmax(-1) for ids in batches]
     total = sum((b.exp() * (b - a)).sum().item() for b, a in zip(before, after, strict=True))
     assert found == pytest.approx(total / sum(ids.numel() for ids in batches), rel=0.02)  # rows alone and in batches

@@ -19,7 +19,8 @@ from winnow.estimate.layout import ModelLayout, dense_tensors
 from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.knobs import Stage, knobs_of
-from winnow.method.oneshot import AWQ, FP8, GPTQ, SmoothQuant
+from winnow.method.oneshot import AWQ, GPTQ
+from winnow.method.oneshot_8bit import FP8, SmoothQuant
 from winnow.method.prune import Wanda
 from winnow.method.rtn import RTN
 from winnow.model.layers import linears

@@ -21,7 +21,8 @@ from winnow.method.gguf import GGUF
 from winnow.method.knobs import Stage
 from winnow.method.kv import KV
 from winnow.method.lora import Lora
-from winnow.method.oneshot import AWQ, FP8, SmoothQuant
+from winnow.method.oneshot import AWQ
+from winnow.method.oneshot_8bit import FP8, SmoothQuant
 from winnow.method.prune import Magnitude
 from winnow.method.qlora import QLoRA
 from winnow.method.rtn import RTN

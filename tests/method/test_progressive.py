@@ -36,8 +36,8 @@ def test_depth_ends_with_as_many_layers_as_the_pruner_alone_leaves(layers: int, 
     stages = Progressive(amount=amount, rounds=rounds).schedule(config(layers))
     left = [layers]
     for stage in stages:
-        left.append(stage.kept(left[-1]))
-    assert left[-1] == Depth(share=amount).kept(layers)
+        left.append(stage.remaining_layers(left[-1]))
+    assert left[-1] == Depth(share=amount).remaining_layers(layers)
     assert 1 <= len(stages) <= rounds
     assert left == sorted(set(left), reverse=True)
     if layers == 32 and amount == 0.3 and rounds == 3:
@@ -49,9 +49,9 @@ def test_depth_ends_with_as_many_layers_as_the_pruner_alone_leaves(layers: int, 
 @pytest.mark.parametrize("rounds", [1, 4])
 def test_width_ends_with_as_many_channels_as_the_pruner_alone_leaves(channels: int, amount: float, rounds: int) -> None:
     now = config(channels=channels)
-    wanted = Width(mlp=1 - amount).narrower(now).intermediate_size
+    wanted = Width(mlp=1 - amount).narrow_config(now).intermediate_size
     for stage in Progressive(pruner="width", amount=amount, rounds=rounds).schedule(now):
-        after = stage.narrower(now)
+        after = stage.narrow_config(now)
         assert after.intermediate_size < now.intermediate_size
         now = after
     assert now.intermediate_size == wanted
@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_at_its_round(
     tiny: Path, run_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str
 ) -> None:
     stage = Progressive(pruner="width", amount=0.5, rounds=2, teacher=teacher, **QUICK)
-    monkeypatch.setattr(Progressive, "_pruning", lambda self, amount: Width(mlp=1 - amount, multiple=32))
+    monkeypatch.setattr(Progressive, "_pruner_at", lambda self, amount: Width(mlp=1 - amount, multiple=32))
 
     def run(name: str, log: Callable[[str], None] = lambda line: None) -> Run:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -108,4 +108,4 @@ def test_a_killed_run_goes_on_at_its_round(
 def test_a_model_without_a_folder_has_no_teacher(tiny: Path, run_in: Run) -> None:
     lm = pretrained(str(tiny))
     with pytest.raises(UserError, match="load as teacher"):
-        Progressive()(lm.changed(lm.model), run_in)
+        Progressive()(lm.with_model(lm.model), run_in)

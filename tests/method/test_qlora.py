@@ -21,14 +21,14 @@ from winnow.method import pipeline
 from winnow.method.bnb import FP4, NF4, Int8
 from winnow.method.kv import KV
 from winnow.method.lora import layers
-from winnow.method.qlora import QLoRA, merged
+from winnow.method.qlora import QLoRA, merge_adapter
 from winnow.method.rtn import RTN
 from winnow.method.soft_prompt import SoftPrompt
 from winnow.model import adapter, manifest
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
 from winnow.model.save import save
-from winnow.runtime import candidates, chosen
+from winnow.runtime import choose_runtime, installed_runtimes
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -97,7 +97,7 @@ def test_merging_adds_the_update_to_the_weights(
     lm = quantizer()(pretrained(str(tiny)), run_in)
     made = QLoRA(**QUICK, dora=dora)(lm, run_in)
     before = logits(made)
-    dense = lm.changed(merged(made.model))
+    dense = lm.with_model(merge_adapter(made.model))
     assert not adapter.is_adapted(dense.model) and not hasattr(dense.model.config, "quantization_config")
     save(dense, tmp_path / "artifact")
     after = pretrained(str(tmp_path / "artifact"))
@@ -246,9 +246,9 @@ def test_a_training_that_was_cut_off_goes_on(tiny: Path, tmp_path: Path) -> None
 
 def test_runtimes_that_know_no_adapters_are_not_claimed(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = pretrained(str(tuned))
-    assert list(candidates(lm, "cpu")) == ["transformers"]
+    assert list(installed_runtimes(lm, "cpu")) == ["transformers"]
     with pytest.raises(UserError, match="vllm does not load the adapter"):
-        chosen(lm, Hardware("cpu", device="cpu", runtime="vllm"))
+        choose_runtime(lm, Hardware("cpu", device="cpu", runtime="vllm"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else sys.modules.get(name))
     with pytest.raises(MissingExtra, match=r"peft is not installed.*winnow\[peft\]"):
         adapter.check(tuned / "adapter")

@@ -21,7 +21,7 @@ from winnow.hardware.run import Run
 from winnow.method import pipeline
 from winnow.method.bnb import NF4, Int8
 from winnow.method.rtn import RTN
-from winnow.method.soft_prompt import SoftPrompt, first_ids, prompted
+from winnow.method.soft_prompt import SoftPrompt, add_prompt, initial_ids
 from winnow.model import adapter
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
@@ -40,11 +40,11 @@ QUICK: dict[str, Any] = {"tokens": 8, "steps": 3, "tokens_per_batch": 128, "max_
 def a_prompt(folder: Path, **knobs: Any) -> LM:
     """A model in single precision behind a prompt that says something."""
     lm = pretrained(str(folder), dtype="float32")
-    model = prompted(lm, SoftPrompt(**{**QUICK, **knobs}), 0)
+    model = add_prompt(lm, SoftPrompt(**{**QUICK, **knobs}), 0)
     weight = model.prompt_encoder["default"].embedding.weight
     with torch.no_grad():
         weight.add_(weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-    return lm.changed(model.eval())
+    return lm.with_model(model.eval())
 
 
 def rows_of(lengths: list[int], vocabulary: int = 900) -> list[Encoded]:
@@ -188,9 +188,9 @@ def test_lm_eval_generates_behind_the_prompt(artifact: Path) -> None:
 def test_the_prompt_starts_from_tokens(init: str, tiny: Path) -> None:
     lm = pretrained(str(tiny))
     settings = SoftPrompt(tokens=32, init=init)
-    ids = first_ids(lm, settings, 3)
-    assert len(ids) == 32 and torch.equal(ids, first_ids(lm, settings, 3))
-    weight = prompted(lm, settings, 3).prompt_encoder["default"].embedding.weight
+    ids = initial_ids(lm, settings, 3)
+    assert len(ids) == 32 and torch.equal(ids, initial_ids(lm, settings, 3))
+    weight = add_prompt(lm, settings, 3).prompt_encoder["default"].embedding.weight
     assert torch.equal(weight, adapter.base_model(lm.model).get_input_embeddings()(ids).float())
 
 

@@ -156,7 +156,7 @@ def test_heads_are_dropped_evenly() -> None:
     ],
 )
 def test_the_sizes_that_are_kept(family: str, shape: dict[str, int], stage: Width, expected: tuple[int, ...]) -> None:
-    new = stage.narrower(config_of(family, **shape))
+    new = stage.narrow_config(config_of(family, **shape))
     assert (new.intermediate_size, new.hidden_size, new.num_attention_heads, new.num_key_value_heads) == expected
     assert new.head_dim == 64
 
@@ -165,7 +165,7 @@ def test_a_head_keeps_its_width_where_the_configuration_implies_it() -> None:
     from transformers import Qwen2Config
 
     config = Qwen2Config(hidden_size=256, num_attention_heads=8, num_key_value_heads=2)
-    assert head_dim(config) == Width(hidden=0.5, multiple=32).narrower(config).head_dim == 32
+    assert head_dim(config) == Width(hidden=0.5, multiple=32).narrow_config(config).head_dim == 32
 
 
 @pytest.mark.parametrize(

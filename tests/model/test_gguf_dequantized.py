@@ -103,11 +103,11 @@ def test_a_folder_with_nothing_but_a_file_is_read_like_it(file: Path) -> None:
 def test_an_artifact_of_llama_cpps_stays_one(file: Path) -> None:
     """A folder as `method=[gguf]` leaves it is served by llama.cpp, and not compressed again."""
     from winnow.hardware.device import Hardware
-    from winnow.runtime import chosen
+    from winnow.runtime import choose_runtime
 
     made = dequantized.folder_of(file, dequantize=False)
     lm = pretrained(str(made))
-    assert lm.path == str(made) and chosen(lm, Hardware("cpu")) == "llama_cpp"
+    assert lm.path == str(made) and choose_runtime(lm, Hardware("cpu")) == "llama_cpp"
     with pytest.raises(UserError, match="no method works on; start from the model that it was made of"):
         load_model(str(made), Loading())
 
@@ -115,17 +115,17 @@ def test_an_artifact_of_llama_cpps_stays_one(file: Path) -> None:
 def test_evaluate_serves_the_file_itself_where_llama_cpp_is_asked_for(file: Path) -> None:
     from winnow.hardware.device import Hardware
     from winnow.hardware.footprint import disk_bytes
-    from winnow.runtime import chosen
+    from winnow.runtime import choose_runtime
 
     file.chmod(0o444)
     lm = pretrained(str(file), dequantize=False)
     assert file.stat().st_mode & 0o777 == 0o444
-    assert chosen(lm, Hardware("cpu", runtime="llama_cpp")) == "llama_cpp"
+    assert choose_runtime(lm, Hardware("cpu", runtime="llama_cpp")) == "llama_cpp"
     held = Path(str(lm.path)) / file.name
     assert not list(held.parent.glob("*.safetensors"))
     assert held.samefile(file) and disk_bytes(lm) > file.stat().st_size
     assert lm.tokenizer("a").input_ids == pretrained(str(file)).tokenizer("a").input_ids
-    assert chosen(pretrained(str(file)), Hardware("cpu")) == "transformers"
+    assert choose_runtime(pretrained(str(file)), Hardware("cpu")) == "transformers"
 
 
 def test_a_link_to_a_file_that_was_moved_is_made_anew(file: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_search_stays_with_the_model_it_began_with(file: Path, tmp_path: Path)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("search", typed)
         lm = build.model(config)
-        pinned, parsed = start._pinned(config, overrides.parse(typed), lm)
+        pinned, parsed = start._pin_model(config, overrides.parse(typed), lm)
         assert not any(str(file) in override for override in parsed.shared)
         file.unlink()
         trial = compose("search", list(parsed.shared))

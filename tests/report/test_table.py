@@ -10,7 +10,7 @@ import pytest
 
 from winnow.core.formats import axes_of, digits, duration, human, label_of, unit_of
 from winnow.core.types import Summary
-from winnow.report.facts import base_of, best_kept
+from winnow.report.facts import base_of, best_within_points
 from winnow.report.table import front_json, front_table, results_json, trial_line
 
 
@@ -45,7 +45,7 @@ def test_disturbed_figures_are_marked_and_lead_no_list(summary: Summary) -> None
     assert table.splitlines()[-1].startswith("~ measured beside other work")
     assert "latency 3.10 ms ~" in trial_line(disturbed, study.objectives, study.front)
     kept = replace(study.trials[2], figures={**study.trials[2].figures, "accuracy": 0.94})
-    best = best_kept(replace(study, trials=(*study.trials[:2], kept)), "latency_ms")
+    best = best_within_points(replace(study, trials=(*study.trials[:2], kept)), "latency_ms")
     assert best is not None and best.number == 2  # the other is faster, and was disturbed
 
 

@@ -24,7 +24,7 @@ from winnow.hardware.device import Hardware
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
 from winnow.runtime import graphs, serving
-from winnow.runtime.graph_support import few_layers, rehearsal, unsupported, unsupported_base
+from winnow.runtime.graph_support import few_layers, try_capture, unsupported_base_reason, unsupported_reason
 from winnow.runtime.graphs import Decoder
 from winnow.runtime.transformers import Runtime
 
@@ -84,7 +84,7 @@ def test_tokens_and_logits_are_those_of_generate(
         return choose(self, logits_b1v)
 
     monkeypatch.setattr(Decoder, "_choose", note)
-    assert unsupported(model) is None
+    assert unsupported_reason(model) is None
     decoder = Decoder(model, prompts(batch, prompt_tokens, seed=1), output_tokens)
     recorded_logits_b1v = seen[-1]
     for seed in (2, 3):  # nothing is left of the request before
@@ -112,10 +112,10 @@ def test_eager_attention_has_masks_of_its_own_kind(on_processor: None) -> None:
 
 def test_what_prevents_a_capture_is_named(tmp_path: Path) -> None:
     def because(family: str = "llama", **changes: Any) -> str:
-        return unsupported(model_of(family, **changes)) or ""
+        return unsupported_reason(model_of(family, **changes)) or ""
 
     assert because() == ""
-    assert "does not say of LongT5" in (unsupported(_other("LongT5ForConditionalGeneration")) or "")
+    assert "does not say of LongT5" in (unsupported_reason(_other("LongT5ForConditionalGeneration")) or "")
     assert "BloomForCausalLM takes its positions from the attention mask" in because("bloom")
     assert "on how long the text is" in because(rope_parameters={"rope_type": "dynamic", "factor": 2.0})
     assert "layers of kind linear_attention" in because(
@@ -132,11 +132,11 @@ def test_what_prevents_a_capture_is_named(tmp_path: Path) -> None:
 
     model = model_of("llama")
     model.generation_config.cache_implementation = "quantized"
-    assert "cache of their own (cache_implementation=quantized)" in (unsupported(model) or "")
+    assert "cache of their own (cache_implementation=quantized)" in (unsupported_reason(model) or "")
     model.generation_config.cache_implementation = "hybrid"  # the hub's Gemma-3: what `generate` would take anyway
-    assert unsupported(model) is None
+    assert unsupported_reason(model) is None
     model.config._attn_implementation = "flash_attention_2"
-    assert "its attention is flash_attention_2" in (unsupported(model) or "")
+    assert "its attention is flash_attention_2" in (unsupported_reason(model) or "")
 
 
 def _other(name: str) -> Any:
@@ -153,14 +153,14 @@ def test_adapters(on_processor: None) -> None:
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     torch.manual_seed(1)
     model = peft.get_peft_model(model_of("llama"), lora).eval()
-    assert unsupported(model) is None
+    assert unsupported_reason(model) is None
     prompt_bt = prompts(2, 9)
     decoder = Decoder(model, prompt_bt, 6)
     decoder.first(prompt_bt)
     decoder.rest()
     assert decoder.tokens_bn.tolist() == generated(model, prompt_bt, 6).sequences[:, 9:].tolist()
     soft = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    assert "soft prompt" in (unsupported(peft.get_peft_model(model_of("llama"), soft)) or "")
+    assert "soft prompt" in (unsupported_reason(peft.get_peft_model(model_of("llama"), soft)) or "")
 
 
 def runtime_of(model: Any, decode: str = "auto") -> tuple[Runtime, list[str]]:
@@ -247,7 +247,7 @@ def test_a_processor_has_none(tiny: Path) -> None:
 
 def test_a_base_model_is_judged_by_its_files(tiny: Path, tmp_path: Path) -> None:
     def because(folder: Path, attention: str = "sdpa") -> str | None:
-        return unsupported_base(str(folder), attention, False, None, print)["because"]
+        return unsupported_base_reason(str(folder), attention, False, None, print)["because"]
 
     assert because(tiny) is None
     assert because(tiny, "eager") is None
@@ -270,7 +270,7 @@ def test_a_few_layers_of_a_base_model_are_tried(
     assert few.num_hidden_layers == (3 if kinds else 1) and model.config.num_hidden_layers == 4
     model.config.save_pretrained(tmp_path)  # and no weights
     lines: list[str] = []
-    assert unsupported_base(str(tmp_path), "sdpa", False, "cpu", lines.append) == {"because": None}
+    assert unsupported_base_reason(str(tmp_path), "sdpa", False, "cpu", lines.append) == {"because": None}
     assert lines == []
     forward = type(model).forward
 
@@ -279,7 +279,7 @@ def test_a_few_layers_of_a_base_model_are_tried(
         return forward(self, position_ids=position_ids, **settings)
 
     monkeypatch.setattr(type(model), "forward", waiting)
-    assert "capturing its decode step failed" in str(rehearsal(model))
+    assert "capturing its decode step failed" in str(try_capture(model))
 
 
 class _Device:

@@ -105,6 +105,6 @@ def test_a_base_model_that_does_not_open_is_done_without(folder: Path, hardware:
 def test_a_runtime_that_takes_its_share_of_the_gpu_stands_alone(make_llama: Any, hardware: Hardware) -> None:
     served = Runtime(LM(model=make_llama()))
     base = Base(LM("base"), 1.0, 1.0)
-    assert in_turn.refusal(base, served, 1.0, hardware) == ""
+    assert in_turn.refusal_reason(base, served, 1.0, hardware) == ""
     served.name = "vllm"
-    assert "vLLM takes a fixed share" in in_turn.refusal(base, served, 1.0, hardware)
+    assert "vLLM takes a fixed share" in in_turn.refusal_reason(base, served, 1.0, hardware)

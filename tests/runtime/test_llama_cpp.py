@@ -15,7 +15,7 @@ from winnow.hardware.run import Run
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import trained
-from winnow.runtime import candidates, llama_cpp, serving
+from winnow.runtime import installed_runtimes, llama_cpp, serving
 from winnow.runtime.check import check
 from winnow.runtime.llama_cpp import Token
 from winnow.runtime.meters import Meters
@@ -37,7 +37,7 @@ def test_log_likelihoods_are_those_of_transformers(lm: LM) -> None:
         assert served.log_likelihoods(ids) == pytest.approx(expected.log_likelihoods(ids), abs=1e-3)
         assert served.weights_memory_bytes() == pytest.approx(expected.weights_memory_bytes(), rel=0.01)
         assert check(lm, served) == pytest.approx(check(reference, expected), rel=1e-4)
-        assert (list(candidates(lm, "cpu"))) == ["llama_cpp"]
+        assert (list(installed_runtimes(lm, "cpu"))) == ["llama_cpp"]
 
 
 def test_parts_of_a_call_and_shared_tokens_change_nothing(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,14 +47,14 @@ def test_parts_of_a_call_and_shared_tokens_change_nothing(lm: LM, monkeypatch: p
         assert isinstance(served, llama_cpp.Runtime)
         apart = []
         for end in ends:
-            tokens = [Token(t, i, (0,), wanted=i >= 4) for i, t in enumerate(start + end)]
+            tokens = [Token(t, i, (0,), needs_logits=i >= 4) for i, t in enumerate(start + end)]
             apart.append(np.concatenate([x.copy() for x in served.cache(1, 64).compute(tokens)]))
-        tokens = [Token(t, i, (0, 1), wanted=i == 4) for i, t in enumerate(start)]
+        tokens = [Token(t, i, (0, 1), needs_logits=i == 4) for i, t in enumerate(start)]
         for n, end in enumerate(ends):
-            tokens += [Token(t, 5 + i, (n,), wanted=True) for i, t in enumerate(end)]
+            tokens += [Token(t, 5 + i, (n,), needs_logits=True) for i, t in enumerate(end)]
         shared = np.concatenate([x.copy() for x in served.cache(2, 64, shared=True).compute(tokens)])
-        monkeypatch.setattr(llama_cpp, "BATCH", 4)
-        monkeypatch.setattr(llama_cpp, "MOST_LOGITS", 2 * served.vocab_size)
+        monkeypatch.setattr(llama_cpp, "BATCH_TOKENS", 4)
+        monkeypatch.setattr(llama_cpp, "MAX_LOGITS", 2 * served.vocab_size)
         served.drop_cache()
         parts = [x.copy() for x in served.cache(2, 64, shared=True).compute(tokens)]
     expected = np.concatenate([apart[0], apart[1][1:]])

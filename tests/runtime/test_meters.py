@@ -73,17 +73,17 @@ def test_the_probe_finds_all_figures(folder: Path, hardware: Hardware, tmp_path:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_request_has_its_exact_length_though_tokens_would_end_it(batch: int, make_llama: Any) -> None:
     served = Runtime(LM(model=make_llama()))
-    asked = latency.prompts(served.vocab_size, batch, 5, seed=1)
+    asked = latency.random_prompts(served.vocab_size, batch, 5, seed=1)
     assert len(asked) == batch and {len(ids) for ids in asked} == {5}
-    assert asked == latency.prompts(served.vocab_size, batch, 5, seed=1)
-    assert asked != latency.prompts(served.vocab_size, batch, 5, seed=2)
+    assert asked == latency.random_prompts(served.vocab_size, batch, 5, seed=1)
+    assert asked != latency.random_prompts(served.vocab_size, batch, 5, seed=2)
     timing = served.request(asked, 9)
     assert 0 < timing.first_s < timing.total_s
 
 
 def test_the_clock_leaves_the_tokens_alone(make_llama: Any) -> None:
     model = make_llama(eos_token_id=None)
-    asked = latency.prompts(96, 2, 6, seed=0)
+    asked = latency.random_prompts(96, 2, 6, seed=0)
     kept = {}
     original = model.generate
 
@@ -113,7 +113,7 @@ def test_figures_follow_their_definitions() -> None:
 
 def test_more_time_gives_more_requests(hardware: Hardware, make_llama: Any) -> None:
     served = Runtime(LM(model=make_llama()))
-    asked = latency.prompts(served.vocab_size, 1, 4, seed=0)
+    asked = latency.random_prompts(served.vocab_size, 1, 4, seed=0)
 
     def request() -> Timing:
         return served.request(asked, 4)
@@ -161,8 +161,8 @@ def test_warming_up_ends_with_its_time(hardware: Hardware) -> None:
         return Timing(0.1, 0.2)
 
     meters = Meters(dataclasses.replace(hardware, warmup=5))
-    meters.warm_up(request, until=math.inf)
-    meters.warm_up(request, until=0.0)
+    meters.warm_up(request, deadline=math.inf)
+    meters.warm_up(request, deadline=0.0)
     assert len(asked) == 5 + 1
 
 
@@ -208,7 +208,7 @@ def test_the_processors_share_follows_the_time_it_worked() -> None:
         busy(seconds)
         spent.append(tracker.stop_task("work").cpu_energy)
     assert idle.cpu_energy <= spent[0]
-    if not energy._host(tracker, idle)[1]:  # a counter sees the rest of the machine, too
+    if not energy._host_energy(tracker, idle)[1]:  # a counter sees the rest of the machine, too
         assert spent[1] / spent[0] == pytest.approx(3, rel=0.25)
 
 

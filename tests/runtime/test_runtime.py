@@ -21,7 +21,7 @@ from winnow.model.lm import LM
 from winnow.model.load import load_model
 from winnow.model.loading import Loading
 from winnow.model.pretrained import pretrained
-from winnow.runtime import candidates, chosen, serving
+from winnow.runtime import choose_runtime, installed_runtimes, serving
 from winnow.runtime.transformers import Runtime
 
 
@@ -36,15 +36,19 @@ def gguf_folder(tiny: Path, tmp_path: Path) -> Path:
 
 def test_a_runtime_serves_the_formats_that_it_reads(tiny: Path, gguf_folder: Path) -> None:
     plain, gguf = pretrained(str(tiny)), pretrained(str(gguf_folder))
-    assert chosen(plain, Hardware("cpu")) == "transformers"
-    assert chosen(plain, Hardware("gpu", device="cuda", runtime="vllm")) == "vllm"
-    assert chosen(gguf, Hardware("cpu")) == chosen(gguf, Hardware("cpu", runtime="llama_cpp")) == "llama_cpp"
+    assert choose_runtime(plain, Hardware("cpu")) == "transformers"
+    assert choose_runtime(plain, Hardware("gpu", device="cuda", runtime="vllm")) == "vllm"
+    assert (
+        choose_runtime(gguf, Hardware("cpu"))
+        == choose_runtime(gguf, Hardware("cpu", runtime="llama_cpp"))
+        == "llama_cpp"
+    )
     with pytest.raises(UserError, match=r"hardware\.runtime=llama_cpp .* method=\[\.\.\.,gguf\]"):
-        chosen(plain, Hardware("cpu", runtime="llama_cpp"))
+        choose_runtime(plain, Hardware("cpu", runtime="llama_cpp"))
     with pytest.raises(UserError, match=r"hardware\.runtime=vllm does not serve GGUF"):
-        chosen(gguf, Hardware("cpu", runtime="vllm"))
-    assert list(candidates(plain, "cpu")) == ["transformers"]
-    assert set(candidates(gguf, "cpu")) <= {"llama_cpp"}
+        choose_runtime(gguf, Hardware("cpu", runtime="vllm"))
+    assert list(installed_runtimes(plain, "cpu")) == ["transformers"]
+    assert set(installed_runtimes(gguf, "cpu")) <= {"llama_cpp"}
 
 
 def test_a_gguf_folder_is_no_model_for_methods(gguf_folder: Path) -> None:

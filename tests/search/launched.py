@@ -23,7 +23,8 @@ from winnow.core.cli import command, say
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Stands for `trial.run`, in whatever process the launcher has chosen."""
     from tests.search import workers
-    from winnow.search import child, job, trial
+    from winnow.search import child, job
+    from winnow.search.outcome import write_outcome
 
     hydra = HydraConfig.get()
     own = Path(hydra.runtime.output_dir)
@@ -41,7 +42,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
             raise child.Cancelled("nobody waits")
         time.sleep(0.05)
     outcome = {"figures": figures, "sources": {}, "reason": None, "message": "", "seconds": {}, "overrides": overrides}
-    trial.write_outcome(own, outcome)
+    write_outcome(own, outcome)
     with (own.parent.parent / "finished.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(overrides) + "\n")
     return outcome
@@ -70,7 +71,7 @@ def search(config: DictConfig, arguments: list[str], launching: Any) -> None:
         study=open_study("small", small_search.address(folder), small_search.OBJECTIVES, {"model": {"name": "m"}}),
         space=read_space(small_search.METHODS, {}),
         policy=TPE(startup_trials=4),
-        outlook=Forecasts(lambda strategies: [{} for _ in strategies]),
+        forecaster=Forecasts(lambda strategies: [{} for _ in strategies]),
         launch=lambda proposal, worker: launching.run(
             proposal.number, typed.of_trial(proposal.strategy), {"GIVEN": f"worker {worker}"}
         ),

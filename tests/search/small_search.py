@@ -18,9 +18,10 @@ from winnow.agent.samplers import TPE
 from winnow.core.cli import INTERRUPTED
 from winnow.core.errors import UserError
 from winnow.core.types import Objective
-from winnow.search import child, job, loop, start, trial
+from winnow.search import child, fork_server, job, loop, start
 from winnow.search.forecaster import Forecasts
 from winnow.search.loop import Search
+from winnow.search.outcome import write_outcome
 from winnow.search.views import Views
 from winnow.study import storage
 from winnow.study.budget import Budget
@@ -52,8 +53,8 @@ def main(
     beside: the folder of another search that shares the study: neither begins without the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    child.PRELOAD, loop.WAIT_S = (), 0.05
-    child._server = child._Server()  # its own, not that of the process it was forked from
+    fork_server.PRELOAD, loop.WAIT_S = (), 0.05
+    fork_server.server = fork_server.ForkServer()  # its own, not that of the process it was forked from
     storage.GRACE_S, storage.BEAT_S = grace, grace / 10
     signal.signal(signal.SIGTERM, start._interrupt)
     storage.claim(url or address(folder), "small")
@@ -83,7 +84,7 @@ def main(
             "seconds": {},
             "overrides": overrides,
         }
-        trial.write_outcome(own, outcome)
+        write_outcome(own, outcome)
         with (folder / "finished.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(overrides) + "\n")
         return outcome
@@ -92,7 +93,7 @@ def main(
         study=study,
         space=read_space(METHODS, {}),
         policy=TPE(startup_trials=4),
-        outlook=Forecasts(lambda strategies: [{} for _ in strategies]),
+        forecaster=Forecasts(lambda strategies: [{} for _ in strategies]),
         launch=launch,
         budget=Budget(trials=TRIALS),
         folder=folder,

@@ -20,29 +20,29 @@ from winnow.benchmark import harness
 from winnow.core.cli import options
 from winnow.core.errors import Reason
 from winnow.hardware.device import RUNTIMES
-from winnow.search import child
+from winnow.search import child, fork_server
 from winnow.search.trial import preloads
 
 # what the fork server does with its modules, on a torch that looks as if it were built for CUDA
 LEAVES_OUT = """
 import json, sys
 from tests.search import cuda_built
-from winnow.search.spoilt import spoilers
-found = spoilers(sys.argv[1:])
+from winnow.search.fork_safety import unsafe_modules
+found = unsafe_modules(sys.argv[1:])
 print(json.dumps({"asked": cuda_built.asked, "left_out": found, "imported": sorted(sys.modules)}))
 """
 # a child of a fork server with these modules
 CALLS = """
 import json, sys
 from pathlib import Path
-from winnow.search import child
-child.PRELOAD = ("tests.search.cuda_built", *sys.argv[2:])
+from winnow.search import child, fork_server
+fork_server.PRELOAD = ("tests.search.cuda_built", *sys.argv[2:])
 if __name__ == "__main__":
-    child.start_server()
+    fork_server.start_server()
     log = []
     answer = child.call("tests.search.workers:cuda", {}, child.Limits(), log.append, Path(sys.argv[1]))
     again = child.call("tests.search.workers:cuda", {}, child.Limits(), log.append, Path(sys.argv[1]))
-    print(json.dumps({**answer, "log": log, "again": answer == again, "method": child._server.method}))
+    print(json.dumps({**answer, "log": log, "again": answer == again, "method": fork_server.server.method}))
 """
 
 
@@ -61,7 +61,7 @@ def run_python(program: Path, *arguments: str) -> dict[str, Any]:
 def every_preload() -> list[str]:
     """Of every method and benchmark, and the modules of agents and runtimes."""
     methods = ",".join(options("method"))
-    wanted = list(child.PRELOAD)
+    wanted = list(fork_server.PRELOAD)
     for benchmark in options("benchmark"):
         wanted += preloads(composed("search", f"method=[{methods}]", f"benchmark={benchmark}", "hardware=l40s_x2"))
     agents = [composed("search", f"agent={name}").agent._target_.rpartition(".")[0] for name in options("agent")]

@@ -30,7 +30,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     answer: dict[str, Any] = {"because": None}
 
     def call(function: str, arguments: dict[str, Any], *rest: Any) -> dict[str, Any]:
-        assert function == "winnow.runtime.graph_support:unsupported_base"
+        assert function == "winnow.runtime.graph_support:unsupported_base_reason"
         assert arguments == {"path": "there", "attention": "auto", "trust_remote_code": False, "device": "cuda"}
         return answer
 
@@ -41,7 +41,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def settled(hardware: Hardware, *names: str) -> tuple[str, list[str]]:
     said: list[str] = []
     methods = {name: METHODS[name] for name in names}
-    return decoding.settled(hardware, True, methods, LM("there", name="m"), said.append).decode, said
+    return decoding.resolve_decode(hardware, True, methods, LM("there", name="m"), said.append).decode, said
 
 
 def test_graphs_are_taken_where_all_allow_them(base: dict[str, Any]) -> None:
@@ -95,15 +95,15 @@ def test_where_there_is_nothing_to_settle_nothing_is_asked(monkeypatch: pytest.M
 def test_every_trial_is_told_and_its_command_lines_repeat_it(repository: Path) -> None:
     typed = overrides.parse(["hardware=h200", "hardware.decode=auto", "seed=4"])
     graph = dataclasses.replace(GPU, decode="graph")
-    told = decoding.told(typed, graph, known=True)
+    told = decoding.add_decode(typed, graph, in_config=True)
     assert told.of_trial(Strategy()) == ["hardware=h200", "seed=4", "hardware.decode=graph", "method=[]"]
     lines = overrides.command_lines(told.shared, Strategy(), Path("t"))
     assert all(" hardware.decode=graph" in line for line in lines)
     with initialize_config_dir(str(repository / "conf"), version_base="1.3"):
         for known in (True, False):  # a user's own option may lack the key
-            trial = decoding.told(typed, graph, known).of_trial(Strategy())
+            trial = decoding.add_decode(typed, graph, known).of_trial(Strategy())
             assert compose("compress", trial).hardware.decode == "graph"
-    assert decoding.told(typed, Hardware("cpu"), known=True) == typed
+    assert decoding.add_decode(typed, Hardware("cpu"), in_config=True) == typed
 
 
 def test_fingerprints_of_the_two_ways_differ() -> None:

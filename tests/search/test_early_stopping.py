@@ -17,7 +17,7 @@ from winnow.core.types import Calibration, Figures, Strategy, Trial
 from winnow.hardware.run import Run
 from winnow.model.pretrained import pretrained
 from winnow.runtime import serving
-from winnow.search.early_stopping import LEAST_CHANCE, EarlyStopping, table, weights_of
+from winnow.search.early_stopping import LEAST_CHANCE, EarlyStopping, score_matrix, weights_of
 from winnow.search.job import RIVALS
 from winnow.study.objectives import KNOWN
 from winnow.study.pareto import is_at_least_as_good
@@ -64,7 +64,7 @@ def figures(size: float = SIZE, latency: float = SPEED, kl: float = 0.03) -> Fig
 
 
 def raced(gate: EarlyStopping, samples: Sequence[Sample]) -> Stopped | None:
-    drawn = gate.ordered(gates_benchmark()).drawn()  # type: ignore[attr-defined]
+    drawn = gate.ordered(gates_benchmark()).item_order()  # type: ignore[attr-defined]
     scored = sorted((s for s in samples if s.correct is not None), key=lambda s: drawn.time((s.benchmark, s.doc_hash)))
     for count in (50, 150, 400, 800):
         try:
@@ -110,7 +110,7 @@ def test_what_is_far_off_the_base_model_is_hopeless_beside_one_that_is_near(stud
 def test_items_that_trials_like_it_got_wrong_come_early_and_in_another_order_each_time(study: Path) -> None:
     gate = gates(study)
     gate.on_measured(figures())
-    drawn = gate.ordered(gates_benchmark()).drawn()  # type: ignore[attr-defined]
+    drawn = gate.ordered(gates_benchmark()).item_order()  # type: ignore[attr-defined]
     wrong = {n: [(s.benchmark, s.doc_hash) for s in read(study / str(n) / FILE) if s.correct is False] for n in (3, 5)}
     both = set(wrong[3]) & set(wrong[5])
     assert {drawn.chance(item) for item in both} == {1 + LEAST_CHANCE}
@@ -162,7 +162,7 @@ def test_weights_are_those_of_the_mean() -> None:
     from winnow.benchmark.figures import figures as figures_of
 
     grouped = [(spec, [s for s in samples if s.benchmark == spec.name]) for spec in benchmark.specs if spec.metric]
-    assert float((weights * table(samples, scores)).sum()) == pytest.approx(figures_of(grouped)["accuracy"])
+    assert float((weights * score_matrix(samples, scores)).sum()) == pytest.approx(figures_of(grouped)["accuracy"])
 
 
 def gates_benchmark():  # type: ignore[no-untyped-def]

@@ -49,10 +49,10 @@ class Loaded:
 
 def test_held_back_items_are_never_seen_by_the_search_whatever_its_limit() -> None:
     tasks = [Loaded(500)]
-    asked = {q.doc_hash for q in questions(tasks, None, 1, held_back=0.2)}  # type: ignore[arg-type]
-    fresh = {q.doc_hash for q in questions(tasks, None, 1, held_back=0.2, confirming=True)}  # type: ignore[arg-type]
+    asked = {q.doc_hash for q in questions(tasks, None, 1, holdout_share=0.2)}  # type: ignore[arg-type]
+    fresh = {q.doc_hash for q in questions(tasks, None, 1, holdout_share=0.2, score_holdout=True)}  # type: ignore[arg-type]
     every = {q.doc_hash for q in questions(tasks, None, 1)}  # type: ignore[arg-type]
     assert not asked & fresh and asked | fresh == every and 60 < len(fresh) < 140
-    few = {q.doc_hash for q in questions(tasks, 50, 1, held_back=0.2)}  # type: ignore[arg-type]
+    few = {q.doc_hash for q in questions(tasks, 50, 1, holdout_share=0.2)}  # type: ignore[arg-type]
     assert len(few) == 50 and few < asked
     assert {q.doc_hash for q in questions(tasks, 30, 1, 0.2, True)} < fresh  # type: ignore[arg-type]

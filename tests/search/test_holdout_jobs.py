@@ -14,7 +14,8 @@ from winnow.core.errors import Reason, UserError
 from winnow.report.table import front_json, front_table
 from winnow.search.holdout import FOLDER, confirm, overrides
 from winnow.search.job import RIVALS, STOP
-from winnow.search.trial import failure, run_elsewhere
+from winnow.search.outcome import failure
+from winnow.search.trial import run_elsewhere
 from winnow.study.opening import open_study
 from winnow.study.study import Proposal, Study
 
@@ -137,7 +138,7 @@ def test_without_weights_there_is_nothing_to_confirm_and_it_is_said(tmp_path: Pa
 def test_its_job_runs_below_the_trial_with_the_limits_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from omegaconf import OmegaConf
 
-    from winnow.search import child, trial
+    from winnow.search import child, fork_server, trial
 
     asked: list[Any] = []
 
@@ -146,7 +147,7 @@ def test_its_job_runs_below_the_trial_with_the_limits_of_one(tmp_path: Path, mon
         return {"seconds": 1.0, "energy": {"wh": 1.0}, "failed": None, "result": {"accuracy": 0.5}}
 
     monkeypatch.setattr(child, "call", call)
-    monkeypatch.setattr(child, "start_server", lambda modules: None)
+    monkeypatch.setattr(fork_server, "start_server", lambda modules: None)
     monkeypatch.setattr(trial, "preloads", lambda cfg: [])
     hardware = {"device": "cpu", "devices": 1, "carbon_g_per_kwh": 100.0}
     limits = {"minutes": 2, "memory_bytes": 8}

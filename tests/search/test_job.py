@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from winnow.core.errors import Reason
 from winnow.search import child, trial
 from winnow.search.job import STOP, Job, read_spent
+from winnow.search.outcome import read_outcome
 
 STEP = "tests.search.workers:burn"
 
@@ -56,7 +57,7 @@ def test_a_job_that_is_cancelled_leaves_its_energy_for_the_search_that_goes_on(t
     cancelled._log = lambda line: (tmp_path / STOP).touch()
     with pytest.raises(child.Cancelled):
         cancelled.step("compress", STEP, {"end": "hangs"})
-    cancelled.leave_spent()
+    cancelled.write_spent()
     assert read_spent(tmp_path)["wh"] > 0
 
 
@@ -65,11 +66,11 @@ def test_a_trial_that_fails_has_energy_in_its_outcome(tmp_path: Path, monkeypatc
         yield {"figures": job.step("compress", STEP, {"end": "fails"})}
 
     pytest.importorskip("codecarbon")
-    monkeypatch.setattr(trial, "_tried", parts)
+    monkeypatch.setattr(trial, "_run_steps", parts)
     monkeypatch.setattr(trial, "preloads", lambda cfg: [])
     hardware = {"device": "cpu", "devices": 1, "carbon_g_per_kwh": 100.0}
     limits = {"minutes": None, "memory_bytes": None}
     cfg = OmegaConf.create({"hardware": hardware, "limits": limits, "workers": 1})
     outcome = trial.run(cfg, [], tmp_path, print)
     assert outcome["reason"] == "error" and outcome["energy"]["wh"] > 0
-    assert trial.read_outcome(tmp_path) == outcome
+    assert read_outcome(tmp_path) == outcome

@@ -46,7 +46,7 @@ class Found:
             study=self.study,
             space=more.pop("space", None) or world.narrow(),
             policy=more.pop("policy", None) or Grid(),
-            outlook=Forecasts(asked),
+            forecaster=Forecasts(asked),
             launch=launching,
             budget=more.pop("budget", Budget(trials=30)),
             folder=folder,

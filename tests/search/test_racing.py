@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from winnow.search.racing import BETS, Race, Rival, evidence, included
+from winnow.search.racing import BETS, Race, Rival, evidence, inclusion_probabilities
 
 ITEMS = 400
 EVEN = np.full(ITEMS, 1 / ITEMS)
@@ -165,6 +165,6 @@ def test_chances_of_being_among_the_first_are_those_of_the_draw() -> None:
     rng = np.random.default_rng(9)
     chances = np.array([1.0] * 5 + [0.2] * 15)
     drawn = np.mean([np.isin(np.arange(20), put(rng, chances)[:6]) for _ in range(4000)], axis=0)
-    found = included(chances, 6)
+    found = inclusion_probabilities(chances, 6)
     assert found.sum() == pytest.approx(6)
     assert found == pytest.approx(drawn, abs=0.03)

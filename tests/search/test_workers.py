@@ -60,7 +60,7 @@ class Small(Search):
             study=study,
             space=read_space(small_search.METHODS, {}),
             policy=TPE(startup_trials=4),
-            outlook=Forecasts(lambda strategies: [{} for _ in strategies]),
+            forecaster=Forecasts(lambda strategies: [{} for _ in strategies]),
             launch=launch,
             folder=folder,
             shared=[],
@@ -215,7 +215,7 @@ def test_each_worker_has_its_own_gpu(
     outer: str | None, devices: int, workers: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     four_gpus(monkeypatch, outer)
-    shares = launching.shares(Hardware("h", "cuda", devices), workers)
+    shares = launching.device_shares(Hardware("h", "cuda", devices), workers)
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == expected
     assert all(("CUDA_DEVICE_ORDER" in share) == (outer is None) for share in shares)
 
@@ -223,8 +223,8 @@ def test_each_worker_has_its_own_gpu(
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     four_gpus(monkeypatch, "1,2")
     with pytest.raises(UserError, match=r"workers=3 .*this machine has 2.*workers=2"):
-        launching.shares(Hardware("h", "cuda"), 3)
-    assert launching.shares(Hardware("h", "cpu"), 3) == [{}, {}, {}]
+        launching.device_shares(Hardware("h", "cuda"), 3)
+    assert launching.device_shares(Hardware("h", "cpu"), 3) == [{}, {}, {}]
 
 
 def four_gpus(monkeypatch: pytest.MonkeyPatch, outer: str | None) -> None:

@@ -74,7 +74,7 @@ def test_a_study_goes_on_in_another_space(policy: str, change: str, tmp_path: Pa
     then = Found(tmp_path, budget=Budget(trials=6), space=after, policy=POLICIES[policy]())
     then.search.run()
     new = then.study.trials[4:]
-    assert len(new) == 2 == len(then.launched) and all(after.holds(trial.strategy) for trial in new), then.lines
+    assert len(new) == 2 == len(then.launched) and all(after.contains(trial.strategy) for trial in new), then.lines
     assert len({trial.strategy.overrides for trial in then.study.trials}) == 6
     better = [t.figures for t in then.study.on_front]
     for number, trial in front.items():  # on the front still, or behind a new one

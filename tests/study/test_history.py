@@ -11,7 +11,7 @@ from winnow.core.types import Strategy, Trial
 from winnow.study import pareto
 from winnow.study.budget import Budget, Convergence
 from winnow.study.history import History
-from winnow.study.objectives import KNOWN, broken, constraints
+from winnow.study.objectives import KNOWN, broken_constraints, constraints
 
 OBJECTIVES = (KNOWN["accuracy"], KNOWN["size_bytes"])
 
@@ -55,10 +55,10 @@ def test_what_breaks_a_constraint_is_complete_and_never_on_the_front() -> None:
     for number, (accuracy, size) in enumerate([(0.95, 4e6), (0.94, 2e6), (0.90, 1e6), (0.96, 9e6)]):
         history.end(trial(number, accuracy, size))
     assert history.front == (0, 1)
-    assert history.breaks(history.trials[2]) == [
+    assert history.broken_constraints(history.trials[2]) == [
         "its accuracy is 0.050 below the base model's, over accuracy_drop=0.02"
     ]
-    assert history.breaks(history.trials[3]) == ["size_bytes is 9e+06, over 5e+06"]
+    assert history.broken_constraints(history.trials[3]) == ["size_bytes is 9e+06, over 5e+06"]
 
 
 def test_limits_go_the_way_of_their_figure() -> None:
@@ -66,7 +66,7 @@ def test_limits_go_the_way_of_their_figure() -> None:
     assert set(limits) == {"decode_tokens_per_s", "peak_memory_bytes", "gsm8k"}
     good = {"decode_tokens_per_s": 11.0, "peak_memory_bytes": 7e9, "gsm8k": 0.6}
     bad = {"decode_tokens_per_s": 9.0, "peak_memory_bytes": 9e9, "gsm8k": 0.4}
-    assert broken(good, limits, None) == [] and len(broken(bad, limits, None)) == 3
+    assert broken_constraints(good, limits, None) == [] and len(broken_constraints(bad, limits, None)) == 3
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_the_trials_of_a_living_search_are_left_to_it_and_those_of_a_dead_one_ar
         proposal = theirs.reserve(Suggestion(RTN, "tpe", why="small"), SPACE)
     assert proposal is not None
     ours, now = opened(tmp_path), [0.0]
-    ours._silence = storage.Silence(lambda: now[0])
+    ours._heartbeats = storage.HeartbeatMonitor(lambda: now[0])
 
     def taken() -> list[int]:
         ours.refresh()
@@ -128,7 +128,7 @@ def test_the_trials_of_a_living_search_are_left_to_it_and_those_of_a_dead_one_ar
     assert taken() == []
     now[0] += 0.6 * storage.GRACE_S
     assert taken() == [proposal.number]
-    assert RTN.overrides not in ours.seen
+    assert RTN.overrides not in ours.proposed
 
     assert not theirs.record(done(proposal.number)), "it came back from the dead, and its outcome too late"
     third = opened(tmp_path)

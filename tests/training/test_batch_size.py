@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from winnow.training.batch_size import NAME, doubled, found
+from winnow.training.batch_size import NAME, cached_batch_tokens, double_until_full
 
 
 class Device:
@@ -36,38 +36,38 @@ def test_it_doubles_up_to_the_limit_or_the_share(
     limit: int, share: int, wanted: tuple[int, bool], tried: list[int]
 ) -> None:
     device = Device(limit)
-    assert doubled(device, 512, share) == wanted
+    assert double_until_full(device, 512, share) == wanted
     assert device.tried == tried
 
 
 def test_it_is_found_once_for_a_model_a_length_and_a_device(tmp_path: Path) -> None:
     key = {"model": "a", "longest": 512}
-    assert found(tmp_path, key, Device(3000), 512, 8192) == 2048
+    assert cached_batch_tokens(tmp_path, key, Device(3000), 512, 8192) == 2048
     again = Device(3000)
-    assert found(tmp_path, key, again, 512, 8192) == 2048
-    assert found(tmp_path, key, again, 512, 1000) == 1000  # a step's share is less
+    assert cached_batch_tokens(tmp_path, key, again, 512, 8192) == 2048
+    assert cached_batch_tokens(tmp_path, key, again, 512, 1000) == 1000  # a step's share is less
     assert again.tried == []
-    assert found(tmp_path, {**key, "longest": 256}, again, 256, 8192) == 2048
+    assert cached_batch_tokens(tmp_path, {**key, "longest": 256}, again, 256, 8192) == 2048
     assert again.tried == [512, 1024, 2048, 4096]
     assert [p.name for p in tmp_path.iterdir()] == [NAME]
 
 
 def test_a_larger_share_is_tried_from_where_it_was_left(tmp_path: Path) -> None:
-    assert found(tmp_path, {}, Device(10**6), 512, 2048) == 2048
+    assert cached_batch_tokens(tmp_path, {}, Device(10**6), 512, 2048) == 2048
     device = Device(5000)
-    assert found(tmp_path, {}, device, 512, 8192) == 4096
+    assert cached_batch_tokens(tmp_path, {}, device, 512, 8192) == 4096
     assert device.tried == [4096, 8192]
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[1]"])
 def test_a_damaged_memory_is_found_anew(tmp_path: Path, damaged: str) -> None:
     (tmp_path / NAME).write_text(damaged)
-    assert found(tmp_path, {}, Device(3000), 512, 8192) == 2048
+    assert cached_batch_tokens(tmp_path, {}, Device(3000), 512, 8192) == 2048
     assert next(iter(json.loads((tmp_path / NAME).read_text()).values()))["tokens"] == 2048
 
 
 def test_the_memory_is_replaced_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found(tmp_path, {"model": "a"}, Device(3000), 512, 8192)
+    cached_batch_tokens(tmp_path, {"model": "a"}, Device(3000), 512, 8192)
     before = (tmp_path / NAME).read_bytes()
 
     def cut(source: object, target: object) -> None:
@@ -76,5 +76,5 @@ def test_the_memory_is_replaced_in_one_piece(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "replace", cut)
     monkeypatch.setattr(Path, "replace", cut)
     with pytest.raises(OSError):
-        found(tmp_path, {"model": "b"}, Device(3000), 512, 8192)
+        cached_batch_tokens(tmp_path, {"model": "b"}, Device(3000), 512, 8192)
     assert (tmp_path / NAME).read_bytes() == before

@@ -183,7 +183,7 @@ def test_a_child_sees_nothing_of_the_ranks_around_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MASTER_ADDR", "elsewhere")
     monkeypatch.setenv("GROUP_RANK", "1")
     monkeypatch.setenv("HF_HOME", "/models")
-    found = torchrun.environment(Run(tmp_path, devices=2))
+    found = torchrun.child_environment(Run(tmp_path, devices=2))
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
     assert not [name for name in found if name.startswith(ranks)]
     assert found["HF_HOME"] == "/models"

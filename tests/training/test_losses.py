@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from winnow.training import losses
-from winnow.training.losses import Head, chunked, plain
+from winnow.training.losses import Head, chunked, unchunked
 
 N, H, V = 37, 16, 101  # positions, hidden, vocabulary
 CHUNKS = {"several, the last ragged": 4 * V * 8, "one": 4 * V * 1000, "a position each": 1}
@@ -49,7 +49,7 @@ def test_values_and_gradients_are_those_of_the_plain_loss(name: str, head: str, 
     compared = others(name)
     first = [torch.randn(N, H), torch.randn(V, H), torch.randn(V)]
     found = []
-    for compute in (functools.partial(chunked, chunk_bytes=CHUNKS[chunk]), plain):
+    for compute in (functools.partial(chunked, chunk_bytes=CHUNKS[chunk]), unchunked):
         hidden, weight, bias = (x.clone().requires_grad_() for x in first)
         settings = {**HEADS[head], "bias": bias if "bias" in HEADS[head] else None}
         total = compute(LOSSES[name], hidden, Head(weight, **settings), *compared)
@@ -91,7 +91,7 @@ def test_under_autocast_products_are_in_16_bits_and_the_loss_is_not() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     targets = torch.randint(0, V, (N,))
-    exact = plain(losses.cross_entropy, hidden, Head(weight), targets)
+    exact = unchunked(losses.cross_entropy, hidden, Head(weight), targets)
     exact.backward()
     grads = [hidden.grad, weight.grad]
     hidden.grad = weight.grad = None

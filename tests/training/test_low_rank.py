@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.model.test_packed_attention import model_of
-from winnow.method.lora import Lora, adapted, layers, mask_zeros
+from winnow.method.lora import Lora, add_adapters, layers, mask_zeros
 from winnow.training import low_rank
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -36,12 +36,12 @@ def outcome(model: Any, in_16_bits: bool = False) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("in_16_bits", [False, True])
 def test_they_are_what_peft_computes(in_16_bits: bool, checkpointing: bool) -> None:
-    model = trained_a_little(adapted(model_of("llama"), Lora(rank=4), 0))
+    model = trained_a_little(add_adapters(model_of("llama"), Lora(rank=4), 0))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     exact = outcome(model)
     expected = outcome(model, in_16_bits)
-    with low_rank.in_few_passes(model):
+    with low_rank.fused_lora(model):
         found = outcome(model, in_16_bits)
     assert found.keys() == expected.keys() and len(found) == 2 + 2 * len(layers(model))
     for name, value in found.items():
@@ -53,23 +53,23 @@ def test_they_are_what_peft_computes(in_16_bits: bool, checkpointing: bool) -> N
 
 
 def test_layers_are_afterwards_as_they_were() -> None:
-    model = adapted(model_of("llama"), Lora(rank=4), 0)
-    with pytest.raises(KeyError), low_rank.in_few_passes(model):
+    model = add_adapters(model_of("llama"), Lora(rank=4), 0)
+    with pytest.raises(KeyError), low_rank.fused_lora(model):
         assert all("forward" in vars(layer) for layer in layers(model).values())
         raise KeyError
     assert not any("forward" in vars(layer) for layer in layers(model).values())
 
 
 def test_dora_and_pruned_layers_keep_their_own_way() -> None:
-    dora = adapted(model_of("llama"), Lora(rank=4, dora=True), 0)
+    dora = add_adapters(model_of("llama"), Lora(rank=4, dora=True), 0)
     pruned = model_of("llama")
     for name, weight in pruned.named_parameters():
         if name.endswith("q_proj.weight"):
             weight.data[:, ::2] = 0
-    masked = adapted(pruned, Lora(rank=4), 0)
+    masked = add_adapters(pruned, Lora(rank=4), 0)
     mask_zeros(masked)
     before = {name: vars(layer).get("forward") for name, layer in layers(masked).items()}
-    with low_rank.in_few_passes(dora), low_rank.in_few_passes(masked):
+    with low_rank.fused_lora(dora), low_rank.fused_lora(masked):
         assert not any("forward" in vars(layer) for layer in layers(dora).values())
         for name, layer in layers(masked).items():
             if name.endswith("q_proj"):
@@ -80,5 +80,5 @@ def test_dora_and_pruned_layers_keep_their_own_way() -> None:
 
 def test_a_layer_without_an_adapter_is_let_be() -> None:
     model = model_of("llama")
-    with low_rank.in_few_passes(model):
+    with low_rank.fused_lora(model):
         assert not any("forward" in vars(module) for module in model.modules())

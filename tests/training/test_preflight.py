@@ -17,17 +17,17 @@ from winnow.core.errors import UserError
 from winnow.core.types import Calibration
 from winnow.data.corpus import documents
 from winnow.data.encoding import Encoded, encode
-from winnow.hardware.compute import fastest, training_precision
+from winnow.hardware.compute import fastest_dtype, training_precision
 from winnow.hardware.run import Run
 from winnow.model.pretrained import pretrained
 from winnow.training import fit as fitting
 from winnow.training.dist_env import DistEnv
 from winnow.training.fit import Batching, fit
 from winnow.training.module import Recovery, Schedule
-from winnow.training.preflight import TrainingMemory, TrainingMemoryPlan, check, demand
+from winnow.training.preflight import TrainingMemory, TrainingMemoryPlan, plan_training, training_memory
 
 GB = 10**9
-ASKED: dict[str, Any] = {"tokens_per_device": 0, "share": 8192, "longest": 512, "work": 1e6}
+ASKED: dict[str, Any] = {"tokens_per_device": 0, "share": 8192, "longest": 512, "total_tokens": 1e6}
 
 
 def llama_8b(trained_share: float, bytes_each: float = 4.0) -> TrainingMemory:
@@ -43,13 +43,13 @@ def llama_8b(trained_share: float, bytes_each: float = 4.0) -> TrainingMemory:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    found = demand(model, Run(Path(), device="cuda"), mixed=True)
+    found = training_memory(model, Run(Path(), device="cuda"), mixed=True)
     parameters = found.spec.parameters
     return dataclasses.replace(
         found,
         weights_bytes=int(bytes_each * parameters),
-        copied=found.copied if bytes_each == 4 else 0,
-        trained=int(trained_share * parameters),
+        cast_parameters=found.cast_parameters if bytes_each == 4 else 0,
+        trainable_parameters=int(trained_share * parameters),
         adapters=trained_share < 1,
     )
 
@@ -58,7 +58,7 @@ def flown(
     found: TrainingMemory, usable_gb: float, world: DistEnv | None = None, parallel: str = "auto", **asked: Any
 ) -> TrainingMemoryPlan:
     run = Run(Path(), device="cuda", parallel=parallel, tflops=100.0)
-    return check(found, run, world or DistEnv(), **{**ASKED, **asked}, usable=int(usable_gb * GB))
+    return plan_training(found, run, world or DistEnv(), **{**ASKED, **asked}, usable=int(usable_gb * GB))
 
 
 def refused(*arguments: Any, **options: Any) -> str:
@@ -79,7 +79,7 @@ def test_it_takes_as_much_at_a_time_as_fits() -> None:
 
 def test_activations_are_recomputed_only_where_they_do_not_fit() -> None:
     lora = llama_8b(0.005)
-    least = lora.needed(8192) / GB
+    least = lora.needed_bytes(8192) / GB
     asked = {"tokens_per_device": 8192}
     assert not flown(lora, least + 1, **asked).checkpointing
     assert flown(lora, least - 1, **asked).checkpointing
@@ -124,11 +124,11 @@ def test_a_training_that_cannot_fit_is_refused_before_it_starts(tiny: Path, tmp_
 def test_recomputed_activations_give_the_same_gradients(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
 ) -> None:
-    from winnow.method.lora import Lora, adapted
+    from winnow.method.lora import Lora, add_adapters
 
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         lm = pretrained(str(tiny), dtype="float32")
-        model: Any = adapted(lm.model, Lora(), 0) if trained == "adapters" else lm.model
+        model: Any = add_adapters(lm.model, Lora(), 0) if trained == "adapters" else lm.model
         kept: dict[str, torch.Tensor] = {}
 
         def keep(module: Recovery, optimizer: Any) -> None:
@@ -136,7 +136,7 @@ def test_recomputed_activations_give_the_same_gradients(
 
         monkeypatch.setattr(Recovery, "on_before_optimizer_step", keep)
         flight = TrainingMemoryPlan(512, 0, 0, checkpointing=checkpointing)
-        monkeypatch.setattr(fitting.preflight, "check", lambda *a, **k: flight)
+        monkeypatch.setattr(fitting.preflight, "plan_training", lambda *a, **k: flight)
         folder = tmp_path / str(checkpointing)
         folder.mkdir()
         fit(model, rows_of(lm.tokenizer), Schedule(1e-3, 1), Batching(512), Run(folder, log=lambda line: None))
@@ -152,7 +152,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import torch
-from winnow.method.lora import Lora, adapted
+from winnow.method.lora import Lora, add_adapters
 from winnow.nano.embedded import trained
 from winnow.recovery import fit as fitting
 from winnow.data.corpus import documents
@@ -162,11 +162,11 @@ from winnow.core.types import Calibration, Run
 
 lm = trained(dtype="float32")
 rows = encode(documents(Calibration(), 500, 0), lm.tokenizer, 128)
-model = adapted(lm.model, Lora(), 0)
+model = add_adapters(lm.model, Lora(), 0)
 said = []
 run = Run(Path(sys.argv[1]), log=said.append)
-check, flights = fitting.preflight.check, []
-fitting.preflight.check = lambda *a, **k: flights.append(check(*a, **k)) or flights[-1]
+check, flights = fitting.preflight.plan_training, []
+fitting.preflight.plan_training = lambda *a, **k: flights.append(check(*a, **k)) or flights[-1]
 fitting.fit(model, rows, Schedule(1e-3, 5), fitting.Batching(int(sys.argv[2])), run, precision=sys.argv[3])
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 print(flights[0].needed_bytes, peak)
@@ -174,7 +174,7 @@ print(flights[0].needed_bytes, peak)
 
 
 def test_the_peak_is_as_estimated(tmp_path: Path) -> None:
-    precision = training_precision(fastest("cpu"))  # the other one would take minutes
+    precision = training_precision(fastest_dtype("cpu"))  # the other one would take minutes
     line = [sys.executable, "-c", PEAK, str(tmp_path), "4096", precision]
     ended = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY, timeout=170, check=False)
     assert ended.returncode == 0, ended.stderr

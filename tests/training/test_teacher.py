@@ -20,7 +20,7 @@ from winnow.nano.embedded import WEIGHTS
 from winnow.training import targets as module
 from winnow.training import zeros
 from winnow.training.losses import forward_kl, reverse_kl
-from winnow.training.objective import Distillation, SampledDistillation, block_outputs, evenly, relative_distance
+from winnow.training.objective import Distillation, SampledDistillation, block_outputs, evenly_spaced, relative_distance
 from winnow.training.optimizer import build_optimizer
 from winnow.training.student import Student
 from winnow.training.targets import (
@@ -28,12 +28,12 @@ from winnow.training.targets import (
     FILES,
     Sampling,
     Targets,
-    counted,
-    most_bytes,
-    systematic,
-    targets_of,
+    load_or_compute_targets,
+    max_bytes_per_position,
+    run_lengths,
+    systematic_sample,
 )
-from winnow.training.teacher import frozen
+from winnow.training.teacher import load_frozen
 
 VOCABULARY = 1024
 DEFAULT = Sampling()
@@ -55,8 +55,8 @@ def student_of(path: Path, layers: list[int]) -> Student:
 
 
 def cached(teacher: LM, rows: list[Encoded], folder: Path, sampling: Sampling = DEFAULT, **known: Any) -> Targets:
-    settings: dict[str, Any] = {"load": lambda: frozen(teacher, "cpu"), "log": lambda line: None, **known}
-    return targets_of(teacher, rows, sampling, folder, VOCABULARY, **settings)
+    settings: dict[str, Any] = {"load": lambda: load_frozen(teacher, "cpu"), "log": lambda line: None, **known}
+    return load_or_compute_targets(teacher, rows, sampling, folder, VOCABULARY, **settings)
 
 
 def test_systematic_samples_are_unbiased_and_nowhere_off_by_a_whole_count() -> None:
@@ -64,7 +64,7 @@ def test_systematic_samples_are_unbiased_and_nowhere_off_by_a_whole_count() -> N
     p = torch.randn(4, 50).mul(2).softmax(-1)
     seen = torch.zeros_like(p, dtype=torch.float64)
     for _ in range(4000):
-        ids = systematic(p, torch.rand(4), 20)
+        ids = systematic_sample(p, torch.rand(4), 20)
         counts = torch.stack([row.bincount(minlength=50) for row in ids])
         assert ((counts - 20 * p).abs() < 1 + 1e-4).all()
         seen += counts
@@ -73,25 +73,25 @@ def test_systematic_samples_are_unbiased_and_nowhere_off_by_a_whole_count() -> N
 
 def test_samples_are_counted_and_read_back(tmp_path: Path, tiny: Path) -> None:
     ids = torch.tensor([[1, 1, 5, 9], [9, 9, 9, 9], [0, 2, 2, 3]])
-    assert [x.tolist() for x in counted(ids)] == [[1, 5, 9, 9, 0, 2, 3], [2, 1, 1, 4, 1, 2, 1], [3, 1, 3]]
+    assert [x.tolist() for x in run_lengths(ids)] == [[1, 5, 9, 9, 0, 2, 3], [2, 1, 1, 4, 1, 2, 1], [3, 1, 3]]
     teacher = pretrained(str(tiny), dtype="float32")
     rows = rows_for(teacher, 20)
     rows[3] = Encoded(rows[3].ids, ())  # without a target, amid others and at the end
     rows[19] = Encoded(rows[19].ids, ())
     found = cached(teacher, rows, tmp_path)
     chosen = [7, 3, 0, 12, 19]
-    ids_nk, shares_nk = found.of(chosen)
+    ids_nk, shares_nk = found.at_documents(chosen)
     assert len(ids_nk) == sum(rows[i].target_count for i in chosen)
     torch.testing.assert_close(shares_nk.sum(-1), torch.ones(len(shares_nk)))
-    hidden, _ = frozen(teacher, "cpu").at_targets(collate([rows[i] for i in chosen]))
-    p = frozen(teacher, "cpu").head(hidden).softmax(-1)
+    hidden, _ = load_frozen(teacher, "cpu").at_targets(collate([rows[i] for i in chosen]))
+    p = load_frozen(teacher, "cpu").head(hidden).softmax(-1)
     assert (p.gather(-1, ids_nk)[shares_nk > 0] > 0).all()
     dense = torch.zeros_like(p).scatter_add_(-1, ids_nk, shares_nk)
     assert ((dense - p).abs() * 60 < 1.001).all()  # that is: in the right order
 
 
 def test_a_token_takes_at_most_320_bytes(tmp_path: Path, tiny: Path) -> None:
-    assert most_bytes(60, 128_256) + 8 <= BYTES_PER_TOKEN  # even where a document has a single target
+    assert max_bytes_per_position(60, 128_256) + 8 <= BYTES_PER_TOKEN  # even where a document has a single target
     teacher = pretrained(str(tiny))
     rows = rows_for(teacher, 30)
     cached(teacher, rows, tmp_path)
@@ -107,7 +107,7 @@ def test_the_gradient_of_cached_targets_is_the_teachers(tmp_path: Path) -> None:
     batch = batch_of(rows)
     gradients = []
     for objective in (
-        Distillation(frozen(teacher, "cpu"), forward_kl),
+        Distillation(load_frozen(teacher, "cpu"), forward_kl),
         SampledDistillation(cached(teacher, rows, tmp_path)),
     ):
         student.zero_grad()
@@ -120,12 +120,12 @@ def test_the_gradient_of_cached_targets_is_the_teachers(tmp_path: Path) -> None:
 def test_targets_are_computed_once_for_the_same_documents(tmp_path: Path, tiny: Path) -> None:
     teacher = pretrained(str(tiny))
     rows = rows_for(teacher, 12)
-    first = cached(teacher, rows, tmp_path).of([0, 5])
+    first = cached(teacher, rows, tmp_path).at_documents([0, 5])
 
     def never() -> Student:
         raise AssertionError("the teacher was loaded again")
 
-    again = cached(teacher, rows, tmp_path, load=never).of([0, 5])
+    again = cached(teacher, rows, tmp_path, load=never).at_documents([0, 5])
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     for other, sampling in ((rows[:-1], Sampling()), (rows, Sampling(seed=1)), (rows, Sampling(temperature=2.0))):
         with pytest.raises(AssertionError, match="loaded again"):
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, tiny: Path, monkeypat
     teacher = pretrained(str(tiny), dtype="float32")
     rows = rows_for(teacher, 40)
     whole = cached(teacher, rows, tmp_path / "whole")
-    sampled, calls = module._sampled, 0
+    sampled, calls = module._sample_targets, 0
 
     def dying(*arguments: Any) -> list[Any]:
         nonlocal calls
@@ -146,14 +146,14 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, tiny: Path, monkeypat
             raise KeyboardInterrupt
         return sampled(*arguments)
 
-    monkeypatch.setattr(module, "_sampled", dying)
+    monkeypatch.setattr(module, "_sample_targets", dying)
     with pytest.raises(KeyboardInterrupt):
         cached(teacher, rows, tmp_path / "cut")
     (partial,) = (tmp_path / "cut" / "targets").glob("*.partial")
     for name in FILES[:3]:  # a batch whose last file was not written any more
         with (partial / f"{name}.bin").open("ab") as file:
             file.write(b"half-written")
-    monkeypatch.setattr(module, "_sampled", sampled)
+    monkeypatch.setattr(module, "_sample_targets", sampled)
     said: list[str] = []
     resumed = cached(teacher, rows, tmp_path / "cut", log=said.append)
     assert any("going on at document" in line for line in said)
@@ -164,17 +164,17 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, tiny: Path, monkeypat
 def test_a_damaged_folder_is_made_anew(tmp_path: Path, tiny: Path) -> None:
     teacher = pretrained(str(tiny))
     rows = rows_for(teacher, 12)
-    before = cached(teacher, rows, tmp_path).of(range(12))
+    before = cached(teacher, rows, tmp_path).at_documents(range(12))
     (folder,) = [path for path in (tmp_path / "targets").iterdir() if path.is_dir()]
     with (folder / "ids.bin").open("r+b") as file:
         file.truncate(10)
-    after = cached(teacher, rows, tmp_path).of(range(12))
+    after = cached(teacher, rows, tmp_path).at_documents(range(12))
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_distillation_is_the_plain_mixture(tiny: Path, divergence: Any) -> None:
-    teacher = frozen(pretrained(str(tiny), dtype="float32"), "cpu")
+    teacher = load_frozen(pretrained(str(tiny), dtype="float32"), "cpu")
     student = student_of(tiny, [1])
     batch = batch_of(rows_for(pretrained(str(tiny)), 8))
     found = Distillation(teacher, divergence, alpha=0.3, hidden_weight=2.0)(student, batch)
@@ -196,9 +196,9 @@ def test_distillation_is_the_plain_mixture(tiny: Path, divergence: Any) -> None:
 
 
 def test_layers_are_mapped_evenly() -> None:
-    assert evenly(5, 3) == [1, 2, 4]
-    assert evenly(4, 4) == [0, 1, 2, 3]
-    assert evenly(32, 2) == [15, 31]
+    assert evenly_spaced(5, 3) == [1, 2, 4]
+    assert evenly_spaced(4, 4) == [0, 1, 2, 3]
+    assert evenly_spaced(32, 2) == [15, 31]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -209,7 +209,7 @@ def test_no_optimizer_moves_a_zero(tiny: Path, optimizer: str) -> None:
     pruned.data[zero] = 0
     before = {name: linear.weight.detach().clone() for name, linear in linears(model).items()}
     made = build_optimizer(model, optimizer, 0.01, 0.1)
-    with zeros.kept(model) as count:
+    with zeros.keep_zeros(model) as count:
         assert count == 1
         for _ in range(3):
             made.zero_grad()

@@ -14,7 +14,7 @@ from winnow.data.corpus import documents
 from winnow.data.encoding import encode
 from winnow.hardware.run import Run
 from winnow.method import pipeline
-from winnow.method.lora import Lora, adapted
+from winnow.method.lora import Lora, add_adapters
 from winnow.method.pretrain import Pretrain
 from winnow.model.pretrained import pretrained
 from winnow.training.fit import Batching, Fitted, fit
@@ -59,7 +59,7 @@ def trained(
 
 
 def lora(model: Any) -> Any:
-    made = adapted(model, Lora(rank=4, dora=True), 0)
+    made = add_adapters(model, Lora(rank=4, dora=True), 0)
     for module in made.modules():  # random numbers are drawn in each step: their state must come back too
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1

@@ -23,8 +23,8 @@ from winnow.estimate.layout import layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline, suitability
 from winnow.method.bnb import NF4
-from winnow.method.knobs import Checked
-from winnow.method.lora import Lora, adapted, layers
+from winnow.method.knobs import BaseStage
+from winnow.method.lora import Lora, add_adapters, layers
 from winnow.method.oneshot import GPTQ
 from winnow.method.prune import Magnitude, Wanda
 from winnow.method.rtn import RTN
@@ -120,7 +120,7 @@ def test_low_rank_updates_are_trained_for_every_expert(base: Callable[[str], Pat
     lm = pretrained(str(base("mixtral")))
     unfuse(lm.model)
     wanted = set(linears(lm.model))
-    assert set(layers(adapted(lm.model, Lora(rank=4), 0).base_model.model)) == wanted
+    assert set(layers(add_adapters(lm.model, Lora(rank=4), 0).base_model.model)) == wanted
 
 
 def test_experts_that_calibration_does_not_reach_are_named(base: Callable[[str], Path], tmp_path: Path) -> None:
@@ -161,11 +161,11 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_made(
 
 
 @dataclass(frozen=True)
-class Idle(Checked):
+class Idle(BaseStage):
     slot: ClassVar[Slot] = Slot.QUANTIZE
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        return lm.changed(lm.model)
+        return lm.with_model(lm.model)
 
 
 def test_a_stage_that_changes_nothing_is_an_error(tiny: Path, tmp_path: Path) -> None:

@@ -169,4 +169,4 @@ def test_a_hold_out_that_leaves_no_item_is_refused(confirming: bool, way_out: st
     share = 1e-9 if confirming else 1 - 1e-9
     made = harness("arc_easy", data_dir=ITEMS, held_back=share, confirming=confirming)
     with pytest.raises(UserError, match=f"arc_easy has so few items that none is left.*{way_out}, or set confirm=0"):
-        made.asked()
+        made.load_items()

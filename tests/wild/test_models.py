@@ -18,7 +18,7 @@ from winnow.benchmark.adapters import scorer
 from winnow.core.errors import Unservable, UserError
 from winnow.hardware.run import Run
 from winnow.method import pipeline
-from winnow.method.lora import Lora, adapted
+from winnow.method.lora import Lora, add_adapters
 from winnow.method.qlora import QLoRA
 from winnow.method.rtn import RTN
 from winnow.model import adapter
@@ -177,7 +177,7 @@ ADAPTERS: dict[str, tuple[Edit, str]] = {
 
 @pytest.mark.parametrize("name", [None, *ADAPTERS])
 def test_an_asked_modelis_whole_or_refused(name: str | None, folder: Path) -> None:
-    adapter.write(adapted(pretrained(str(folder)).model, Lora(rank=4), 0), folder / adapter.NAME)
+    adapter.write(add_adapters(pretrained(str(folder)).model, Lora(rank=4), 0), folder / adapter.NAME)
     if name is None:
         assert adapter.is_adapted(pretrained(str(folder)).model)
         return

@@ -35,14 +35,14 @@ def parsed(override: str) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_the_same_after_hydra_has_read_it(name: str) -> None:
     for text in (name, f"/data/{name}/x", name + "/"):
-        for written in (grammar.path(text), grammar.text_of(text)):
+        for written in (grammar.quoted_path(text), grammar.quoted(text)):
             found = parsed(f"key={written}")
             assert str(found) == text and isinstance(found, str), written
-    assert parsed(f"key={grammar.text_of([name, {'x': name}, 3, None, True])}") == [name, {"x": name}, 3, None, True]
+    assert parsed(f"key={grammar.quoted([name, {'x': name}, 3, None, True])}") == [name, {"x": name}, 3, None, True]
 
 
 def test_plain_paths_stay_plain() -> None:
-    assert grammar.path("/data/my-model_2/v1.5") == "/data/my-model_2/v1.5"
+    assert grammar.quoted_path("/data/my-model_2/v1.5") == "/data/my-model_2/v1.5"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,8 +71,8 @@ def test_a_whole_search_under_a_name_that_means_something_to_everybody(tmp_path:
     name = "a b,[c]=d#e?f%20g'h"
     outputs = tmp_path / "o,u=t"
     settings = [
-        f"study={grammar.text_of(name)}",
-        f"outputs={grammar.path(outputs)}",
+        f"study={grammar.quoted(name)}",
+        f"outputs={grammar.quoted_path(outputs)}",
         "method=[rtn]",
         "benchmark.limit=2",
     ]

@@ -87,7 +87,7 @@ def test_a_narrowing_means_what_it_says(method: str, argument: str, setting: str
     space = space_of([method], argument)
     assert values_of(space, method, setting) == expected
     strategy = Strategy((method,), space.method(method).defaults(configured))
-    assert not space.objection(strategy) and space.holds(strategy)
+    assert not space.invalid_reason(strategy) and space.contains(strategy)
     stage = made(strategy)[method]
     if not isinstance(expected, tuple | str):
         assert getattr(stage, setting) in (expected, tuple(expected))
@@ -126,7 +126,7 @@ def test_what_an_experiment_configures_is_part_of_every_strategy() -> None:
     for strategy in list(space.all(2))[1:]:
         assert ("method.lora.steps=300" in strategy.overrides) == ("lora" in strategy.methods)
         made(strategy)  # with 2:4, wanda takes no other sparsity than its default
-    assert not space.holds(Strategy(("lora",), {"method.lora.rank": 16, "method.lora.learning_rate": 1e-3}))
+    assert not space.contains(Strategy(("lora",), {"method.lora.rank": 16, "method.lora.learning_rate": 1e-3}))
     assert strategy_of(as_proposal(strategy)["methods"], space) == (strategy, [])
 
 
@@ -159,7 +159,7 @@ def test_every_strategy_of_a_space_can_be_tried(seed: int, tmp_path: Path) -> No
     found = list(proposals(space, names, seed))
     for suggestion in found:
         strategy = suggestion.strategy
-        assert not space.objection(strategy), (arguments, strategy)
+        assert not space.invalid_reason(strategy), (arguments, strategy)
         proposal = study.reserve(suggestion, space)
         assert proposal is not None and proposal.strategy.overrides == strategy.overrides
         assert strategy_of(as_proposal(strategy)["methods"], space)[1] == []

@@ -1,4 +1,7 @@
-"""`hydra/sweeper: winnow`: a thin shell around `winnow.search`. Hydra imports this at every start: nothing heavy up here."""
+"""Defines `hydra/sweeper: winnow`, a thin wrapper around `winnow.search`.
+
+Hydra imports this module at every start, so it imports nothing heavy at the top.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ ConfigStore.instance().store(
 
 
 class WinnowSweeper(Sweeper):
-    """Proposes strategies one at a time and launches each through Hydra's launcher."""
+    """Runs a search, which proposes strategies one at a time and launches each through Hydra's launcher."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config

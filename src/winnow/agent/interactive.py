@@ -1,4 +1,4 @@
-"""A person decides: each proposal is shown with its reason, and accepted, edited or rejected before it runs.
+"""Lets a person decide: each proposal is shown with its reason, and accepted, edited or rejected before it runs.
 
 python search.py agent=llm interactive=true
 """
@@ -20,13 +20,13 @@ from winnow.study.history import History
 from winnow.study.policy import Exhausted, Forecaster, Policy, Suggestion
 from winnow.study.space import Space
 
-MOST_REJECTED = 5  # for one trial
+MOST_REJECTED = 5  # proposals in a row, for one trial
 QUESTION = "[a]ccept, [e]dit, [r]eject, [q]uit? "
 EDIT = "overrides, e.g. method=[wanda,rtn] method.rtn.bits=3 (empty: back): "
 
 
 def check_terminal() -> None:
-    """Raises UserError where nobody can answer."""
+    """Raises UserError if there is no terminal to answer in."""
     if not sys.stdin.isatty():
         raise UserError("interactive=true needs a terminal to ask in; leave it out, or run search.py in one")
 
@@ -36,7 +36,10 @@ class Interactive:
     """Puts every proposal of a policy to a person.
 
     Attributes:
-        configured: the configured value of a knob by its full key, for methods that an edit adds.
+        policy: makes the proposals.
+        configured: returns the configured value of a knob by its full key, for methods that an edit adds.
+        read: asks the person a question and returns the answer.
+        show: shows the person a text.
     """
 
     policy: Policy
@@ -45,28 +48,28 @@ class Interactive:
     show: Callable[[str], None] = say
     _rejected: list[Strategy] = field(default_factory=list, init=False, repr=False)
 
-    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
-        """What the person has accepted.
+    def ask(self, history: History, space: Space, forecaster: Forecaster) -> Suggestion:
+        """Returns the suggestion that the person has accepted.
 
         Raises:
             Exhausted: the person ends the search, or rejects everything.
         """
-        before = {tuple(overrides) for trial in history.trials for overrides in trial.decision.get("rejected", ())}
-        now: list[Suggestion] = []
-        while len(now) < MOST_REJECTED:
-            suggestion = self.policy.ask(self._without_rejected(history, before), space, outlook)
+        earlier = {tuple(overrides) for trial in history.trials for overrides in trial.decision.get("rejected", ())}
+        rejected: list[Suggestion] = []
+        while len(rejected) < MOST_REJECTED:
+            suggestion = self.policy.ask(self._without_rejected(history, earlier), space, forecaster)
             self._show(suggestion)
-            chosen = self._chosen(suggestion, history, space, outlook)
-            if chosen is not None:
-                return _with_costs(chosen, now)
-            now.append(suggestion)
+            accepted = self._decision(suggestion, history, space, forecaster)
+            if accepted is not None:
+                return _with_rejected(accepted, rejected)
+            rejected.append(suggestion)
             self._rejected.append(suggestion.strategy)
         raise Exhausted(f"{MOST_REJECTED} proposals in a row were rejected; the same command goes on")
 
-    def _without_rejected(self, history: History, before: set[tuple[str, ...]]) -> History:
-        """The history as the policy is to see it: what was rejected counts as seen, and is not proposed again."""
+    def _without_rejected(self, history: History, earlier: set[tuple[str, ...]]) -> History:
+        """Returns the history for the policy: rejected strategies count as proposed, so that they are not proposed again."""
         view = copy.copy(history)
-        view.seen = history.seen | before | {strategy.overrides for strategy in self._rejected}
+        view.proposed = history.proposed | earlier | {strategy.overrides for strategy in self._rejected}
         view.proposals = history.proposals + len(self._rejected)
         view.rejected = tuple(self._rejected)
         return view
@@ -76,8 +79,10 @@ class Interactive:
         why = clean(suggestion.why, 600) or "no reason given"
         self.show(f"{suggestion.by} proposes {suggestion.strategy}\n  {why}{gain}")
 
-    def _chosen(self, suggestion: Suggestion, history: History, space: Space, outlook: Forecaster) -> Suggestion | None:
-        """The suggestion as accepted or edited; None if it is rejected."""
+    def _decision(
+        self, suggestion: Suggestion, history: History, space: Space, forecaster: Forecaster
+    ) -> Suggestion | None:
+        """Asks the person; returns the suggestion as accepted or edited, None if it is rejected."""
         while True:
             answer = self._read(QUESTION).lower()
             if answer in ("a", "accept"):
@@ -87,19 +92,22 @@ class Interactive:
             if answer in ("q", "quit"):
                 raise Exhausted("ended by its user; the same command goes on")
             if answer in ("e", "edit"):
-                edited = self._edited(suggestion, history, space, outlook)
+                edited = self._edit(suggestion, history, space, forecaster)
                 if edited is not None:
                     return edited
                 self._show(suggestion)
 
-    def _edited(self, suggestion: Suggestion, history: History, space: Space, outlook: Forecaster) -> Suggestion | None:
+    def _edit(
+        self, suggestion: Suggestion, history: History, space: Space, forecaster: Forecaster
+    ) -> Suggestion | None:
+        """Asks for overrides until they give a valid strategy; returns None if the person leaves the edit."""
         while line := self._read(EDIT):
             try:
                 strategy = edit(suggestion.strategy, line, space, self.configured)
             except UserError as error:
                 self.show(f"  {error}")
                 continue
-            objections = objections_to(strategy, history, outlook)
+            objections = objections_to(strategy, history, forecaster)
             if not objections:
                 record = {**suggestion.record, "edited_from": list(suggestion.strategy.overrides)}
                 why = f"edited by its user; {suggestion.by} had proposed {suggestion.strategy}"
@@ -115,9 +123,9 @@ class Interactive:
 
 
 def edit(strategy: Strategy, line: str, space: Space, configured: Callable[[str], Any]) -> Strategy:
-    """The strategy with overrides in Hydra's grammar: other methods, or other values of knobs.
+    """Returns the strategy with overrides in Hydra's grammar applied: other methods, or other values of knobs.
 
-    A method that is added starts from its configured values, or the first of its choices.
+    An added method starts from its configured values, or from the nearest values in the space.
 
     Raises:
         UserError: an override of anything but methods and their knobs, or a strategy that is not in the space.
@@ -145,32 +153,32 @@ def edit(strategy: Strategy, line: str, space: Space, configured: Callable[[str]
     nodes = []
     for name in methods:
         method = next((m for m in space.methods if m.name == name), None)
-        own = f"method.{name}."
-        given = {k.removeprefix(own): v for k, v in knobs.items() if k.startswith(own)}
+        prefix = f"method.{name}."
+        own_knobs = {k.removeprefix(prefix): v for k, v in knobs.items() if k.startswith(prefix)}
         if method is not None and name not in strategy.methods:
-            given = {k.removeprefix(own): v for k, v in method.defaults(configured).items()} | given
-        nodes.append({"name": name, "knobs": given})
+            own_knobs = {k.removeprefix(prefix): v for k, v in method.defaults(configured).items()} | own_knobs
+        nodes.append({"name": name, "knobs": own_knobs})
     for key in knobs:
         if key.split(".")[1] not in methods and key not in strategy.knobs:
             raise UserError(f"{key}: the strategy has no such method; name it in method=[...] too")
-    found, objections = strategy_of(nodes, space)
-    if found is None:
+    edited, objections = strategy_of(nodes, space)
+    if edited is None:
         raise UserError(objections[0])
-    return found
+    return edited
 
 
-def _with_costs(chosen: Suggestion, rejected: list[Suggestion]) -> Suggestion:
-    """Accepted, with what was rejected before, and with what that took of a language model."""
+def _with_rejected(accepted: Suggestion, rejected: list[Suggestion]) -> Suggestion:
+    """Returns the accepted suggestion with the rejected ones, and their tokens and cost, in its record."""
     if not rejected:
-        return chosen
-    record = dict(chosen.record)
+        return accepted
+    record = dict(accepted.record)
     record["rejected"] = [list(s.strategy.overrides) for s in rejected]
-    used = [s.record for s in (*rejected, chosen) if s.record.get("tokens")]
-    if used:
-        record["tokens"] = {side: sum(int(r["tokens"].get(side, 0)) for r in used) for side in ("input", "output")}
-        known = [r["usd"] for r in used if r.get("usd") is not None]
-        record["usd"] = sum(known) if known else None
-    messages = dict(chosen.messages)
+    records = [s.record for s in (*rejected, accepted) if s.record.get("tokens")]
+    if records:
+        record["tokens"] = {side: sum(int(r["tokens"].get(side, 0)) for r in records) for side in ("input", "output")}
+        costs = [r["usd"] for r in records if r.get("usd") is not None]
+        record["usd"] = sum(costs) if costs else None
+    messages = dict(accepted.messages)
     if any(s.messages for s in rejected):
         messages["rejected"] = [{**as_proposal(s.strategy), **s.messages} for s in rejected]
-    return replace(chosen, record=record, messages=messages)
+    return replace(accepted, record=record, messages=messages)

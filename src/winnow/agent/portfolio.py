@@ -1,4 +1,4 @@
-"""Several agents under a bandit: each is asked as often as its proposals have paid, in hypervolume for time spent.
+"""Chooses among several agents with a bandit: an agent whose proposals gain more hypervolume per second proposes more often.
 
 python search.py agent=portfolio
 """
@@ -23,10 +23,10 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 @runtime_checkable
 class Judge(Protocol):
-    """An agent that can say what a strategy would gain."""
+    """An agent that can predict what a strategy would gain."""
 
     def gains(
-        self, history: History, space: Space, outlook: Forecaster, candidates: Sequence[Strategy]
+        self, history: History, space: Space, forecaster: Forecaster, candidates: Sequence[Strategy]
     ) -> np.ndarray: ...
 
     def is_ready(self, history: History, space: Space) -> bool: ...
@@ -34,21 +34,21 @@ class Judge(Protocol):
 
 @dataclass
 class Portfolio:
-    """A mixture that begins with given shares; what an agent earns moves them, down to `floor`.
+    """A mixture of agents that starts with fixed shares; the gains of each agent then change its share, down to `floor`.
 
-    Proposals are dealt out evenly by these shares: few are made, and were the next agent drawn by chance, one with 30 % of them
-    would have no say in the first three of every third search.
+    Proposals are spread evenly by these shares instead of at random: a search has few proposals, and with random draws an agent
+    with a share of 30 % would make none of the first three proposals in every third search.
 
-    The first agent that can judge (`gp`) is asked at each proposal what it would have done instead, and what it expects of the
-    proposal of another. One from which it expects next to nothing is not tried, and its agent's share falls: so a bad adviser
-    is soon asked seldom, and costs little until then.
+    For each proposal the first agent that can judge (`gp`) says what it would propose instead, and what it expects of the
+    proposal. A proposal with almost no expected gain is not tried, and the share of its agent falls: so a bad agent is soon
+    asked rarely, and costs little until then.
 
     Attributes:
-        agents: by name.
-        shares: that they begin with, by name; those of the agents that there are, are scaled to a sum of 1.
-        floor: the least share of each.
-        veto: of the judge's own expected gain; a proposal with less is not tried. 0: all are.
-        memory: the weight that each earlier trial keeps when another ends.
+        agents: the agents by name.
+        shares: the initial shares by name; the shares of `agents` are scaled to a sum of 1.
+        floor: the smallest share of an agent.
+        veto: a share of the judge's own expected gain; a proposal with less is not tried. 0 means no veto.
+        memory: the factor on the weight of earlier trials whenever another ends.
     """
 
     agents: Mapping[str, Policy]
@@ -64,26 +64,26 @@ class Portfolio:
         if any(self.shares.get(name, 0) <= 0 for name in self.agents):
             raise UserError(f"agent.shares must have a positive share for each of {', '.join(self.agents)}")
 
-    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
-        """The suggestion of one of the agents.
+    def ask(self, history: History, space: Space, forecaster: Forecaster) -> Suggestion:
+        """Returns the suggestion of one of the agents.
 
         Raises:
-            Exhausted: none of them has another.
+            Exhausted: no agent has another suggestion.
         """
         shares = self.current(history)
-        for name in _turns(shares, _place(self.seed, history.proposals)):
+        for name in _order(shares, _position(self.seed, history.proposals)):
             try:
-                found = self.agents[name].ask(history, space, outlook)
+                suggestion = self.agents[name].ask(history, space, forecaster)
             except Exhausted as end:
                 last = end
                 continue
-            return self._judged(name, found, shares, history, space, outlook)
+            return self._judged(name, suggestion, shares, history, space, forecaster)
         raise last
 
     def current(self, history: History) -> dict[str, float]:
-        """The share of each agent now: what it began with, times what it gains a second."""
-        took = {t.number: (t.decision["agent"],) for t in recent(history) if t.decision.get("agent") in self.agents}
-        rates = Rates.of(history, took, self.memory)
+        """Returns the current share of each agent: its initial share times its gain per second."""
+        agents = {t.number: (t.decision["agent"],) for t in recent(history) if t.decision.get("agent") in self.agents}
+        rates = Rates.of(history, agents, self.memory)
         vetoes = dict.fromkeys(self.agents, 0.0)
         for age, trial in enumerate(reversed(recent(history))):
             vetoed = trial.decision.get("vetoed")
@@ -97,36 +97,38 @@ class Portfolio:
     def _judged(
         self,
         name: str,
-        found: Suggestion,
+        suggestion: Suggestion,
         shares: Mapping[str, float],
         history: History,
         space: Space,
-        outlook: Forecaster,
+        forecaster: Forecaster,
     ) -> Suggestion:
-        record: dict[str, Any] = {**found.record, "agent": name, "shares": {k: round(v, 4) for k, v in shares.items()}}
+        """Returns the suggestion with its record, or the judge's own if the judge vetoes it."""
+        rounded = {agent: round(share, 4) for agent, share in shares.items()}
+        record: dict[str, Any] = {**suggestion.record, "agent": name, "shares": rounded}
         judge, policy = next(((n, p) for n, p in self.agents.items() if isinstance(p, Judge)), (None, None))
         if judge is None or judge == name or not isinstance(policy, Judge) or not policy.is_ready(history, space):
-            return replace(found, record=record)
-        own = self.agents[judge].ask(history, space, outlook)
+            return replace(suggestion, record=record)
+        own = self.agents[judge].ask(history, space, forecaster)
         record["instead"] = list(own.strategy.overrides)
         if self.veto and own.expected_gain:
-            expected = float(policy.gains(history, space, outlook, [found.strategy])[0])
+            expected = float(policy.gains(history, space, forecaster, [suggestion.strategy])[0])
             if expected < self.veto * own.expected_gain:
                 record |= {
                     "agent": judge,
-                    "vetoed": {"by": judge, "of": name, "strategy": list(found.strategy.overrides)},
+                    "vetoed": {"by": judge, "of": name, "strategy": list(suggestion.strategy.overrides)},
                 }
                 return replace(own, record={**own.record, **record})
-        return replace(found, record=record)
+        return replace(suggestion, record=record)
 
 
-def _place(seed: int, turn: int) -> float:
-    """A place in [0, 1): those of successive turns are spread evenly, however many there are (Weyl 1916; the golden ratio)."""
+def _position(seed: int, turn: int) -> float:
+    """Returns a position in [0, 1); those of successive turns are evenly spread (Weyl 1916, with the golden ratio)."""
     return float((np.random.default_rng([seed, 1]).random() + turn * _GOLDEN) % 1)
 
 
-def _turns(shares: Mapping[str, float], place: float) -> list[str]:
-    """All names: first the one in whose share the place lies, then those with larger shares first."""
+def _order(shares: Mapping[str, float], position: float) -> list[str]:
+    """Returns all names: first the one whose share contains the position, then the others by falling share."""
     ends = np.cumsum(list(shares.values()))
-    first = list(shares)[min(int(np.searchsorted(ends, place * ends[-1], side="right")), len(shares) - 1)]
+    first = list(shares)[min(int(np.searchsorted(ends, position * ends[-1], side="right")), len(shares) - 1)]
     return [first, *sorted((name for name in shares if name != first), key=lambda name: -shares[name])]

@@ -1,4 +1,4 @@
-"""Runs the strategies of a recorded study once more, in their order and with their reasons; no endpoint is asked.
+"""Proposes the strategies of a recorded study again, in their order and with their reasons; it calls no endpoint.
 
 python search.py agent=replay agent.study=nano-nano-cpu study=again
 python search.py agent=replay agent.study=/somewhere/outputs/nano-nano-cpu
@@ -21,12 +21,12 @@ from winnow.study.space import Space
 
 @dataclass
 class Replay:
-    """Proposes what another study has tried.
+    """Proposes the strategies that another study has tried.
 
     Attributes:
-        study: its name, or its folder.
-        storage: its Optuna storage URL; None: `study.db` in its folder.
-        outputs: the folder in which studies lie that are given by name.
+        study: name or folder of the study.
+        storage: Optuna storage URL of the study; None means `study.db` in its folder.
+        outputs: the folder that contains studies given by name.
     """
 
     study: str | None = None
@@ -40,10 +40,10 @@ class Replay:
         """Reads the study.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: there is no study of that name, or it holds no strategy.
         """
         from winnow.study import storage as storages
-        from winnow.study.study import recorded
+        from winnow.study.trial_store import recorded_suggestions
 
         if not self.study:
             raise UserError("agent.study is not set: agent=replay needs the name or the folder of a study to replay")
@@ -56,15 +56,16 @@ class Replay:
             if not file.is_file():
                 raise UserError(f"agent.study={self.study}: there is no {file}; give the name or the folder of a study")
             storage = storages.sqlite_url(file)
-        self._recorded = recorded(storages.existing(folder.name if self.storage is None else self.study, storage))
+        name = folder.name if self.storage is None else self.study
+        self._recorded = recorded_suggestions(storages.load_study(name, storage))
         if not self._recorded:
             raise UserError(f"agent.study={self.study} holds no strategy to replay")
 
-    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
-        """The next strategy of the recorded study.
+    def ask(self, history: History, space: Space, forecaster: Forecaster) -> Suggestion:
+        """Returns the next strategy of the recorded study.
 
         Raises:
-            Exhausted: there is no other.
+            Exhausted: all of them were proposed.
         """
         for number, suggestion in self._recorded:
             if number in self._skipped:
@@ -74,7 +75,7 @@ class Replay:
                 self._skipped.add(number)
                 self.log(f"search: trial {number} of {self.study} is skipped: it is not in this space: {objections[0]}")
                 continue
-            if strategy.overrides in history.seen:
+            if strategy.overrides in history.proposed:
                 continue
             record = {"agent": "replay", "study": str(self.study), "trial": number, "recorded": dict(suggestion.record)}
             why = str(suggestion.record.get("why") or "")

@@ -1,4 +1,4 @@
-"""lm-eval's model of whatever runtime has a model open."""
+"""Gives the lm-eval model of the runtime that serves a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from winnow.runtime import Served
 
 
 def scorer(served: Served, lm: LM, batch_size: int, max_gen_toks: int | None = None) -> Any:
-    """An `lm_eval.api.model.LM` that also has `count_tokens`, over a model that is open.
+    """Returns an `lm_eval.api.model.LM`, which also has `count_tokens`, over an open model.
 
     Args:
         batch_size: sequences at a time.
         max_gen_toks: upper limit of tokens to generate for an answer; None leaves that of each task.
     """
     module = importlib.import_module(f"winnow.benchmark.{served.name}_adapter")
-    return module.over(served, lm.tokenizer, batch_size, max_gen_toks)
+    return module.make_adapter(served, lm.tokenizer, batch_size, max_gen_toks)

@@ -1,4 +1,4 @@
-"""What a model made of a benchmark's items, kept: studies that ask the base model the same items score it once."""
+"""Caches a model's outcomes on a benchmark, so that studies that score the base model on the same items do so once."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from winnow.model.lm import LM
 from winnow.runtime import Served
 
 FOLDER = "outcomes"
-_CHOOSING = ("name", "limit", "data_dir", "held_back", "confirming", "order", "specs")  # which items, and no more
+# fields of the benchmark that only choose the items
+_ITEM_FIELDS = ("name", "limit", "data_dir", "held_back", "confirming", "order", "specs")
 
 
 @dataclass(frozen=True)
 class CachedBenchmark:
-    """A benchmark that is put to a model once.
+    """A benchmark whose outcomes for a model are computed once and cached.
 
     Attributes:
-        cache: the folder of all that is kept.
-        about: what decides the outcomes beside the benchmark and its items: the model, the machine, the code.
+        cache: the root folder of the cache.
+        cache_key: what decides the outcomes besides the benchmark and its items: the model, the machine, the code.
     """
 
     benchmark: Harness
     cache: Path
-    about: Mapping[str, Any]
+    cache_key: Mapping[str, Any]
 
     def scores(self) -> tuple[str, ...]:
         return self.benchmark.scores()
@@ -45,33 +46,32 @@ class CachedBenchmark:
         watch: Callable[[Sequence[Any], int], None] | None = None,
         served: Served | None = None,
     ) -> Figures:
-        """As the benchmark's own; `watch` is not asked about what is known."""
+        """Scores `lm` as the benchmark does, or returns the cached figures; `watch` is not called for cached outcomes."""
         from winnow.benchmark.score import digest
 
         with quiet():
-            asked, _ = self.benchmark.asked()
-        items = {name: [q.doc_hash for q in of_one] for name, of_one in asked.items()}
-        how = {k: v for k, v in dataclasses.asdict(self.benchmark).items() if k not in _CHOOSING}
-        kept = self.cache / FOLDER / digest(dict(self.about), how, items)[:32]
-        if not (kept / samples.FILE).is_file():
-            found = self.benchmark(lm, run, watch, served)
-            self._keep(run.folder, kept)
-            return found
+            questions, _ = self.benchmark.load_items()
+        items = {name: [q.doc_hash for q in group] for name, group in questions.items()}
+        settings = {k: v for k, v in dataclasses.asdict(self.benchmark).items() if k not in _ITEM_FIELDS}
+        entry = self.cache / FOLDER / digest(dict(self.cache_key), settings, items)[:32]
+        if not (entry / samples.FILE).is_file():
+            measured = self.benchmark(lm, run, watch, served)
+            self._store(run.folder, entry)
+            return measured
         for name in (samples.FILE, ROUNDS_FILE):
-            shutil.copyfile(kept / name, run.folder / name)
-        known = samples.read(kept)
-        run.log(f"{self.benchmark.name}: the outcomes of {len(known):,} items are known from an earlier study")
+            shutil.copyfile(entry / name, run.folder / name)
+        outcomes = samples.read(entry)
+        run.log(f"{self.benchmark.name}: the outcomes of {len(outcomes):,} items are known from an earlier study")
         specs = self.benchmark.specs
-        return figures.figures([(spec, [s for s in known if s.benchmark == spec.name]) for spec in specs])
+        return figures.figures([(spec, [s for s in outcomes if s.benchmark == spec.name]) for spec in specs])
 
-    def _keep(self, folder: Path, kept: Path) -> None:
-        partial = kept.with_name(f".{kept.name}.{uuid.uuid4().hex[:8]}.partial")
+    def _store(self, folder: Path, entry: Path) -> None:
+        partial = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.partial")
         try:
             partial.mkdir(parents=True)
             for name in (samples.FILE, ROUNDS_FILE):
                 shutil.copyfile(folder / name, partial / name)
-            partial.rename(kept)
-        except (
-            OSError
-        ):  # another process was faster, or the disk is full: the outcomes are in the run's folder all the same
+            partial.rename(entry)
+        except OSError:
+            # another process stored the entry first, or the disk is full; the run's folder has the outcomes in any case
             shutil.rmtree(partial, ignore_errors=True)

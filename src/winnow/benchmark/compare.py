@@ -1,7 +1,7 @@
-"""Compares two models item by item on the same items: which answers flipped, and whether that is more than chance.
+"""Compares two models on the same items: counts the answers that flipped, and tests whether that is more than chance.
 
-Two models that are both right, or both wrong, on most items need some five times fewer items to be told apart in this way
-than by their two accuracies, since only the items on which they differ count.
+A paired comparison counts only the items on which the models differ. It needs about five times fewer items than a comparison of
+two accuracies if the models agree on most items.
 
     python -m winnow.benchmark.compare outputs/evaluate/BASE outputs/evaluate/OTHER
 """
@@ -24,12 +24,12 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One benchmark, or all items together.
+    """The comparison of two models on one benchmark, or on all items together.
 
     Attributes:
-        base_accuracy, accuracy: shares of right answers, of the base model and of the other one.
+        base_accuracy, accuracy: shares of right answers of the base model and of the other model.
         difference: `accuracy - base_accuracy`; `low` and `high` are its 95% interval.
-        p_value: of McNemar's exact test that right->wrong and wrong->right are equally likely.
+        p_value: the p-value of McNemar's exact test that right->wrong and wrong->right are equally likely.
         lost, gained: items that went from right to wrong, and from wrong to right.
     """
 
@@ -46,17 +46,17 @@ class Comparison:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """The two-sided exact p-value: a binomial test of `lost` among all flips at 1/2 (McNemar 1947; exact form)."""
+    """Returns the two-sided exact p-value: a binomial test of `lost` among all flips at 1/2 (McNemar 1947; exact form)."""
     flips = lost + gained
     tail = sum(math.comb(flips, k) for k in range(min(lost, gained) + 1))
     return min(1.0, float(2 * tail / 2**flips)) if flips else 1.0
 
 
 def interval(lost: int, gained: int, items: int) -> tuple[float, float]:
-    """The 95% interval of a difference of paired shares: Wald's with one flip added each way.
+    """Returns the 95% interval of a difference of paired shares: Wald's interval with one flip added each way.
 
-    Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
-    data", equation 2: unlike the plain one it covers as it should where flips are few.
+    Source: Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+    data", equation 2. Unlike the plain Wald interval, it keeps its coverage where flips are few.
     """
     minus, plus = (lost + 1) / (items + 2), (gained + 1) / (items + 2)
     centre = plus - minus
@@ -65,7 +65,7 @@ def interval(lost: int, gained: int, items: int) -> tuple[float, float]:
 
 
 def compare_outcomes(benchmark: str, base: Sequence[bool], other: Sequence[bool]) -> Comparison:
-    """The comparison of two models' outcomes on the same items, in the same order."""
+    """Compares two models' outcomes on the same items, in the same order."""
     if len(base) != len(other) or not base:
         raise ValueError(f"{len(base)} and {len(other)} outcomes cannot be paired")
     items = len(base)
@@ -79,13 +79,13 @@ def compare_outcomes(benchmark: str, base: Sequence[bool], other: Sequence[bool]
 
 
 def compare(base: str | Path, other: str | Path) -> list[Comparison]:
-    """One comparison a benchmark, and last that of all items together, over the items that both files have.
+    """Compares the items that both files have: one comparison per benchmark, and last one of all items together.
 
     Args:
         base, other: `samples.parquet` files, or the folders that hold them.
 
     Raises:
-        UserError: a file is not one of samples, they have no item in common, or the same item was asked differently.
+        UserError: a file holds no samples, no item is in both files, or an item has different prompts.
     """
     first, second = _by_item(read(base)), _by_item(read(other))
     common = [key for key in first if key in second]
@@ -107,12 +107,12 @@ def compare(base: str | Path, other: str | Path) -> list[Comparison]:
 
 
 def _by_item(samples: Sequence[Sample]) -> Mapping[tuple[str, str], Sample]:
-    """Samples that are right or wrong, by benchmark and item."""
+    """Returns the samples that are right or wrong, by benchmark and item."""
     return {(s.benchmark, s.doc_hash): s for s in samples if s.correct is not None}
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons as lines for people."""
+    """Returns the comparisons as a text table."""
     lines = [
         f"{'benchmark':<20} {'items':>6} {'base':>7} {'other':>7} {'diff':>8} {'95% interval':>18} {'p':>8}  lost  gained"
     ]

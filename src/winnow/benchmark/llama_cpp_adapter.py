@@ -1,7 +1,7 @@
-"""lm-eval's model over llama.cpp: log-likelihoods and greedy answers of a GGUF file, in this process.
+"""Implements lm-eval's model interface over llama.cpp: log-likelihoods and greedy answers of a GGUF file, in this process.
 
-The choices of a question share its tokens in the cache, so a question is computed once. Answers are generated many at a time,
-and a new question takes the place of each that is done.
+The choices of a question share its tokens in the KV cache, so each question is computed once. Many answers are generated at a
+time, and the next prompt takes the sequence of each answer that is finished.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from winnow.benchmark.transformers_adapter import Requests
 from winnow.core.errors import UserError
 from winnow.runtime.llama_cpp import Runtime, Token, log_softmax
 
-MOST_SEQUENCES = 32  # at a time: more gain little speed, and each takes its part of the cache
-SHARED_TOKENS = 512  # of a cache that questions and their choices are packed into: attention is computed over all of it
+MOST_SEQUENCES = 32  # sequences at a time: more gain little speed, and each takes its part of the KV cache
+SHARED_TOKENS = 512  # KV cache cells that questions and choices are packed into: attention is computed over all
 
 
 @dataclass
 class Question:
-    """A context and the continuations to score after it; `numbers` are those of the requests."""
+    """A context and the continuations to score after it; `numbers` are the indices of the requests."""
 
     context: list[int]
     continuations: list[list[int]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Question:
 
     @property
     def branches(self) -> int:
-        """Sequences it takes: one for each continuation whose tokens, but the last, must be computed."""
+        """The number of sequences: one for each continuation with tokens to compute (the last token needs none)."""
         return max(1, sum(len(c) > 1 for c in self.continuations))
 
     @property
@@ -46,31 +46,31 @@ class Question:
 
 @dataclass
 class Answer:
-    """A text being generated."""
+    """An answer that is being generated; `number` is the index of its request."""
 
     number: int
     prompt: list[int]
-    most_tokens: int
+    max_tokens: int
     stops: list[str]
-    made: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
 
 
-def over(runtime: Runtime, tokenizer: Any, batch_size: int, max_gen_toks: int | None) -> LlamaCppAdapter:
-    """The adapter over a file that is open."""
+def make_adapter(runtime: Runtime, tokenizer: Any, batch_size: int, max_gen_toks: int | None) -> LlamaCppAdapter:
+    """Returns the adapter over an open GGUF file."""
     return LlamaCppAdapter(runtime, tokenizer, batch_size, max_gen_toks)
 
 
 class LlamaCppAdapter(Requests, TemplateLM):
-    """An open GGUF file as lm-eval sees it.
+    """lm-eval's model over an open GGUF file.
 
     Args:
         runtime: the open file.
-        tokenizer: of the artifact's folder; a copy of it is used.
+        tokenizer: the tokenizer of the artifact's folder; the adapter uses a copy.
         batch_size: sequences at a time, `MOST_SEQUENCES` at most.
         max_gen_toks: upper limit of tokens to generate for an answer; None leaves that of each task.
     """
 
-    # the very functions that tokenise for transformers, and what they read
+    # the functions that tokenize for transformers, and the attributes that they read
     tok_encode = HFLM.tok_encode
     tok_decode = HFLM.tok_decode
     prefix_token_id = HFLM.prefix_token_id
@@ -84,7 +84,7 @@ class LlamaCppAdapter(Requests, TemplateLM):
         self.tokenizer = copy.deepcopy(tokenizer)
         self.max_length = runtime.context
         self.sequences = min(batch_size, MOST_SEQUENCES)
-        self.ends = runtime.end_ids() | {self.eot_token_id}
+        self.end_ids = runtime.end_ids() | {self.eot_token_id}
         self.limit_answers(max_gen_toks)
 
     @property
@@ -92,40 +92,42 @@ class LlamaCppAdapter(Requests, TemplateLM):
         return int(self.tokenizer.eos_token_id)
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        questions = self._questions(requests)
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        questions = self._group_by_context(requests)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         cells = max([SHARED_TOKENS, *(question.tokens for question in questions)])
         for pack in self._packs(questions, cells):
-            tokens, asked = _lay_out(pack)
+            tokens, targets = _pack_tokens(pack)
             scores: dict[int, list[tuple[float, bool]]] = defaultdict(list)
             row = 0
             for logits in self.runtime.cache(self.sequences, cells, shared=True).compute(tokens):
-                probabilities, best = log_softmax(logits), logits.argmax(-1)
+                log_probabilities, best = log_softmax(logits), logits.argmax(-1)
                 for i in range(len(logits)):
-                    for number, token in asked[row + i]:
-                        scores[number].append((float(probabilities[i, token]), bool(best[i] == token)))
+                    for number, token in targets[row + i]:
+                        scores[number].append((float(log_probabilities[i, token]), bool(best[i] == token)))
                 row += len(logits)
-            for number, tokens_of_it in scores.items():
-                found[number] = sum(p for p, _ in tokens_of_it), all(greedy for _, greedy in tokens_of_it)
+            for number, token_scores in scores.items():
+                results[number] = sum(p for p, _ in token_scores), all(greedy for _, greedy in token_scores)
         self.runtime.drop_cache()
-        return found
+        return results
 
-    def _questions(self, requests: list[Any]) -> list[Question]:
-        """Requests of one context together, as far as the sequences and the cache suffice for them."""
+    def _group_by_context(self, requests: list[Any]) -> list[Question]:
+        """Groups the requests that share a context, as far as the sequences and the KV cache allow."""
         by_context: dict[tuple[int, ...], list[Question]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
-            kept = (context + continuation)[-(self.max_length + 1) :]  # too long: cut on the left, as for transformers
-            context = kept[: len(kept) - len(continuation)]
-            mine = by_context[tuple(context)]
-            full = mine and (mine[-1].branches >= self.sequences or mine[-1].tokens + len(continuation) > SHARED_TOKENS)
-            if not mine or full:
-                mine.append(Question(context))
-            mine[-1].continuations.append(continuation)
-            mine[-1].numbers.append(number)
-        return [question for questions in by_context.values() for question in questions]
+            ids = (context + continuation)[-(self.max_length + 1) :]  # cut on the left, as for transformers
+            context = ids[: len(ids) - len(continuation)]
+            group = by_context[tuple(context)]
+            full = group and (
+                group[-1].branches >= self.sequences or group[-1].tokens + len(continuation) > SHARED_TOKENS
+            )
+            if not group or full:
+                group.append(Question(context))
+            group[-1].continuations.append(continuation)
+            group[-1].numbers.append(number)
+        return [question for group in by_context.values() for question in group]
 
     def _packs(self, questions: list[Question], cells: int) -> Iterator[list[Question]]:
-        """Questions that are computed at a time."""
+        """Yields groups of questions that are computed together."""
         pack: list[Question] = []
         sequences = tokens = 0
         for question in questions:
@@ -138,22 +140,24 @@ class LlamaCppAdapter(Requests, TemplateLM):
             yield pack
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuations, each up to its first stop sequence.
+        """Returns greedy continuations, each up to its first stop sequence.
 
         Raises:
             UserError: a task asks for sampling.
         """
-        waiting = deque(self._answer(number, request) for number, request in enumerate(self.limited(requests)))
+        waiting = deque(self._answer(number, request) for number, request in enumerate(self.limit_requests(requests)))
         if not waiting:
             return []
         texts = [""] * len(requests)
-        length = max(len(answer.prompt) + answer.most_tokens for answer in waiting)
+        length = max(len(answer.prompt) + answer.max_tokens for answer in waiting)
         cache = self.runtime.cache(min(self.sequences, len(waiting)), length)
         free = list(range(min(self.sequences, len(waiting))))
-        active: dict[int, Answer] = {}  # by sequence
+        active: dict[int, Answer] = {}  # answers by sequence number
         while waiting or active:
             tokens = [
-                Token(answer.made[-1], len(answer.prompt) + len(answer.made) - 1, (sequence,), wanted=True)
+                Token(
+                    answer.generated[-1], len(answer.prompt) + len(answer.generated) - 1, (sequence,), needs_logits=True
+                )
                 for sequence, answer in active.items()
             ]
             while waiting and free:
@@ -165,7 +169,7 @@ class LlamaCppAdapter(Requests, TemplateLM):
             best = np.concatenate([logits.argmax(-1) for logits in cache.compute(tokens)])
             for sequence, token in zip(order, best, strict=True):
                 answer = active[sequence]
-                answer.made.append(int(token))
+                answer.generated.append(int(token))
                 if self._is_done(answer):
                     texts[answer.number] = self._text(answer)
                     cache.forget(sequence)
@@ -175,47 +179,48 @@ class LlamaCppAdapter(Requests, TemplateLM):
         return texts
 
     def _answer(self, number: int, request: Instance) -> Answer:
-        prompt, asked = request.args
-        settings = normalize_gen_kwargs(asked, self.max_gen_toks)
+        prompt, gen_kwargs = request.args
+        settings = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
         if settings.get("do_sample") or settings.get("temperature"):
             raise UserError("hardware.runtime=llama_cpp answers greedily, and this task samples; use transformers")
-        most = int(settings["max_gen_toks"])
+        max_tokens = int(settings["max_gen_toks"])
         stops = handle_stop_sequences(settings["until"], eos=self.tok_decode(self.eot_token_id, False))
-        return Answer(number, self.tok_encode(prompt, left_truncate_len=self.max_length - most), most, stops)
+        prompt_ids = self.tok_encode(prompt, left_truncate_len=self.max_length - max_tokens)
+        return Answer(number, prompt_ids, max_tokens, stops)
 
     def _is_done(self, answer: Answer) -> bool:
-        if len(answer.made) >= answer.most_tokens or answer.made[-1] in self.ends:
+        if len(answer.generated) >= answer.max_tokens or answer.generated[-1] in self.end_ids:
             return True
-        # no token is of no byte, so the last few hold any stop sequence; the whole text is only read to make sure
-        tail = self.tok_decode(answer.made[-max(len(stop.encode()) for stop in answer.stops) - 1 :])
+        # each token has at least one byte, so the last few contain any new stop sequence; the full text only confirms it
+        tail = self.tok_decode(answer.generated[-max(len(stop.encode()) for stop in answer.stops) - 1 :])
         return any(stop in tail for stop in answer.stops) and any(
-            stop in self.tok_decode(answer.made) for stop in answer.stops
+            stop in self.tok_decode(answer.generated) for stop in answer.stops
         )
 
     def _text(self, answer: Answer) -> str:
-        text: str = postprocess_generated_text(self.tok_decode(answer.made), answer.stops, think_end_token=None)
+        text: str = postprocess_generated_text(self.tok_decode(answer.generated), answer.stops, think_end_token=None)
         return text
 
 
-def _lay_out(pack: list[Question]) -> tuple[list[Token], list[list[tuple[int, int]]]]:
-    """The tokens to compute for questions, and for each whose logits are wanted what they are asked for.
+def _pack_tokens(pack: list[Question]) -> tuple[list[Token], list[list[tuple[int, int]]]]:
+    """Returns the tokens to compute for some questions, and the targets of each token that gives logits.
 
-    That is pairs `(number of the request, token)`. A request's tokens are asked for in their order.
+    A target is a pair `(index of the request, token id)`. The targets of a request keep the order of its tokens.
     """
     tokens: list[Token] = []
-    asked: list[list[tuple[int, int]]] = []
+    targets: list[list[tuple[int, int]]] = []
     sequence = 0
     for question in pack:
-        mine = tuple(range(sequence, sequence + question.branches))
+        sequences = tuple(range(sequence, sequence + question.branches))
         sequence += question.branches
         last = len(question.context) - 1
-        tokens += [Token(token, i, mine, i == last) for i, token in enumerate(question.context)]
+        tokens += [Token(token, i, sequences, i == last) for i, token in enumerate(question.context)]
         pairs = list(zip(question.numbers, question.continuations, strict=True))
-        asked.append([(number, continuation[0]) for number, continuation in pairs])
-        branch = iter(mine)
+        targets.append([(number, continuation[0]) for number, continuation in pairs])
+        branches = iter(sequences)
         for number, continuation in pairs:
-            own = (next(branch),) if len(continuation) > 1 else ()
+            branch = (next(branches),) if len(continuation) > 1 else ()
             for i, token in enumerate(continuation[:-1]):
-                tokens.append(Token(token, last + 1 + i, own, wanted=True))
-                asked.append([(number, continuation[i + 1])])
-    return tokens, asked
+                tokens.append(Token(token, last + 1 + i, branch, needs_logits=True))
+                targets.append([(number, continuation[i + 1])])
+    return tokens, targets

@@ -1,7 +1,7 @@
-"""The order in which items are put: at random, and where a search has said so, those that tell models apart come early.
+"""Orders the items of a benchmark at random; a search can make items that tell models apart come early.
 
-Each item comes at a random time, with its *chance* as the rate; so the next one is drawn with a probability proportional to its
-chance among those that are left (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir", Information
+Each item comes at a random time with its *chance* as the rate, so the next item is drawn from the remaining ones with a
+probability proportional to its chance (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir", Information
 Processing Letters 97:181). The time depends on the item's hash, its chance and the seed alone: without chances the order is the
 same for every model.
 
@@ -20,14 +20,16 @@ from pathlib import Path
 from winnow.core.errors import UserError
 
 FILE = "order.parquet"
-Item = tuple[str, str]  # benchmark and the item's hash
+Item = tuple[str, str]  # name of the benchmark, and hash of the item
 
 
 @dataclass(frozen=True)
 class Order:
-    """Attributes:
-    seed: of the draw.
-    chances: above 0, relative to one another; an item that is not named has 1.
+    """A random order of items.
+
+    Attributes:
+        seed: the seed of the random times.
+        chances: relative chances above 0, by item; an item that is not listed has 1.
     """
 
     seed: int
@@ -37,10 +39,10 @@ class Order:
         return self.chances.get(item, 1.0)
 
     def time(self, item: Item) -> float:
-        """When an item comes: what items are sorted by."""
+        """Returns the random time of an item, the sort key of the order."""
         benchmark, doc_hash = item
-        drawn = hashlib.sha256(f"{self.seed} {benchmark} {doc_hash}".encode()).digest()[:8]
-        uniform = (int.from_bytes(drawn) + 0.5) / 2**64
+        random_bytes = hashlib.sha256(f"{self.seed} {benchmark} {doc_hash}".encode()).digest()[:8]
+        uniform = (int.from_bytes(random_bytes) + 0.5) / 2**64
         return -math.log(uniform) / self.chance(item)
 
     def write(self, path: Path) -> None:
@@ -57,11 +59,11 @@ class Order:
 
 
 @functools.lru_cache(maxsize=4)
-def read(path: str) -> Order:
-    """What `Order.write` wrote.
+def read_order(path: str) -> Order:
+    """Loads an order that `Order.write` wrote.
 
     Raises:
-        UserError: there is no such file, or it is another one.
+        UserError: the file does not exist, or it holds no order.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

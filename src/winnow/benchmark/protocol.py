@@ -1,4 +1,4 @@
-"""What a probe is, and what more a benchmark is."""
+"""Defines the protocols of probes and benchmarks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from winnow.runtime import Served
 
 @runtime_checkable
 class Probe(Protocol):
-    """A benchmark or a meter: what it finds, as figures by name."""
+    """A benchmark or a meter, which returns figures by name."""
 
     def __call__(self, lm: LM, run: Run, *, served: Served | None = None) -> dict[str, float]:
-        """`served`: the model, where a runtime has it open; else it is opened and closed again."""
+        """Measures `lm`; `served` is the model as a runtime has it open, None opens and closes it."""
 
 
 class Benchmark(Probe, Protocol):
-    """A probe whose figures are scores of items."""
+    """A probe that scores a model on items."""
 
     def scores(self) -> tuple[str, ...]:
-        """The names of those in which more is better."""
+        """Returns the names of the figures in which more is better."""
 
     def __call__(
         self,
@@ -32,4 +32,7 @@ class Benchmark(Probe, Protocol):
         watch: Callable[[Sequence[Any], int], None] | None = None,
         served: Served | None = None,
     ) -> Figures:
-        """`watch` is shown all outcomes so far and how many are to come, from time to time; what it raises ends the scoring."""
+        """Scores `lm`, and calls `watch` from time to time with all outcomes so far and the number of items to come.
+
+        An exception from `watch` ends the scoring.
+        """

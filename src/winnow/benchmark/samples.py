@@ -1,4 +1,4 @@
-"""Every item's outcome, as rows of `samples.parquet`: what comparisons of two models are made of."""
+"""Reads and writes `samples.parquet`, which holds the outcome of every item as a row; comparisons of models use it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FILE = "samples.parquet"
 
 @dataclass(frozen=True)
 class Sample:
-    """One item of a benchmark and what a model made of it.
+    """A model's outcome on one item of a benchmark.
 
     Attributes:
-        doc_hash: SHA-256 of the item; what two runs are joined on.
-        prompt_hash: SHA-256 of all that the model was shown; equal wherever two runs can be compared.
-        prediction, target: the answer as extracted, and the right one.
-        correct: None where there is no right and wrong (text).
+        doc_hash: SHA-256 of the item, the key on which two runs are joined.
+        prompt_hash: SHA-256 of the model's whole input; runs can be compared only where it is equal.
+        prediction, target: the extracted answer, and the right one.
+        correct: None for text, which is neither right nor wrong.
         score: the benchmark's metric for this item; for text its log-likelihood in nats.
-        log_likelihoods: in nats, of each choice in order, or of the text; empty for generated answers.
-        extra: `response` as generated, `outcome` of a program, `tokens` and `bytes` of a text, further figures.
+        log_likelihoods: log-likelihoods in nats of each choice in order, or of the text; empty for generated answers.
+        extra: the generated `response`, the `outcome` of a program, the `tokens` and `bytes` of a text, further figures.
     """
 
     benchmark: str
@@ -41,7 +41,7 @@ class Sample:
 
 
 def write(samples: Sequence[Sample], path: Path) -> None:
-    """One row a sample; `extra` becomes JSON."""
+    """Writes one row per sample, with `extra` as JSON."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -55,10 +55,10 @@ def write(samples: Sequence[Sample], path: Path) -> None:
 
 
 def read(path: str | Path) -> list[Sample]:
-    """The samples of a file, or of a folder that `evaluate.py` wrote.
+    """Loads the samples of a file, or of a folder that `evaluate.py` wrote.
 
     Raises:
-        UserError: there is no such file, or it is not one of samples.
+        UserError: the file does not exist, or it is not a table of samples.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

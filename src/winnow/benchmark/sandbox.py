@@ -1,7 +1,7 @@
-"""Runs generated Python programs where they can do no harm: what the sandbox is stands in `jail.py`.
+"""Runs generated Python programs in the sandbox of `jail.py`.
 
-No program is run unless a probe, run in the same way just before, found that files, network, processes and signals were
-out of its reach. 400 small programs take about 2 s on two cores.
+Before the programs, a probe runs in the same way and checks that files, network, processes and signals are out of reach; no
+program runs if the probe fails. 400 small programs take about 2 s on two cores.
 
     python -c "from winnow.benchmark.sandbox import run; print(run(['assert 1 + 1 == 2', 'import socket; socket.socket()']))"
 """
@@ -25,7 +25,7 @@ JAIL = Path(__file__).with_name("jail.py")
 SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/usr/share/zoneinfo", "/dev/urandom", "/dev/zero")
 
-# run like any program; it passes only if nothing of this is allowed
+# run like any program; it passes only if all of these operations are refused
 PROBE = """
 import os, socket
 
@@ -48,13 +48,13 @@ assert set(os.environ) == {"TMPDIR"}, "the environment was passed on"
 
 
 class Outcome(enum.StrEnum):
-    """How a program ended."""
+    """The outcome of a program."""
 
     PASSED = "passed"  # control came back after its last line
     FAILED = "failed"  # an exception, a failed assertion, an early exit, a crash
     TIMEOUT = "timeout"
     MEMORY = "memory"
-    FORBIDDEN = "forbidden"  # it did not get over being refused files, network or processes
+    FORBIDDEN = "forbidden"  # it failed because files, network or processes were refused
 
 
 @dataclass(frozen=True)
@@ -66,38 +66,38 @@ class Result:
 def run(
     programs: Sequence[str], seconds: float = 3.0, memory_bytes: int = 1 << 30, workers: int | None = None
 ) -> list[Result]:
-    """Runs each program in a process of its own, and says how it ended.
+    """Runs each program in a process of its own, and returns its outcome.
 
     Args:
-        seconds: of processor time that a program may take; four times that by the clock.
-        memory_bytes: of address space.
-        workers: programs at once; None is one for each core.
+        seconds: processor time that a program may take; the wall-clock limit is four times as long.
+        memory_bytes: address space that a program may use.
+        workers: programs at once; None runs one per core.
 
     Raises:
-        UserError: this machine cannot isolate them; then none is run.
+        UserError: this machine cannot isolate programs; none is run.
     """
     if not programs:
         return []
     workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     [probe] = _serve([PROBE], 10.0, memory_bytes, 1)
     if probe[0] != Outcome.PASSED:
-        raise _refusal(f"{probe[0]}, {probe[1]}")
+        raise _isolation_error(f"{probe[0]}, {probe[1]}")
     results = _serve(programs, seconds, memory_bytes, workers)
     if any(outcome == "unisolated" for outcome, _ in results):
-        raise _refusal(next(message for outcome, message in results if outcome == "unisolated"))
+        raise _isolation_error(next(message for outcome, message in results if outcome == "unisolated"))
     return [Result(Outcome(outcome), message) for outcome, message in results]
 
 
-def _refusal(why: str) -> UserError:
+def _isolation_error(reason: str) -> UserError:
     return UserError(
-        f"generated code is not run here, because it cannot be isolated ({why}); that takes Linux 5.13 or later with "
+        f"generated code is not run here, because it cannot be isolated ({reason}); that takes Linux 5.13 or later with "
         "Landlock and seccomp, on x86-64 or aarch64. Leave out the benchmarks that run code, or run them elsewhere"
     )
 
 
 def _serve(programs: Sequence[str], seconds: float, memory_bytes: int, workers: int) -> list[tuple[str, str]]:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        raise _refusal(f"this is {platform.system()} on {platform.machine()}")
+        raise _isolation_error(f"this is {platform.system()} on {platform.machine()}")
     paths = sysconfig.get_paths()
     packages = list(dict.fromkeys((paths["purelib"], paths["platlib"])))
     standard = [os.path.realpath(paths[key]) for key in ("stdlib", "platstdlib")]
@@ -109,7 +109,7 @@ def _serve(programs: Sequence[str], seconds: float, memory_bytes: int, workers: 
         "packages": packages,
         "readable": [*standard, str(Path(sys.base_prefix).resolve() / "lib"), *packages, *SYSTEM, *DEVICES],
     }
-    environment = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # sets of strings have one order, so outcomes repeat
+    environment = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # a fixed order of sets of strings: outcomes repeat
     flags = ["-B", "-P", "-S", "-s"]
     server = subprocess.run(
         [sys.executable, *flags, str(JAIL)],
@@ -123,6 +123,6 @@ def _serve(programs: Sequence[str], seconds: float, memory_bytes: int, workers: 
     try:
         results: list[tuple[str, str]] = json.loads(server.stdout)
     except json.JSONDecodeError:
-        trouble = (server.stderr.strip().splitlines() or [f"exit code {server.returncode}"])[-1]
-        raise RuntimeError(f"the sandbox's server failed: {trouble}") from None
+        last_line = (server.stderr.strip().splitlines() or [f"exit code {server.returncode}"])[-1]
+        raise RuntimeError(f"the sandbox's server failed: {last_line}") from None
     return results

@@ -1,8 +1,8 @@
-"""Puts the items of one benchmark to a model through lm-eval's task objects, and takes their scores item by item.
+"""Scores a model on the items of one benchmark through lm-eval's task objects, item by item.
 
-Prompts, answer extraction and metrics are lm-eval's. Two things are ours, so that runs can be compared item by item
-whatever their size: which items a limit keeps, and which exemplars an item gets, depend on the item and the seed alone
-(lm-eval's depend on the order and on the number of processes).
+Prompts, answer extraction and metrics are lm-eval's. Two things differ, so that runs of any size can be compared item by
+item: the items that a limit keeps and the few-shot exemplars of an item depend on the item and the seed alone (lm-eval's
+depend on the order and on the number of processes).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 from winnow.benchmark.samples import Sample
 from winnow.core.errors import UserError
 from winnow.data.task_spec import Spec
-from winnow.data.tasks import Loaded
+from winnow.data.tasks import LoadedTask
 
 
 @dataclass(frozen=True)
 class Question:
-    """An item: `doc` as lm-eval has it, of which subtask, and its hash."""
+    """An item of a benchmark: its task, its `doc` as lm-eval has it, and its hash."""
 
-    loaded: Loaded
+    loaded: LoadedTask
     doc: dict[str, Any]
     doc_hash: str
 
@@ -36,8 +36,8 @@ class Question:
 
 
 @dataclass
-class Asked:
-    """The requests of one item, and what the task made of the answers."""
+class ItemRequests:
+    """The lm-eval requests of one item, and the metrics of its responses once they are scored."""
 
     question: Question
     instances: list[Any]
@@ -45,37 +45,38 @@ class Asked:
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 of values as canonical JSON."""
+    """Returns the SHA-256 of values as canonical JSON."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def questions(
-    tasks: Sequence[Loaded], limit: int | None, seed: int, held_back: float = 0.0, confirming: bool = False
+    tasks: Sequence[LoadedTask], limit: int | None, seed: int, holdout_share: float = 0.0, score_holdout: bool = False
 ) -> list[Question]:
-    """The items to ask, in the benchmark's order; with a limit those whose hash with the seed is lowest.
+    """Returns the items to score, in the benchmark's order.
 
-    So the items of a lower limit are among those of a higher one. `held_back` is a share of the items that is left out, and that
-    is asked instead when `confirming`: which ones depends on their hashes and the seed alone.
+    A limit keeps the items with the lowest hashes (of the seed and the item), so the items of a lower limit are among those of
+    a higher one. The share `holdout_share` of the items is left out; with `score_holdout` only that share is returned. Which
+    items it holds depends on their hashes and the seed alone.
     """
-    seen: Counter[str] = Counter()
-    found = []
+    occurrences: Counter[str] = Counter()
+    items = []
     for loaded in tasks:
         for doc in loaded.task.eval_docs:
             key = digest(loaded.subtask, doc)
-            found.append(Question(loaded, doc, digest(key, seen[key])))  # an item that is there twice is two items
-            seen[key] += 1
-    if held_back:
-        bound = int(held_back * 16**12)
-        found = [q for q in found if (int(digest(seed, "held back", q.doc_hash)[:12], 16) < bound) == confirming]
-    if limit is None or limit >= len(found):
-        return found
-    kept = set(sorted((digest(seed, q.doc_hash), q.doc_hash) for q in found)[:limit])
-    return [q for q in found if (digest(seed, q.doc_hash), q.doc_hash) in kept]
+            items.append(Question(loaded, doc, digest(key, occurrences[key])))  # a duplicate counts as another item
+            occurrences[key] += 1
+    if holdout_share:
+        bound = int(holdout_share * 16**12)
+        items = [q for q in items if (int(digest(seed, "held back", q.doc_hash)[:12], 16) < bound) == score_holdout]
+    if limit is None or limit >= len(items):
+        return items
+    lowest = set(sorted((digest(seed, q.doc_hash), q.doc_hash) for q in items)[:limit])
+    return [q for q in items if (digest(seed, q.doc_hash), q.doc_hash) in lowest]
 
 
 def requests(task: Any, number: int, question: Question, seed: int) -> list[Any]:
-    """lm-eval's requests for an item, its exemplars drawn by its own hash.
+    """Returns lm-eval's requests for an item, whose few-shot exemplars are sampled with a seed from the item's hash.
 
     Raises:
         UserError: the task has too few exemplars.
@@ -87,120 +88,124 @@ def requests(task: Any, number: int, question: Question, seed: int) -> list[Any]
     except (AssertionError, ValueError) as error:
         raise UserError(f"benchmark.num_fewshot={shots} does not suit {task.task_name}: {error}") from None
     repeats = task.get_config("repeats") or 1
-    made = task.construct_requests(question.doc, context, metadata=(task.task_name, number, repeats))
-    return made if isinstance(made, list) else [made]
+    instances = task.construct_requests(question.doc, context, metadata=(task.task_name, number, repeats))
+    return instances if isinstance(instances, list) else [instances]
 
 
-def _asked(spec: Spec, task: Any, number: int, question: Question, seed: int) -> Asked:
-    """An item with its requests; of text only as much as the benchmark takes."""
+def _item_requests(spec: Spec, task: Any, number: int, question: Question, seed: int) -> ItemRequests:
+    """Builds the requests of an item, with its texts cut to `spec.words` words and the benchmark's window added."""
     if spec.words is not None:
         doc = {key: first_words(v, spec.words) if isinstance(v, str) else v for key, v in question.doc.items()}
         question = replace(question, doc=doc)
-    made = requests(task, number, question, seed)
+    instances = requests(task, number, question, seed)
     if spec.window is not None:
-        for instance in made:
+        for instance in instances:
             instance.arguments = (*instance.args, spec.window)
-    return Asked(question, made)
+    return ItemRequests(question, instances)
 
 
 def first_words(text: str, count: int) -> str:
-    """The text up to the word after its first `count` ones; all of it where there are no more."""
-    following = next(itertools.islice(re.finditer(r"\S+", text), count, None), None)
-    return text if following is None else text[: following.start()]
+    """Returns the text up to the start of word number `count + 1`; all of it if it has no more than `count` words."""
+    next_word = next(itertools.islice(re.finditer(r"\S+", text), count, None), None)
+    return text if next_word is None else text[: next_word.start()]
 
 
-def ask(adapter: Any, asked: Sequence[Asked]) -> None:
-    """Has the model answer all requests, those of one kind together."""
+def collect_responses(adapter: Any, items: Sequence[ItemRequests]) -> None:
+    """Runs all requests through the model, one batch for each request type, and stores the responses."""
     by_kind: dict[str, list[Any]] = defaultdict(list)
-    for one in asked:
-        for instance in one.instances:
+    for item in items:
+        for instance in item.instances:
             by_kind[instance.request_type] += [instance] * instance.repeats
     for kind, instances in by_kind.items():
         for instance, answer in zip(instances, getattr(adapter, kind)(instances), strict=True):
             instance.resps.append(answer)
 
 
-def judge(task: Any, asked: Sequence[Asked], filter_name: str | None) -> None:
-    """Extracts the answers and scores them, both by the task itself."""
-    task._instances = [instance for one in asked for instance in one.instances]
+def score_responses(task: Any, items: Sequence[ItemRequests], filter_name: str | None) -> None:
+    """Extracts the answers and computes the metrics of each item with the task's own functions.
+
+    Raises:
+        UserError: the task has no such filter.
+    """
+    task._instances = [instance for item in items for instance in item.instances]
     task.apply_filters()
-    for one in asked:
-        name = filter_name or next(iter(one.instances[0].filtered_resps))
-        if name not in one.instances[0].filtered_resps:
-            known = ", ".join(one.instances[0].filtered_resps)
-            raise UserError(f"filter={name} is not one of {task.task_name}; it has {known}")
-        answers = [instance.filtered_resps[name] for instance in one.instances]
-        one.metrics = task.process_results(one.question.doc, answers)
+    for item in items:
+        name = filter_name or next(iter(item.instances[0].filtered_resps))
+        if name not in item.instances[0].filtered_resps:
+            filters = ", ".join(item.instances[0].filtered_resps)
+            raise UserError(f"filter={name} is not one of {task.task_name}; it has {filters}")
+        answers = [instance.filtered_resps[name] for instance in item.instances]
+        item.metrics = task.process_results(item.question.doc, answers)
 
 
 def score(
     adapter: Any,
     spec: Spec,
-    asking: Sequence[Question],
-    also: dict[str, Any] | None = None,
+    items: Sequence[Question],
+    extra_tasks: dict[str, Any] | None = None,
     seed: int = 1234,
 ) -> list[Sample]:
-    """Every item's outcome.
+    """Returns the outcome of every item.
 
     Args:
-        adapter: an `lm_eval.api.model.LM`, which for text counts tokens, too (`count_tokens`).
-        asking: the items, from `questions`.
-        also: further tasks over the same items, by suffix.
-        seed: of the choice of exemplars.
+        adapter: an `lm_eval.api.model.LM`; for text it also counts tokens (`count_tokens`).
+        items: the items, from `questions`.
+        extra_tasks: further tasks over the same items, by suffix.
+        seed: the seed that chooses the exemplars.
 
     Raises:
         UserError: the task has no such metric or filter.
     """
-    grouped: dict[int, list[Question]] = defaultdict(list)
-    for question in asking:
-        grouped[id(question.loaded)].append(question)
-    jobs: list[tuple[str, Any, list[Asked]]] = []
-    for mine in grouped.values():
-        loaded = mine[0].loaded
-        for suffix, task in ({"": loaded.task} | (also or {})).items():
-            made = [_asked(spec, task, n, q, seed) for n, q in enumerate(mine)]
-            if made:
-                jobs.append((suffix, task, made))
-    ask(adapter, [one for _, _, made in jobs for one in made])
+    by_task: dict[int, list[Question]] = defaultdict(list)
+    for question in items:
+        by_task[id(question.loaded)].append(question)
+    jobs: list[tuple[str, Any, list[ItemRequests]]] = []
+    for task_items in by_task.values():
+        loaded = task_items[0].loaded
+        for suffix, task in ({"": loaded.task} | (extra_tasks or {})).items():
+            batch = [_item_requests(spec, task, n, q, seed) for n, q in enumerate(task_items)]
+            if batch:
+                jobs.append((suffix, task, batch))
+    collect_responses(adapter, [item for _, _, batch in jobs for item in batch])
     extras: dict[str, dict[str, float]] = defaultdict(dict)
-    for suffix, task, made in jobs:
-        judge(task, made, spec.filter)
-        for one in made if suffix else ():
-            extras[one.question.doc_hash][suffix] = float(one.metrics[str(spec.metric)])
+    for suffix, task, batch in jobs:
+        score_responses(task, batch, spec.filter)
+        for item in batch if suffix else ():
+            extras[item.question.doc_hash][suffix] = float(item.metrics[str(spec.metric)])
     return [
-        sample for suffix, task, made in jobs if not suffix for sample in _samples(adapter, spec, task, made, extras)
+        sample for suffix, task, batch in jobs if not suffix for sample in _samples(adapter, spec, task, batch, extras)
     ]
 
 
 def _samples(
-    adapter: Any, spec: Spec, task: Any, asked: Sequence[Asked], extras: dict[str, dict[str, float]]
+    adapter: Any, spec: Spec, task: Any, items: Sequence[ItemRequests], extras: dict[str, dict[str, float]]
 ) -> Iterator[Sample]:
-    outcome_of = OUTCOMES.get(task.OUTPUT_TYPE, _generated)
-    for one in asked:
-        extra: dict[str, Any] = dict(extras.get(one.question.doc_hash, {}))
+    outcome_of = OUTCOMES.get(task.OUTPUT_TYPE, _generation_outcome)
+    for item in items:
+        extra: dict[str, Any] = dict(extras.get(item.question.doc_hash, {}))
         if spec.metric is None:
-            outcome = _text(adapter, one)
+            outcome = _text_outcome(adapter, item)
             value, correct = outcome.log_likelihoods[0], None
         else:
-            _check_metrics(spec, task, one.metrics)
-            outcome = outcome_of(spec, task, one)
-            value, correct = one.metrics[spec.metric], bool(one.metrics[spec.metric] == 1)
-            extra |= {metric: float(one.metrics[metric]) for metric in spec.further}
-        prompt_hash = digest([list(instance.args) for instance in one.instances])
+            _check_metrics(spec, task, item.metrics)
+            outcome = outcome_of(spec, task, item)
+            value, correct = item.metrics[spec.metric], bool(item.metrics[spec.metric] == 1)
+            extra |= {metric: float(item.metrics[metric]) for metric in spec.further}
+        prompt_hash = digest([list(instance.args) for instance in item.instances])
         yield Sample(
-            spec.name, one.question.subtask, one.question.doc_hash, prompt_hash, outcome.prediction, outcome.target,
+            spec.name, item.question.subtask, item.question.doc_hash, prompt_hash, outcome.prediction, outcome.target,
             correct, float(value), outcome.log_likelihoods, extra | outcome.extra,
         )  # fmt: skip
 
 
-def _check_metrics(spec: Spec, task: Any, found: Mapping[str, Any]) -> None:
-    for key, wanted in ((f"metric={spec.metric}", [spec.metric]), (f"further={list(spec.further)}", spec.further)):
-        if not set(wanted) <= set(found):
-            raise UserError(f"benchmark.tasks.{spec.name}.{key}: {task.task_name} has {', '.join(found)}")
+def _check_metrics(spec: Spec, task: Any, metrics: Mapping[str, Any]) -> None:
+    for key, names in ((f"metric={spec.metric}", [spec.metric]), (f"further={list(spec.further)}", spec.further)):
+        if not set(names) <= set(metrics):
+            raise UserError(f"benchmark.tasks.{spec.name}.{key}: {task.task_name} has {', '.join(metrics)}")
 
 
 class Outcome(NamedTuple):
-    """What a sample says of an answer, whatever its score."""
+    """The fields of a sample that do not depend on its score."""
 
     prediction: str
     target: str
@@ -208,46 +213,46 @@ class Outcome(NamedTuple):
     extra: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
-def _text(adapter: Any, one: Asked) -> Outcome:
-    first = one.instances[0]
-    sizes = {"tokens": adapter.count_tokens(first.args[0]), "bytes": one.metrics["bits_per_byte"][1]}
-    if "word_perplexity" in one.metrics:
-        sizes["words"] = one.metrics["word_perplexity"][1]
+def _text_outcome(adapter: Any, item: ItemRequests) -> Outcome:
+    first = item.instances[0]
+    sizes = {"tokens": adapter.count_tokens(first.args[0]), "bytes": item.metrics["bits_per_byte"][1]}
+    if "word_perplexity" in item.metrics:
+        sizes["words"] = item.metrics["word_perplexity"][1]
     return Outcome("", "", (first.resps[0],), sizes)
 
 
-def _chosen(spec: Spec, task: Any, one: Asked) -> Outcome:
-    """The choice that the metric takes for the answer: the likeliest, for `acc_norm` by the character."""
-    doc = one.question.doc
+def _choice_outcome(spec: Spec, task: Any, item: ItemRequests) -> Outcome:
+    """Predicts the choice that the metric counts: the likeliest one, for `acc_norm` the likeliest per character."""
+    doc = item.question.doc
     choices = task.doc_to_choice(doc)
-    log_likelihoods = tuple(instance.resps[0][0] for instance in one.instances)
+    log_likelihoods = tuple(instance.resps[0][0] for instance in item.instances)
     length = LENGTHS.get(str(spec.metric), lambda _: 1)
-    weighed = [value / max(length(choice), 1) for value, choice in zip(log_likelihoods, choices, strict=True)]
-    # of a task whose choices come before the same continuation, it is `doc_to_text` that tells the right one
+    normalized = [value / max(length(choice), 1) for value, choice in zip(log_likelihoods, choices, strict=True)]
+    # where the choices are contexts of one shared continuation, `doc_to_text` gives the index of the right choice
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    return Outcome(choices[weighed.index(max(weighed))].strip(), _choice(gold, choices), log_likelihoods)
+    return Outcome(choices[normalized.index(max(normalized))].strip(), _choice_text(gold, choices), log_likelihoods)
 
 
-def _greedy(spec: Spec, task: Any, one: Asked) -> Outcome:
-    """Whether greedy decoding gives the right answer; what it gives otherwise is not known."""
-    log_likelihood, is_greedy = one.instances[0].resps[0]
-    target = str(task.doc_to_target(one.question.doc))
+def _greedy_outcome(spec: Spec, task: Any, item: ItemRequests) -> Outcome:
+    """Predicts the target if greedy decoding gives it; any other greedy output is unknown and left empty."""
+    log_likelihood, is_greedy = item.instances[0].resps[0]
+    target = str(task.doc_to_target(item.question.doc))
     return Outcome(target if is_greedy else "", target, (log_likelihood,))
 
 
-def _generated(spec: Spec, task: Any, one: Asked) -> Outcome:
-    first, target = one.instances[0], str(task.doc_to_target(one.question.doc))
+def _generation_outcome(spec: Spec, task: Any, item: ItemRequests) -> Outcome:
+    first, target = item.instances[0], str(task.doc_to_target(item.question.doc))
     extracted = first.filtered_resps[spec.filter] if spec.filter else next(iter(first.filtered_resps.values()))
     if isinstance(extracted, str):
         return Outcome(extracted, target, (), {"response": first.resps[0]})
     return Outcome(first.resps[0], target, (), {"response": first.resps[0], "outcome": extracted[0]})
 
 
-OUTCOMES = {"multiple_choice": _chosen, "loglikelihood": _greedy}  # by a task's output type
+OUTCOMES = {"multiple_choice": _choice_outcome, "loglikelihood": _greedy_outcome}  # by a task's output type
 LENGTHS: dict[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 
 
-def _choice(gold: Any, choices: list[str]) -> str:
+def _choice_text(gold: Any, choices: list[str]) -> str:
     if isinstance(gold, list):
-        return " | ".join(str(_choice(one, choices)) for one in gold)
+        return " | ".join(str(_choice_text(index, choices)) for index in gold)
     return choices[gold] if isinstance(gold, int) else str(gold)

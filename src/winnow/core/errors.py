@@ -1,4 +1,4 @@
-"""The errors that people see, and the reasons for which a trial fails or is stopped."""
+"""Defines the errors that users see and the reasons why a trial fails or is stopped."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: shown as one line, exit code 2, nothing written."""
+    """A mistake that the user can correct: it is shown as one line with exit code 2, and nothing is written."""
 
 
 class MissingExtra(UserError):
-    """An optional library is not installed; the message names the extra that brings it."""
+    """An optional library is not installed; the message names the extra that installs it."""
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed; install it with: pip install 'winnow[{extra}]'")
 
 
 class Unservable(UserError):
-    """An artifact that its runtime cannot load, or that does not work when it is loaded."""
+    """An artifact does not load in its runtime, or does not work once it is loaded."""
 
 
 def check_seed(seed: int) -> None:
-    """Raises UserError for a seed that the random generators of some library do not take."""
+    """Raises UserError for a seed that the random generator of some library rejects."""
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is out of range; give a whole number from 0 to {2**32 - 1:,}")
 
 
 class Reason(enum.StrEnum):
-    """Why a trial failed."""
+    """Why a trial failed or was stopped."""
 
-    INVALID = "invalid"  # the settings were refused
-    INFEASIBLE = "infeasible"  # known from the configuration: it does not fit the hardware, or breaks a constraint
+    INVALID = "invalid"  # the settings were rejected
+    INFEASIBLE = "infeasible"  # the configuration shows that it does not fit the hardware, or breaks a constraint
     MISSING = "missing_dependency"
     OUT_OF_MEMORY = "out_of_memory"
     TIMEOUT = "timeout"
@@ -46,18 +46,18 @@ class Reason(enum.StrEnum):
     NOT_FINITE = "not_finite"  # an objective is NaN or infinite
     DISK_FULL = "disk_full"
     LOST = "lost"  # the search itself was killed while the trial ran
-    HOPELESS = "hopeless"  # stopped: far off the base model, where one that is no worse elsewhere is near it
-    DOMINATED = "dominated"  # stopped: by the items scored so far another is better, with confidence
+    HOPELESS = "hopeless"  # stopped: its score is far from the base model's, and a trial that is no worse elsewhere is close to it
+    DOMINATED = "dominated"  # stopped: another trial is better with confidence, by the items scored so far
 
 
 STOPPED = (Reason.HOPELESS, Reason.DOMINATED)
 
 
 class Stopped(Exception):
-    """An evaluation was ended before its end, because more of it would not put the candidate on the front.
+    """An evaluation was stopped early, because the rest of it would not put the candidate on the front.
 
     Attributes:
-        estimates: what was found by then: of each score its estimate, `<name>_low` and `<name>_high`, and `share_scored`.
+        estimates: the results so far: each score's estimate, `<name>_low` and `<name>_high`, and `share_scored`.
     """
 
     def __init__(self, reason: Reason, message: str, estimates: Mapping[str, float]) -> None:
@@ -69,18 +69,18 @@ class Stopped(Exception):
 
 
 class RankLost(RuntimeError):
-    """A process of a training died, or one that the others need does not answer."""
+    """A training process died, or does not answer the other ranks."""
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, of Python or of the safetensors library, says that no space is left."""
+    """Returns whether an error of Python, safetensors or SQLite says that no space is left."""
     number = getattr(error, "errno", None)
-    words = ("No space left on device", "database or disk is full")  # safetensors; SQLite
-    return number in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words)
+    phrases = ("No space left on device", "database or disk is full")  # safetensors; SQLite
+    return number in (errno.ENOSPC, errno.EDQUOT) or any(phrase in str(error) for phrase in phrases)
 
 
 def classify(error: BaseException) -> Reason:
-    """The typed reason of an exception."""
+    """Returns the reason that an exception stands for."""
     cause = error.__cause__
     if is_disk_full(error) or (cause is not None and is_disk_full(cause)):
         return Reason.DISK_FULL
@@ -98,29 +98,30 @@ def classify(error: BaseException) -> Reason:
 
 
 def describe(error: BaseException) -> str:
+    """Returns the first line of an error's message, after the error's type unless it is a UserError."""
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
-def behind(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on: libraries wrap the errors of others."""
+def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error, its cause, the cause of that, and so on: libraries wrap each other's errors."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def raised_below(error: BaseException, folder: Path) -> bool:
-    """Whether the code that raised an error lies in a folder."""
+    """Returns whether the code that raised an error lies in `folder`."""
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(innermost).is_relative_to(folder)
 
 
 @contextlib.contextmanager
 def as_unservable(what: str) -> Iterator[None]:
-    """Turns errors into one that says that `what` cannot be served, unless something else is to blame.
+    """Turns errors into an Unservable error about `what`, unless the model is not the cause.
 
-    A setting, a library that is missing, memory or disk that does not suffice say nothing about the model.
+    A wrong setting, a missing library, and too little memory or disk space say nothing about the model.
     """
     try:
         yield

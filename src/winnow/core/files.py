@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written; and what files are known by."""
+"""Writes files and folders atomically, and hashes files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any
 
 from winnow.core.errors import UserError, is_disk_full
 
-SMALL_BYTES = 16 * 2**20  # read each time that it is asked
+SMALL_BYTES = 16 * 2**20  # files below this size are hashed anew on every call
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
-_SETTLED_S = 2.0  # more than the tick of any file system's clock
+_SETTLED_S = 2.0  # longer than the clock resolution of any file system
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to, with the same suffix; what was written there becomes `path` at the end.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a scratch path next to `path`, with the same suffix, which replaces `path` when the block ends.
 
-    A reader finds what was there before, or all that is new. If the writing fails, nothing of it is left.
+    A reader finds either the old file or the complete new one. If the block fails, the scratch file is deleted.
     """
     scratch = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
     try:
@@ -37,61 +37,62 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any, indent: int = 2, default: Callable[[Any], Any] | None = None) -> None:
-    """Whole or not at all; `default` turns what JSON has no word for into something that it has (without it: TypeError)."""
-    with whole(path) as scratch:
+    """Writes a JSON file atomically; `default` converts values that JSON lacks (without it: TypeError)."""
+    with atomic_write(path) as scratch:
         scratch.write_text(json.dumps(content, indent=indent, default=default) + "\n", encoding="utf-8")
 
 
 def cache_root() -> Path:
-    """The folder of what winnow keeps for all its commands of a user."""
-    given = os.environ.get("WINNOW_CACHE")
-    if given:
-        return Path(given).expanduser()
+    """Returns the folder of the cache that all commands of a user share."""
+    configured = os.environ.get("WINNOW_CACHE")
+    if configured:
+        return Path(configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "winnow"
 
 
-def sha256_of(paths: Iterable[Path]) -> str:
-    """Of several files together, by name and content, in any order."""
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """Returns one SHA-256 for several files, by name and content, independent of their order."""
     return hashlib.sha256(json.dumps(sorted((path.name, sha256(path)) for path in paths)).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content. A large file is read once for each of its versions, by whichever process comes first.
+    """Returns the SHA-256 of a file's content; the hash of a large file is cached, for all processes.
 
-    A version is known by name, inode, size, time of change and a few samples: copies of another model may have the size and the
-    time of the first. What was changed a moment ago may change again within one tick of the clock, and is not kept.
+    The cache key is made of name, inode, size, modification time and a few samples of the content, because copies of another
+    model may have the same size and time. A file that was modified within the last clock tick may change again: its hash is not
+    cached.
     """
-    found = path.stat()
-    if found.st_size < SMALL_BYTES:
+    stat = path.stat()
+    if stat.st_size < SMALL_BYTES:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    version = hashlib.sha256(f"{path.name}\n{found.st_ino}\n{found.st_size}\n{found.st_mtime_ns}\n".encode())
+    version = hashlib.sha256(f"{path.name}\n{stat.st_ino}\n{stat.st_size}\n{stat.st_mtime_ns}\n".encode())
     with path.open("rb") as file:
         for sample in range(_SAMPLES):
-            file.seek(found.st_size * sample // _SAMPLES)
+            file.seek(stat.st_size * sample // _SAMPLES)
             version.update(file.read(_SAMPLE_BYTES))
-        note = cache_root() / "hashes" / version.hexdigest()[:32]
+        cache_file = cache_root() / "hashes" / version.hexdigest()[:32]
         with contextlib.suppress(OSError, ValueError):
-            kept = note.read_text(encoding="utf-8").strip()
-            if re.fullmatch("[0-9a-f]{64}", kept):
-                return kept
+            cached = cache_file.read_text(encoding="utf-8").strip()
+            if re.fullmatch("[0-9a-f]{64}", cached):
+                return cached
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if time.time() - found.st_mtime > _SETTLED_S and path.stat().st_mtime_ns == found.st_mtime_ns:
-        with contextlib.suppress(OSError):  # it is read again next time
-            note.parent.mkdir(parents=True, exist_ok=True)
-            with whole(note) as scratch:
+    if time.time() - stat.st_mtime > _SETTLED_S and path.stat().st_mtime_ns == stat.st_mtime_ns:
+        with contextlib.suppress(OSError):  # the file is then read again next time
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(cache_file) as scratch:
                 scratch.write_text(f"{digest}\n", encoding="utf-8")
     return digest
 
 
 @contextlib.contextmanager
-def whole_folder(output: Path, option: str = "output", elsewhere: str = "output= or outputs=") -> Iterator[Path]:
-    """A scratch folder beside `output` that takes its name when the block ends well, and vanishes when it does not.
+def atomic_folder(output: Path, option: str = "output", elsewhere: str = "output= or outputs=") -> Iterator[Path]:
+    """Yields a scratch folder next to `output`, which replaces `output` if the block succeeds and is deleted if it fails.
 
-    `option` and `elsewhere` say in messages what put `output` there, and what puts it in another place.
+    Messages name `option` as the setting that chose the path, and `elsewhere` as the setting that chooses another one.
 
     Raises:
-        UserError: the disk is full, or the place cannot be written.
+        UserError: the disk is full, or the path is not writable.
     """
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     scratch = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -99,11 +100,11 @@ def whole_folder(output: Path, option: str = "output", elsewhere: str = "output=
         scratch.mkdir(parents=True)
         yield scratch
         _sync(scratch)
-        old = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.old"
+        replaced = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.old"
         if output.exists():
-            output.rename(old)
+            output.rename(replaced)
         scratch.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         remove_empty(output.parent, until=existing)
@@ -119,9 +120,9 @@ def whole_folder(output: Path, option: str = "output", elsewhere: str = "output=
 
 
 def remove_empty(folder: Path, until: Path) -> None:
-    """Removes a folder and its parents as long as they are empty, up to and without `until`."""
+    """Removes a folder and its parents while they are empty; stops at `until`, which stays."""
     folder = folder.absolute()
-    with contextlib.suppress(OSError):  # a mount point, say
+    with contextlib.suppress(OSError):  # for example a mount point
         while folder != until and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
@@ -132,4 +133,4 @@ def _sync(folder: Path) -> None:
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
+            path.chmod(0o644)  # safetensors writes files that only their owner can read

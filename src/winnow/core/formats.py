@@ -1,7 +1,7 @@
-"""Figures as people read them: a label, a unit, and a number with three significant digits.
+"""Formats figures for people, with a label, a unit, and three significant digits.
 
-A figure's unit is its objective's, or else the one that its name ends with (`size_bytes`, `latency_ms`, `energy_wh`).
-Every view prints through this file, so that the terminal and the report never disagree.
+A figure's unit is that of its objective, or else the suffix of its name (`size_bytes`, `latency_ms`, `energy_wh`).
+Every view prints through this module, so that the terminal and the report agree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from winnow.core.types import Summary, Trial
 
-# suffix of a figure's name -> its unit; the longest match counts
+# suffix of a figure's name -> unit; the longest match counts
 SUFFIXES = {
     "_bytes": "B",
     "_ns": "ns",
@@ -30,7 +30,7 @@ SUFFIXES = {
     "_kg": "kg",
     "_percent": "%",
 }
-# unit -> what it is shown in, smallest first, each with its size in the unit
+# unit -> display units, smallest first, each with its size in the unit
 SCALES: dict[str, tuple[tuple[float, str], ...]] = {
     "B": ((1, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB")),
     "ms": ((1e-3, "µs"), (1, "ms"), (1e3, "s")),
@@ -48,7 +48,7 @@ DISTURBED_LEGEND = "~ measured beside other work, although it was tried again: t
 
 @dataclass(frozen=True)
 class Axis:
-    """A figure of a study and how to show it: `unit` is what it is shown in, `factor` that unit in the figure's own."""
+    """A figure of a study and its display: `unit` is the display unit, `factor` its size in the figure's own unit."""
 
     name: str
     label: str
@@ -65,7 +65,7 @@ class Axis:
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
     def show(self, value: float | None) -> str:
-        """With the axis' unit, the same one for every trial; a dash where there is no such figure."""
+        """Returns a value with the axis' unit, which is the same for every trial; a dash for a missing value."""
         if value is None or not math.isfinite(value):
             return MISSING
         text = digits(value / self.factor, unitless=not self.unit)
@@ -73,7 +73,7 @@ class Axis:
 
 
 def unit_of(name: str, declared: str = "") -> str:
-    """The unit of a figure: the declared one, or what its name ends with; empty for a plain number."""
+    """Returns the unit of a figure: the declared one, or the suffix of its name; empty for a plain number."""
     if declared:
         return ALIASES.get(declared.lower(), declared)
     suffix = _suffix(name)
@@ -81,20 +81,20 @@ def unit_of(name: str, declared: str = "") -> str:
 
 
 def label_of(name: str) -> str:
-    """`size_bytes` -> `size`, `co2_g` -> `CO2`: the unit is shown with the number."""
+    """Returns a figure's name without its unit: `size_bytes` -> `size`, `co2_g` -> `CO2`."""
     stem = name.removesuffix(_suffix(name))
     return " ".join(ACRONYMS.get(word.lower(), word) for word in stem.split("_") if word) or name
 
 
 def _suffix(name: str) -> str:
-    """The end of `name` that says its unit; empty for none, and for a rate: `tokens_per_s` is not in seconds."""
+    """Returns the suffix of `name` that gives its unit; empty for none and for rates: `tokens_per_s` is not in seconds."""
     if "_per_" in name:
         return ""
     return max((s for s in SUFFIXES if name.endswith(s) and name != s), key=len, default="")
 
 
 def digits(value: float, unitless: bool = False) -> str:
-    """Three significant digits without exponents for everyday sizes: `2.88`, `0.936`, `12,400`, `8` for a count."""
+    """Formats three significant digits, without exponent for common sizes: `2.88`, `0.936`, `12,400`, `8` for a count."""
     size = abs(value)
     if unitless and (value == 0 or (size > 1 and value == int(value) and size < 1e6)):
         return f"{value:,.0f}"
@@ -110,7 +110,7 @@ def digits(value: float, unitless: bool = False) -> str:
 
 
 def scale(unit: str, values: Iterable[float]) -> tuple[float, str]:
-    """The multiple of `unit` in which the middle one of `values` reads best, as (size in `unit`, name)."""
+    """Returns the multiple of `unit` that suits the median of `values`, as (size in `unit`, name)."""
     sizes = [abs(v) for v in values if math.isfinite(v) and v]
     if unit not in SCALES or not sizes:
         return 1.0, unit
@@ -119,18 +119,18 @@ def scale(unit: str, values: Iterable[float]) -> tuple[float, str]:
 
 
 def human(name: str, value: float, unit: str = "") -> str:
-    """One figure by itself, in the unit that suits it: `2.88 MB`."""
-    factor, shown = scale(unit_of(name, unit), [value])
-    return Axis(name, "", shown, factor).show(value)
+    """Formats a single figure in the unit that suits it: `2.88 MB`."""
+    factor, display_unit = scale(unit_of(name, unit), [value])
+    return Axis(name, "", display_unit, factor).show(value)
 
 
 def mark(trial: Trial, name: str) -> str:
-    """What stands after a figure of which the measurement was disturbed; empty for others."""
+    """Returns the mark for a figure whose measurement was disturbed; empty for others."""
     return DISTURBED_MARK if name in trial.figures and trial.disturbed(name) else ""
 
 
 def duration(seconds: float | None) -> str:
-    """`850 ms`, `12.3 s`, `4 min 05 s`, `2 h 10 min`."""
+    """Formats a duration: `850 ms`, `12.3 s`, `4 min 05 s`, `2 h 10 min`."""
     if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 100:
@@ -140,31 +140,31 @@ def duration(seconds: float | None) -> str:
 
 
 def total_seconds(trial: Trial) -> float | None:
-    """What the trial took: its `total`, or else the sum of its parts; None where nothing was clocked."""
+    """Returns the duration of a trial: its `total`, or else the sum of its parts; None if nothing was timed."""
     parts = [v for k, v in trial.seconds.items() if k != "total"]
     return trial.seconds.get("total", sum(parts) if parts else None)
 
 
 def axes_of(summary: Summary) -> tuple[Axis, ...]:
-    """Every figure of the study: the objectives first, in their order, then the others by name."""
+    """Returns an axis for every figure of the study: the objectives in their order, then the others by name."""
     complete = [t for t in summary.trials if t.complete]
     objectives = {o.name: o for o in summary.objectives}
-    aside = ("_stderr", "_requests", "items")  # they say how sure or how many, not how good
-    others = sorted({n for t in complete for n in t.figures if not n.endswith(aside)} - set(objectives))
-    names = [*objectives, *others]
-    shared = Counter(map(label_of, names))
+    excluded = ("_stderr", "_requests", "items")  # these are uncertainties and counts, not results
+    other_names = sorted({n for t in complete for n in t.figures if not n.endswith(excluded)} - set(objectives))
+    names = [*objectives, *other_names]
+    label_counts = Counter(map(label_of, names))
     axes = []
     for name in names:
         objective = objectives.get(name)
         unit = unit_of(name, objective.unit if objective else "")
-        factor, shown = scale(unit, [t.figures[name] for t in complete if name in t.figures])
-        label = label_of(name) if shared[label_of(name)] == 1 else name
-        axes.append(Axis(name, label, shown, factor, objective.maximize if objective else None))
+        factor, display_unit = scale(unit, [t.figures[name] for t in complete if name in t.figures])
+        label = label_of(name) if label_counts[label_of(name)] == 1 else name
+        axes.append(Axis(name, label, display_unit, factor, objective.maximize if objective else None))
     return tuple(axes)
 
 
 def directions(axes: Sequence[Axis]) -> str:
-    """`accuracy: higher is better; size, latency: lower is better`."""
+    """Describes which direction is better: `accuracy: higher is better; size, latency: lower is better`."""
     parts = []
     for better in ("higher is better", "lower is better"):
         labels = [axis.label for axis in axes if axis.better == better]
@@ -174,12 +174,12 @@ def directions(axes: Sequence[Axis]) -> str:
 
 
 def plain(text: str) -> str:
-    """One line without control characters: what a trial says must not move a terminal's cursor or colour it."""
+    """Returns a text as one line without control characters, which could move a terminal's cursor or colour it."""
     return " ".join(_printable(text).split())
 
 
 def plain_lines(text: str) -> str:
-    """The same for several lines, whose spaces stay as they are: tracebacks and command lines."""
+    """Removes control characters from each line and keeps the spaces, for tracebacks and command lines."""
     return "\n".join(map(_printable, text.splitlines()))
 
 

@@ -1,4 +1,4 @@
-"""Values in Hydra's grammar of overrides: whatever text there is, `key=text_of(value)` gives it back."""
+"""Writes values in Hydra's override grammar: Hydra parses `key=quoted(value)` back to the same value."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_PLAIN = re.compile(r"[\w./:+@-]+", re.ASCII)  # of letters that mean nothing to Hydra
-_WORDS = ("null", "true", "false", "nan", "inf", "-inf", "+inf")
+_PLAIN = re.compile(r"[\w./:+@-]+", re.ASCII)  # characters without a meaning in the grammar
+_KEYWORDS = ("null", "true", "false", "nan", "inf", "-inf", "+inf")
 
 
-def text_of(value: Any) -> str:
-    """A value as it must be written; text is always quoted, so that it stays text."""
+def quoted(value: Any) -> str:
+    """Returns a value in the override grammar; text is always quoted, so that it stays text."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -19,25 +19,27 @@ def text_of(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{text_of(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{quoted(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(text_of(v) for v in value) + "]"
-    # backslashes double before a quote only
+        return "[" + ",".join(quoted(v) for v in value) + "]"
+    # only backslashes before a quote are doubled
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", str(value)).replace("'", "\\'")
     return f"'{escaped}'"
 
 
-def path(value: object) -> str:
-    """A path or a name, quoted where it must be: most need not."""
+def quoted_path(value: object) -> str:
+    """Returns a path or a name, quoted only if the grammar requires it."""
     text = str(value)
     plain = (
-        _PLAIN.fullmatch(text) and text.lower() not in _WORDS and not re.fullmatch(r"[-+\d._e]+", text, re.IGNORECASE)
+        _PLAIN.fullmatch(text)
+        and text.lower() not in _KEYWORDS
+        and not re.fullmatch(r"[-+\d._e]+", text, re.IGNORECASE)
     )
-    return text if plain else text_of(text)
+    return text if plain else quoted(text)
 
 
-def short(value: Any) -> str:
-    """A value as it must be written, its text quoted only where it must be."""
+def quoted_if_needed(value: Any) -> str:
+    """Returns a value in the override grammar; text is quoted only if the grammar requires it."""
     if isinstance(value, str):
-        return path(value)
-    return text_of(value) if value is None or isinstance(value, Mapping | list | tuple) else str(value)
+        return quoted_path(value)
+    return quoted(value) if value is None or isinstance(value, Mapping | list | tuple) else str(value)

@@ -1,4 +1,4 @@
-"""Optional libraries: present, or named with the extra that brings them."""
+"""Checks that optional libraries are installed, and names the extra that installs a missing one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 
 from winnow.core.errors import MissingExtra
 
-# the module that is imported -> the package as pip knows it, and winnow's extra with it
+# module name -> (package name on PyPI, extra of winnow that installs it)
 _EXTRAS = {
     "auto_round": ("auto-round", "autoround"),
     "bitsandbytes": ("bitsandbytes", "bnb"),
@@ -25,15 +25,15 @@ _EXTRAS = {
 
 
 def is_installed(module: str) -> bool:
-    """Whether there is such a module; it is not imported."""
+    """Returns whether a module is installed, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # it is imported already, by something that gave it no spec
+    except ValueError:  # the module is already imported, without a spec
         return True
 
 
 def require(*modules: str) -> None:
-    """Raises MissingExtra for the first of the modules that is not installed."""
+    """Raises MissingExtra for the first module that is not installed."""
     for module in modules:
         if not is_installed(module):
             raise MissingExtra(*_EXTRAS[module])

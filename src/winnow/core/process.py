@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent."""
+"""Ends child processes when their parent dies."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import signal
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Lets the kernel send this process a signal when its parent dies, which may be killed and could not tell it then.
+def end_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Makes the kernel send this process a signal when its parent dies, even if the parent is killed.
 
-    A parent that died meanwhile ends it now. Elsewhere than on Linux nothing is done.
+    The process exits at once if the parent died during the call. The function does nothing outside Linux.
     """
     parent = os.getppid()
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal_number)
     except (AttributeError, OSError):
         return
     if os.getppid() != parent:

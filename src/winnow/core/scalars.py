@@ -1,4 +1,4 @@
-"""Whether settings are of the types that they are declared with: a word where a number belongs is named, and goes no further."""
+"""Validates config values against their type annotations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from winnow.core.errors import UserError
 
-NAMES = {
+TYPE_DESCRIPTIONS = {
     "bool": "true or false",
     "int": "a whole number",
     "float": "a number",
@@ -18,20 +18,26 @@ NAMES = {
 
 
 def check_scalars(target: Callable[..., Any], values: Mapping[Any, Any], where: str = "") -> None:
-    """Compares values with the annotations of what they will be passed to, as far as those are made of `NAMES`.
+    """Checks values against the annotations of the callable that takes them; only types in `TYPE_DESCRIPTIONS` are checked.
 
     Args:
         target: a dataclass or a function.
-        where: the key under which the values are found.
+        where: the config key that holds the values.
 
     Raises:
-        UserError: one is of another type.
+        UserError: a value is of another type.
     """
     for name, parameter in inspect.signature(target).parameters.items():
-        wanted = [part.strip() for part in str(parameter.annotation).split("|")]
-        if name in values and set(wanted) <= set(NAMES) and not any(_fits(values[name], one) for one in wanted):
+        types = [part.strip() for part in str(parameter.annotation).split("|")]
+        if (
+            name in values
+            and set(types) <= set(TYPE_DESCRIPTIONS)
+            and not any(_fits(values[name], expected) for expected in types)
+        ):
             key = f"{where}.{name}" if where else name
-            raise UserError(f"{key}={values[name]} is of the wrong type; give {' or '.join(NAMES[n] for n in wanted)}")
+            raise UserError(
+                f"{key}={values[name]} is of the wrong type; give {' or '.join(TYPE_DESCRIPTIONS[n] for n in types)}"
+            )
 
 
 def _fits(value: Any, name: str) -> bool:

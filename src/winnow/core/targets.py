@@ -1,4 +1,4 @@
-"""What a `_target_` of the configuration names."""
+"""Resolves a `_target_` of the configuration to a class or function."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any
 
 
 def target_of(path: str) -> Any:
-    """The class or function that a `_target_` names."""
+    """Returns the class or function that a `_target_` names."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)

@@ -1,6 +1,7 @@
-"""The text files that people have: rows of JSON, or plain text. Whatever is wrong with one is named by file and line.
+"""Reads users' text files, either rows of JSON or plain text, and names the file and line of each error.
 
-What is harmless is read: a byte order mark, UTF-16 as Windows writes it, an array instead of a row a line, suffixes in capitals.
+Harmless variants are accepted: a byte order mark, UTF-16 as Windows writes it, a JSON array instead of one row per line, and
+suffixes in capitals.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ KINDS = "a .jsonl, .json or .txt file"
 
 
 def is_readable(path: Path) -> bool:
+    """Returns whether `path` is a file with one of the suffixes that winnow reads."""
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-def holds_rows(path: Path) -> bool:
-    """Whether a file is of rows, and not of plain text."""
+def is_rows_file(path: Path) -> bool:
+    """Returns whether a file holds JSON rows rather than plain text."""
     return path.suffix.lower() in ROWS
 
 
-def text_of(path: Path) -> str:
-    """The whole text of a file.
+def read_text(path: Path) -> str:
+    """Returns the text of a file.
 
     Raises:
-        UserError: it is neither UTF-8 nor UTF-16 with a byte order mark.
+        UserError: the file is neither UTF-8 nor UTF-16 with a byte order mark.
     """
     data = path.read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -42,20 +44,20 @@ def text_of(path: Path) -> str:
         raise UserError(f"{path}, line {line}: it is not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a file, an object with fields, and where it stands, for messages.
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the location of each row of a file, for messages, and the row itself, a JSON object.
 
     Raises:
-        UserError: a row that is no JSON, no object, or holds text that is no Unicode.
+        UserError: a row is not JSON, not an object, or holds invalid Unicode.
     """
-    text = text_of(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        found: Any = _parsed(text, f"{path}")
-        numbered = ((f"{path}, item {number}", row) for number, row in enumerate(found, 1))
+        items: Any = _parse_json(text, f"{path}")
+        located_rows = ((f"{path}, item {number}", row) for number, row in enumerate(items, 1))
     else:
         lines = ((f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1))
-        numbered = ((where, _parsed(line, where)) for where, line in lines if line.strip())
-    for where, row in numbered:
+        located_rows = ((where, _parse_json(line, where)) for where, line in lines if line.strip())
+    for where, row in located_rows:
         if not isinstance(row, dict):
             raise UserError(f'{where}: it is no JSON object with fields, as {{"text": "..."}}')
         for part in strings_in(row):
@@ -64,7 +66,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """All strings in a row, however deep they lie."""
+    """Yields all strings in a row, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
@@ -72,7 +74,7 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(part)
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""The nouns of winnow: texts, figures, objectives, strategies and trials.
+"""Defines the core data types: texts, figures, objectives, strategies and trials.
 
-Imports neither torch nor transformers, so that `--help`, `--cfg job` and the search's own process stay quick.
+The module imports neither torch nor transformers, so that `--help`, `--cfg job` and the search process start quickly.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ import enum
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from winnow.core.errors import STOPPED, Reason
-from winnow.core.grammar import short
-
-if TYPE_CHECKING:
-    pass
+from winnow.core.grammar import quoted_if_needed
 
 
 class Slot(enum.IntEnum):
-    """The places of a pipeline, in the order in which stages must come."""
+    """The slots of a pipeline, in the order in which its stages must run."""
 
     PRUNE = 0
     RECOVER = 1
@@ -31,7 +28,7 @@ class Slot(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Document:
-    """A text to train on: the loss is on the completion, and on all of a document without a prompt."""
+    """A training text: the loss covers the completion, or the whole document if it has no prompt."""
 
     prompt: str
     completion: str
@@ -39,39 +36,39 @@ class Document:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation to train on: the loss is on what the assistant says."""
+    """A training conversation: the loss covers the assistant's messages."""
 
     messages: tuple[Mapping[str, str], ...]  # role and content of each
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that methods calibrate on and recover with: a training split, never a benchmark's test items.
+    """Settings of the calibration and recovery text: it comes from a training split, never from a benchmark's test items.
 
-    `winnow.data.corpus` says which sources there are.
+    `winnow.data.corpus` lists the sources.
     """
 
     source: str = "nano"
     samples: int = 128
     max_length: int = 512
-    split: str = "train"  # of a data set of the hub
-    subset: str | None = None  # of a data set of the hub: its configuration
-    data_dir: str | None = None  # where the files of a benchmark lie
-    streaming: bool = False  # a data set of the hub: only what is read, every time; else all of it, once
+    split: str = "train"  # of a data set on the hub
+    subset: str | None = None  # configuration of a data set on the hub
+    data_dir: str | None = None  # folder of a benchmark's files
+    streaming: bool = False  # True: a data set on the hub is streamed each time; False: it is downloaded once
 
 
-DISTURBED = "disturbed"  # ends the source of a figure that was measured beside other work: `measured, disturbed`
+DISTURBED = "disturbed"  # suffix of a figure's source if other work disturbed its measurement: `measured, disturbed`
 
 
 class Figures(dict[str, float]):
-    """What a probe found, by name; `sources` says of each where it came from, `measured` unless named otherwise."""
+    """Measurements of a probe by name; `sources` gives the origin of each, by default `measured`."""
 
     def __init__(self, values: Mapping[str, float] | None = None, sources: Mapping[str, str] | None = None) -> None:
         super().__init__(values or {})
         self.sources: dict[str, str] = dict.fromkeys(self, "measured") | dict(sources or {})
 
     def disturbed(self) -> Figures:
-        """The same figures, with sources that say that something disturbed their measurement."""
+        """Returns the same figures with sources marked as disturbed."""
         return Figures(self, {name: f"{source}, {DISTURBED}" for name, source in self.sources.items()})
 
     def merge(self, other: Mapping[str, float]) -> None:
@@ -81,7 +78,7 @@ class Figures(dict[str, float]):
 
 @dataclass(frozen=True)
 class Objective:
-    """A figure to optimise; the study keeps them as a vector, never as a weighted sum."""
+    """A figure to optimise; the study keeps objectives as a vector, never as a weighted sum."""
 
     name: str
     maximize: bool
@@ -95,18 +92,18 @@ class Objective:
 
 @dataclass(frozen=True)
 class Strategy:
-    """Methods in order, and their knobs as `method.<name>.<knob>: value`: nothing but a list of Hydra overrides."""
+    """Methods in order and their knobs, as `method.<name>.<knob>: value`; equivalent to a list of Hydra overrides."""
 
     methods: tuple[str, ...] = ()
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def overrides(self) -> tuple[str, ...]:
-        knobs = (f"{key}={short(value)}" for key, value in sorted(self.knobs.items()))
+        knobs = (f"{key}={quoted_if_needed(value)}" for key, value in sorted(self.knobs.items()))
         return (f"method=[{','.join(self.methods)}]", *knobs)
 
     def __str__(self) -> str:
-        """Short, for tables: `wanda(sparsity=0.5) + rtn(bits=4, group_size=64)`; `base` without methods."""
+        """Returns a short form for tables: `wanda(sparsity=0.5) + rtn(bits=4, group_size=64)`; `base` without methods."""
         parts = []
         for method in self.methods:
             prefix = f"method.{method}."
@@ -121,15 +118,15 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished trial. One that is not complete has a reason; a stopped one keeps the figures found until then.
+    """A finished trial. An incomplete trial has a reason; a stopped trial keeps the figures measured so far.
 
     Attributes:
-        estimates: of a stopped trial: its scores so far, each with `<name>_low` and `<name>_high`, and `share_scored`.
-        seconds: compress, evaluate and their parts, overhead, total.
+        estimates: scores of a stopped trial so far, each with `<name>_low` and `<name>_high`, and `share_scored`.
+        seconds: durations of compress, evaluate and their parts, overhead, and the total.
         energy: `wh` and `co2_g` of the whole trial.
-        stages: of each, `method`, `seconds`, and whether an earlier trial had made it (`reused`).
-        commands: the compress.py and evaluate.py lines that make it again.
-        decision: why it was proposed, and what retraces that.
+        stages: `method`, `seconds` and `reused` (the result of an earlier trial was used) of each stage.
+        commands: the compress.py and evaluate.py command lines that reproduce the trial.
+        decision: why the agent proposed the trial, with what is needed to retrace it.
     """
 
     number: int
@@ -151,12 +148,12 @@ class Trial:
         return self.reason is None
 
     def disturbed(self, name: str) -> bool:
-        """Whether something disturbed the measurement of this figure: no decision may rest on it."""
+        """Returns whether the measurement of a figure was disturbed: no decision may rest on it."""
         return self.sources.get(name, "").endswith(DISTURBED)
 
     @property
     def stopped(self) -> bool:
-        """Ended early because it could not reach the front: neither complete nor failed."""
+        """Whether the trial was ended early because it could not reach the front: it is neither complete nor failed."""
         return self.reason in STOPPED
 
     @property
@@ -166,16 +163,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Summary:
-    """A study as its views see it (`front.json`, `report.html`, W&B): rebuilt from the study at any time."""
+    """A snapshot of a study for its views (`front.json`, `report.html`, W&B), which can be rebuilt at any time."""
 
     name: str
     fingerprint: Mapping[str, Any]
     objectives: tuple[Objective, ...]
-    trials: tuple[Trial, ...]  # finished ones, by number; trial 0 is the base model
+    trials: tuple[Trial, ...]  # finished trials by number; trial 0 is the base model
     front: tuple[int, ...]  # numbers of the non-dominated complete trials
-    hypervolume: tuple[float, ...]  # after each of `trials`, relative to the reference point
-    confirmed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # scores on items the search did not use
-    unconfirmed: Mapping[int, str] = field(default_factory=dict)  # why some of the front have none
-    energy: Mapping[str, float] = field(
-        default_factory=dict
-    )  # `wh` and `co2_g` of all that was done; else that of the trials
+    hypervolume: tuple[float, ...]  # after each trial, relative to the reference point
+    # scores on items that the search did not use, by trial
+    confirmed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    unconfirmed: Mapping[int, str] = field(default_factory=dict)  # why some trials of the front have no such scores
+    # `wh` and `co2_g` of the whole study, or of the trials if the former is unknown
+    energy: Mapping[str, float] = field(default_factory=dict)

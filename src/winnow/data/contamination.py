@@ -1,11 +1,11 @@
-"""Knows the test items of the benchmarks by their hashes, so that nobody calibrates or trains on them by mistake.
+"""Detects benchmarks' test items by their hashes, so that no one calibrates or trains on them by mistake.
 
-Beside this file lie the hashes, not the items: the first 8 bytes of the SHA-256 of each question in lower case, its
-white space evened out. Where a question by itself is nobody's in particular (PIQA asks "cans"), it is the question with its
-answer, or the answer. MMLU's and users' own benchmarks are not among them, of HellaSwag and LAMBADA only the first 3,000 and
-2,000 items, and of WikiText-2 the version with `<unk>`, which shares few paragraphs with the raw one.
+The folder `held_out` holds hashes, not items: the first 8 bytes of the SHA-256 of each question in lower case with normalized
+white space. A question that is not specific by itself (PIQA asks "cans") is hashed together with its answer, or only the answer
+is. The hashes leave out MMLU and users' own benchmarks; they cover the first 3,000 items of HellaSwag and 2,000 of LAMBADA, and
+the version of WikiText-2 with `<unk>`, which shares few paragraphs with the raw one.
 
-    python -m winnow.data.contamination FOLDER     # makes them anew from a folder with the benchmarks' files
+    python -m winnow.data.contamination FOLDER     # computes the hashes anew from a folder with the benchmarks' files
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 FOLDER = Path(__file__).with_name("held_out")
 HASH_BYTES = 8
-LEAST_CHARACTERS = 16  # shorter texts (`not True is`) are nobody's in particular
-SPECIFIC = 32  # characters of a text that is nobody else's, where items are many and their questions short
-PARAGRAPH = 80  # of one that begins as others do
+LEAST_CHARACTERS = 16  # shorter texts (`not True is`) are not specific to a benchmark
+SPECIFIC = 32  # characters of a specific text, for benchmarks with many short questions
+PARAGRAPH = 80  # characters of a specific text, for benchmarks whose texts begin alike
 
 
 def _openbookqa(row: Mapping[str, Any]) -> Iterator[str]:
@@ -41,7 +41,7 @@ def _winogrande(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _hellaswag(row: Mapping[str, Any]) -> Iterator[str]:
-    """The prompt, the text that is right, and the longest ending that is wrong, which a machine wrote."""
+    """Yields the prompt, the text with the right ending, and the longest wrong ending, which a machine wrote."""
     right = row["endings"][int(row["label"])]
     yield from _longer(PARAGRAPH, f"{row['activity_label']}: {row['ctx']}", f"{row['ctx']} {right}")
     yield from _longer(SPECIFIC, max((ending for ending in row["endings"] if ending != right), key=len))
@@ -56,11 +56,11 @@ def _wikitext(row: Mapping[str, Any]) -> Iterator[str]:
     yield from _longer(PARAGRAPH, *row["page"].split("\n"))
 
 
-def _longer(least: int, *texts: str) -> Iterator[str]:
-    return (text for text in texts if len(text) >= least)
+def _longer(minimum: int, *texts: str) -> Iterator[str]:
+    return (text for text in texts if len(text) >= minimum)
 
 
-# where the questions are: file pattern below the folder of benchmarks, and their field or what gives them of a row
+# by benchmark: file pattern below the folder of benchmarks, and the question field or a function that gives the texts of a row
 QUESTIONS: dict[str, tuple[str, str | Callable[[Mapping[str, Any]], Iterator[str]]]] = {
     "gsm8k": ("gsm8k/test.jsonl", "question"),
     "commonsense_qa": ("commonsense_qa/validation.jsonl", "question"),
@@ -80,36 +80,36 @@ _LABEL = re.compile(r"^\s*(question|q|problem|input|prompt|goal|answer|a)\s*:\s*
 
 
 def digest(text: str) -> bytes | None:
-    """The hash of a question, whatever its case and spacing; None for one too short to tell."""
-    bare = " ".join(text.casefold().split())
-    return hashlib.sha256(bare.encode()).digest()[:HASH_BYTES] if len(bare) >= LEAST_CHARACTERS else None
+    """Returns the hash of a question, independent of case and spacing; None for a question that is too short."""
+    normalized = " ".join(text.casefold().split())
+    return hashlib.sha256(normalized.encode()).digest()[:HASH_BYTES] if len(normalized) >= LEAST_CHARACTERS else None
 
 
 def benchmark_of(text: str) -> str | None:
-    """The benchmark one of whose test questions is this text, or one of its paragraphs or lines."""
+    """Returns the benchmark with a test question equal to this text, or to one of its paragraphs or lines; else None."""
     parts = {text, *text.split("\n\n"), *text.splitlines()}
     for part in {_LABEL.sub("", part) for part in parts}:
-        found = _known().get(digest(part) or b"")
-        if found is not None:
-            return found
+        benchmark = _benchmarks_by_hash().get(digest(part) or b"")
+        if benchmark is not None:
+            return benchmark
     return None
 
 
 @functools.cache
-def _known() -> dict[bytes, str]:
-    known = {}
+def _benchmarks_by_hash() -> dict[bytes, str]:
+    benchmarks = {}
     for path in sorted(FOLDER.glob("*.bin")):
         data = path.read_bytes()
-        known.update({data[i : i + HASH_BYTES]: path.stem for i in range(0, len(data), HASH_BYTES)})
-    for name, text in _nano():
+        benchmarks.update({data[i : i + HASH_BYTES]: path.stem for i in range(0, len(data), HASH_BYTES)})
+    for name, text in _nano_questions():
         key = digest(text)
         if key is not None:
-            known[key] = name
-    return known
+            benchmarks[key] = name
+    return benchmarks
 
 
-def _nano() -> Iterator[tuple[str, str]]:
-    """The embedded benchmarks' questions: their items lie in the package."""
+def _nano_questions() -> Iterator[tuple[str, str]]:
+    """Yields (benchmark, question) of the nano benchmarks, whose items are in the package."""
     from winnow.nano.datasets import DATA
 
     for path in sorted(DATA.glob("*.jsonl")):
@@ -124,7 +124,7 @@ def write(source: Path) -> None:
     for name, (pattern, field) in QUESTIONS.items():
         rows = [json.loads(line) for path in sorted(source.glob(pattern)) for line in path.open(encoding="utf-8")]
         texts = [[row[field]] if isinstance(field, str) else list(field(row)) for row in rows]
-        hashes = sorted({key for of_one in texts for text in of_one if (key := digest(text)) is not None})
+        hashes = sorted({key for row_texts in texts for text in row_texts if (key := digest(text)) is not None})
         (FOLDER / f"{name}.bin").write_bytes(b"".join(hashes))
         print(f"{name}: {len(hashes)} hashes for {sum(map(bool, texts))} of {len(rows)} items")
 

@@ -1,6 +1,6 @@
-"""Documents as token ids, and these as the rows that a model is given.
+"""Encodes documents as token ids, and collates them into the batches of a model.
 
-Imports no Lightning: whoever calibrates or compares models encodes texts, and trains nothing.
+The module imports no Lightning, since calibration and comparison encode texts without training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from winnow.core.types import Chat, Document
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the target that losses pass over
+IGNORED = -100  # target id that losses ignore
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Encoded:
     """Token ids of a document.
 
     Attributes:
-        answers: the half-open spans of positions whose tokens the loss counts.
-        cut: tokens beyond `max_length`, which were left out.
+        answers: half-open spans of the positions whose tokens the loss counts.
+        cut: number of tokens beyond `max_length`, which were cut off.
     """
 
     ids: list[int]
@@ -46,35 +46,35 @@ class Encoded:
 def encode(
     documents: Sequence[Document | Chat], tokenizer: PreTrainedTokenizerBase, max_length: int, end: bool = True
 ) -> list[Encoded]:
-    """Token ids of each document, ended by `<eos>`; documents longer than `max_length` tokens are cut.
+    """Returns the token ids of each document, with `<eos>` at the end if `end`, cut to `max_length` tokens.
 
-    Prompt and completion are tokenised together, as at evaluation; the loss starts at the first token of the completion. A chat
-    goes through the tokenizer's template, and the loss is on what the assistant says.
+    Prompt and completion are tokenized together, as in evaluation; the loss starts at the first token of the completion. A chat
+    is formatted by the tokenizer's chat template, and the loss is on the assistant's messages.
 
     Raises:
-        UserError: a chat, and the tokenizer has no template, or one that refuses it.
+        UserError: a document is a chat, and the tokenizer has no template or its template refuses the chat.
     """
     plain = [d for d in documents if isinstance(d, Document)]
-    whole = iter(tokenizer([d.prompt + d.completion for d in plain])["input_ids"] if plain else [])
-    prompts = iter(tokenizer([d.prompt for d in plain])["input_ids"] if plain else [])
+    full_ids = iter(tokenizer([d.prompt + d.completion for d in plain])["input_ids"] if plain else [])
+    prompt_ids = iter(tokenizer([d.prompt for d in plain])["input_ids"] if plain else [])
     eos = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
-    made = []
+    rows = []
     for document in documents:
         if isinstance(document, Document):
-            ids, prompt = next(whole) + eos, next(prompts)
+            ids, prompt = next(full_ids) + eos, next(prompt_ids)
             answers = [(len(prompt) if document.prompt else 1, len(ids))]
         else:
-            ids, answers = _templated(document, tokenizer)
-        kept = [(start, min(stop, max_length)) for start, stop in answers if start < min(stop, max_length)]
-        made.append(Encoded(ids[:max_length], tuple(kept), max(0, len(ids) - max_length)))
-    return [row for row in made if row.ids]  # a text without words is nothing for some tokenizers
+            ids, answers = _encode_chat(document, tokenizer)
+        spans = [(start, min(stop, max_length)) for start, stop in answers if start < min(stop, max_length)]
+        rows.append(Encoded(ids[:max_length], tuple(spans), max(0, len(ids) - max_length)))
+    return [row for row in rows if row.ids]  # some tokenizers give no ids for a text without words
 
 
-def _templated(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a chat, and the spans of what the assistant says.
+def _encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns the token ids of a chat, and the spans of the assistant's messages.
 
-    An answer begins where the conversation before it, with the template's opening of an answer, ends. Some templates word an
-    answer otherwise once others follow it (they leave its thoughts out); such an answer is read and not learned.
+    An answer begins where the conversation before it ends, with the template's generation prompt. Some templates change an answer
+    once messages follow it (they remove its thoughts); the model reads such an answer, and the loss ignores it.
     """
     from jinja2 import TemplateError
 
@@ -85,20 +85,20 @@ def _templated(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
         )
     messages = list(chat.messages)
 
-    def templated(upto: int, opening: bool = False) -> list[int]:
-        found: Any = tokenizer.apply_chat_template(
-            messages[:upto], tokenize=True, add_generation_prompt=opening, return_dict=True
+    def apply_template(count: int, generation_prompt: bool = False) -> list[int]:
+        encoding: Any = tokenizer.apply_chat_template(
+            messages[:count], tokenize=True, add_generation_prompt=generation_prompt, return_dict=True
         )
-        return list(found["input_ids"])
+        return list(encoding["input_ids"])
 
     spans = []
     try:
-        ids = templated(len(messages))
+        ids = apply_template(len(messages))
         for turn, message in enumerate(messages):
             if message["role"] == "assistant":
-                before, after = templated(turn, opening=True), templated(turn + 1)
-                start, stop = _shared(ids, before), _shared(ids, after)
-                # a last token may have grown together with the first of what follows
+                before, after = apply_template(turn, generation_prompt=True), apply_template(turn + 1)
+                start, stop = _common_prefix_length(ids, before), _common_prefix_length(ids, after)
+                # the tokenizer may merge the last token with the first token that follows
                 if start >= len(before) - 1 and stop >= len(after) - 1:
                     spans.append((start, stop))
     except TemplateError as error:
@@ -109,17 +109,17 @@ def _templated(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
     return ids, spans
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two sequences have in common at their beginning."""
+def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Returns the number of ids that two sequences share at their start."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def collate(rows: Sequence[Encoded]) -> dict[str, Any]:
-    """Documents as one row.
+    """Packs documents into one row.
 
-    `input_ids`, `position_ids` (which start at 0 in each document) and `targets` (the id that follows, `IGNORED` where none is
-    asked for), each [1, T]; `cu_seqlens` [documents + 1], the boundaries; `longest`, the tokens of the longest document.
+    Returns `input_ids`, `position_ids` (which start at 0 in each document) and `targets` (the next id, `IGNORED` where the loss
+    counts none), each [1, T]; `cu_seqlens` [documents + 1], the boundaries; `longest`, the tokens of the longest document.
     """
     ids = [i for row in rows for i in row.ids]
     targets = torch.full((len(ids),), IGNORED)
@@ -139,18 +139,18 @@ def collate(rows: Sequence[Encoded]) -> dict[str, Any]:
 
 
 def collate_padded(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
-    """The same for models whose attention cannot be told where documents begin: a row each, `attention_mask` beside it."""
+    """Collates documents into padded rows with an `attention_mask`, for models whose attention cannot separate packed documents."""
     longest = max(len(row.ids) for row in rows)
     shape = (len(rows), longest)
     input_ids, targets = torch.full(shape, pad), torch.full(shape, IGNORED)
     mask = torch.zeros(shape, dtype=torch.long)
     for i, row in enumerate(rows):
-        one = collate([row])
+        packed = collate([row])
         length = len(row.ids)
-        input_ids[i, :length], targets[i, :length], mask[i, :length] = one["input_ids"][0], one["targets"][0], 1
+        input_ids[i, :length], targets[i, :length], mask[i, :length] = packed["input_ids"][0], packed["targets"][0], 1
     return {"input_ids": input_ids, "targets": targets, "attention_mask": mask}
 
 
-def moved(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """A batch, its tensors on the device."""
+def to_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """Returns the batch with its tensors on the device."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -1,7 +1,7 @@
-"""lm-eval's own task objects, made from its installed YAMLs over local files or over the hub's data sets.
+"""Builds lm-eval's task objects from its installed YAMLs, over local files or the hub's data sets.
 
-lm-eval indexes all of its tasks in 14 s; a folder of one benchmark takes milliseconds, so that is all that is read. Local
-items come under an unchanged task through a YAML that includes it and replaces its data set.
+lm-eval needs 14 s to index all of its tasks and milliseconds for the folder of one benchmark, so only that folder is indexed.
+For local items, a generated YAML includes the unchanged task and replaces its data set.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from winnow.core.errors import UserError, behind
-from winnow.data.task_spec import Spec, find, missing
+from winnow.core.errors import UserError, cause_chain
+from winnow.data.task_spec import Spec, find_files, missing_file_message
 from winnow.model.hub import offline_if_unreachable
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -28,8 +28,8 @@ SPLITS = {"train": "training_split", "validation": "validation_split", "test": "
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A task ready to be asked: `task` is lm-eval's object, `subtask` its name within the benchmark."""
+class LoadedTask:
+    """A loaded task: `task` is lm-eval's object, `subtask` its name within the benchmark."""
 
     task: Any
     subtask: str
@@ -37,15 +37,15 @@ class Loaded:
 
 def load(
     spec: Spec, data_dir: str | None = None, num_fewshot: int | None = None
-) -> tuple[list[Loaded], dict[str, Any]]:
-    """The tasks of a benchmark, and those of its further figures by suffix.
+) -> tuple[list[LoadedTask], dict[str, Any]]:
+    """Loads the tasks of a benchmark, and the tasks of its further figures by suffix.
 
     Args:
-        data_dir: where `spec.data` is looked for; None takes the task's own data set.
+        data_dir: the folder that holds the files of `spec.data`; None uses the task's own data set.
         num_fewshot: exemplars before each question; None is the benchmark's own number.
 
     Raises:
-        UserError: there is no such task, a file is missing, or the hub is out of reach.
+        UserError: the task does not exist, a file is missing, or the hub is out of reach.
     """
     local = data_dir is not None and bool(spec.data)
     folder, pattern = folder_of(spec.folder), spec.task
@@ -53,35 +53,39 @@ def load(
         pattern = spec.local_task
         folder = folder if list(folder.glob(f"{pattern}.yaml")) else OWN_TASKS
     shots = num_fewshot if num_fewshot is not None else spec.num_fewshot
-    main = [_load(spec, folder, name, data_dir, shots) for name in _names(spec, folder, pattern)]
-    also = {s: _load(spec, folder, name, data_dir, shots).task for s, name in spec.also.items()}
-    return main, also
+    main = [_load(spec, folder, name, data_dir, shots) for name in _task_names(spec, folder, pattern)]
+    extra_tasks = {s: _load(spec, folder, name, data_dir, shots).task for s, name in spec.also.items()}
+    return main, extra_tasks
 
 
 def folder_of(name: str) -> Path:
-    """The folder of task YAMLs that `name` means: absolute, in the `winnow` package, or among lm-eval's tasks."""
+    """Returns the folder of task YAMLs called `name`: absolute, in the `winnow` package, or among lm-eval's tasks.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     roots = [Path("/"), PACKAGE]
-    found = importlib.util.find_spec("lm_eval")  # located without importing it
-    if found is not None and found.submodule_search_locations:
-        roots.append(Path(found.submodule_search_locations[0]) / "tasks")
+    package = importlib.util.find_spec("lm_eval")  # located without an import
+    if package is not None and package.submodule_search_locations:
+        roots.append(Path(package.submodule_search_locations[0]) / "tasks")
     for root in roots:
         if (root != Path("/") or Path(name).is_absolute()) and (root / name).is_dir():
             return root / name
     raise UserError(f"{name} is not a folder of lm-eval tasks: neither in winnow nor in the lm-eval that is installed")
 
 
-def _names(spec: Spec, folder: Path, pattern: str) -> list[str]:
+def _task_names(spec: Spec, folder: Path, pattern: str) -> list[str]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    single = set(manager.all_subtasks)  # leaves out groups and tags, which patterns match, too
+    single = set(manager.all_subtasks)  # without groups and tags, which patterns also match
     names = [name for name in manager.match_tasks([pattern]) if name in single]
     if not names:
         raise UserError(f"benchmark.tasks.{spec.name}.task={pattern}: {folder} has no such task")
     return sorted(names)
 
 
-def _load(spec: Spec, folder: Path, name: str, data_dir: str | None, num_fewshot: int | None) -> Loaded:
+def _load(spec: Spec, folder: Path, name: str, data_dir: str | None, num_fewshot: int | None) -> LoadedTask:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -97,11 +101,11 @@ def _load(spec: Spec, folder: Path, name: str, data_dir: str | None, num_fewshot
             task = _build(TaskManager(include_path=scratch, include_defaults=False), name)
     else:
         task = from_hub(spec, manager, name)
-    if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # a task that says 0 has its exemplars built in
+    if num_fewshot is not None and task.get_config("num_fewshot") != 0:  # a task with 0 has exemplars in its prompt
         task.set_config("num_fewshot", num_fewshot)
     elif task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
-    return Loaded(task, subtask)
+    return LoadedTask(task, subtask)
 
 
 def _build(manager: Any, name: str) -> Any:
@@ -111,15 +115,15 @@ def _build(manager: Any, name: str) -> Any:
 def _files(
     spec: Spec, yaml_path: Path, config: dict[str, Any], subtask: str, data_dir: str | None
 ) -> dict[str, list[str]]:
-    """Absolute paths by split: below `data_dir`, or beside a task whose own data are local; none for one of the hub."""
+    """Returns absolute paths by split: below `data_dir`, or next to a task with local data; none for a data set of the hub."""
     files: dict[str, list[str]] = {}
     if data_dir is not None and spec.data:
         for split, pattern in spec.data.items():
-            wanted = pattern.replace("{subtask}", subtask)
-            found = find(data_dir, wanted)
-            if not found:
-                raise UserError(missing(spec.name, data_dir, wanted))
-            files[split] = [str(path) for path in found]
+            subtask_pattern = pattern.replace("{subtask}", subtask)
+            paths = find_files(data_dir, subtask_pattern)
+            if not paths:
+                raise UserError(missing_file_message(spec.name, data_dir, subtask_pattern))
+            files[split] = [str(path) for path in paths]
     elif config.get("dataset_path") == "json":
         for split, path in config["dataset_kwargs"]["data_files"].items():
             files[split] = [str((yaml_path.parent / path).resolve())]
@@ -127,7 +131,7 @@ def _files(
 
 
 def _yaml(source: Path, name: str, config: dict[str, Any], files: dict[str, list[str]]) -> str:
-    """A task YAML that includes `source` and reads `files`; splits without a file are there no more."""
+    """Returns a task YAML that includes `source`, reads `files`, and removes the splits without a file."""
     lines = [
         f"include: {json.dumps(str(source))}",
         f"task: {name}",
@@ -141,10 +145,10 @@ def _yaml(source: Path, name: str, config: dict[str, Any], files: dict[str, list
 
 
 def from_hub(spec: Spec, manager: Any, name: str) -> Any:
-    """The task over the hub's data set, as downloaded or as cached.
+    """Loads the task with the hub's data set, from the hub or its cache.
 
     Raises:
-        UserError: it is not cached, and cannot be downloaded.
+        UserError: the data set is not cached and cannot be downloaded.
     """
     try:
         with offline_if_unreachable():
@@ -152,15 +156,15 @@ def from_hub(spec: Spec, manager: Any, name: str) -> Any:
     except Exception as error:
         if not _is_unreachable(error):
             raise
-        wanted = ", ".join(spec.data.values()).replace("*", ".txt, .jsonl or .json files") or "its items"
+        file_names = ", ".join(spec.data.values()).replace("*", ".txt, .jsonl or .json files") or "its items"
         raise UserError(
-            f"benchmark {spec.name} is not on disk and there is no network; give benchmark.data_dir=FOLDER with {wanted}"
+            f"benchmark {spec.name} is not on disk and there is no network; give benchmark.data_dir=FOLDER with {file_names}"
         ) from None
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether a failed download is behind it: the hub's libraries wrap that in exceptions of several kinds."""
-    for cause in behind(error):
+    """Returns whether a failed download caused the error: the hub's libraries wrap it in exceptions of several types."""
+    for cause in cause_chain(error):
         module = type(cause).__module__.split(".")[0]
         if isinstance(cause, ConnectionError | TimeoutError) or module in ("httpx", "httpcore", "requests"):
             return True
@@ -171,7 +175,7 @@ def _is_unreachable(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without remarks and progress bars of the libraries below; loggers, warnings and environment are afterwards as they were."""
+    """Silences logs, warnings and progress bars of libraries, and restores loggers, warnings and environment afterwards."""
     import datasets
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "huggingface_hub", "httpx")]

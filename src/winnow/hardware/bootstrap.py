@@ -1,4 +1,4 @@
-"""Percentiles and bootstrap intervals of small samples of timings: pure functions."""
+"""Computes percentiles and bootstrap intervals of small samples of timings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The q-th percentile (0 to 100), linear between order statistics: definition 7 of Hyndman and Fan (1996).
+    """Returns the q-th percentile (0 to 100), linear between order statistics: definition 7 of Hyndman and Fan (1996).
 
     Raises:
         ValueError: no values, or q out of range.
@@ -28,10 +28,10 @@ def percentile(values: Sequence[float], q: float) -> float:
 def median_interval(
     values: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Lower and upper bound of the median by the percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
+    """Returns the lower and upper bound of the median by the percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
 
-    `resamples` samples of the same size are drawn with replacement; the bounds are percentiles of their medians.
-    Timings of one process are not quite independent, so that the true coverage is somewhat below `confidence`.
+    `resamples` samples of the same size are drawn with replacement; the bounds are percentiles of their medians. Timings of one
+    process are not quite independent, so the true coverage is somewhat below `confidence`.
 
     Raises:
         ValueError: no values.
@@ -39,33 +39,39 @@ def median_interval(
     if not values:
         raise ValueError("the interval of nothing")
     sample = np.asarray(values, dtype=np.float64)
-    medians = np.median(sample[_drawn(len(sample), resamples, seed)], axis=1)  # [resamples]
-    return _middle(medians, confidence)
+    medians = np.median(sample[_resample_indices(len(sample), resamples, seed)], axis=1)  # [resamples]
+    return _central_interval(medians, confidence)
 
 
 def ratio_interval(
-    values: Sequence[float], others: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Lower and upper bound of the ratio of two medians; see `median_interval`.
+    """Returns the lower and upper bound of the ratio of two medians; see `median_interval`.
 
-    Pairs are drawn, so that what slowed both of a pair does not widen the interval.
+    Pairs are resampled, so that a slowdown of both values of a pair does not widen the interval.
 
     Raises:
-        ValueError: no values, or not as many of each.
+        ValueError: no values, or different numbers of them.
     """
-    if not values or len(values) != len(others):
-        raise ValueError(f"{len(values)} and {len(others)} values make no pairs")
-    drawn = _drawn(len(values), resamples, seed)
-    above, below = (np.median(np.asarray(of, dtype=np.float64)[drawn], axis=1) for of in (values, others))
-    return _middle(above / below, confidence)
+    if not numerators or len(numerators) != len(denominators):
+        raise ValueError(f"{len(numerators)} and {len(denominators)} values make no pairs")
+    indices = _resample_indices(len(numerators), resamples, seed)
+    above, below = (
+        np.median(np.asarray(sample, dtype=np.float64)[indices], axis=1) for sample in (numerators, denominators)
+    )
+    return _central_interval(above / below, confidence)
 
 
-def _drawn(count: int, resamples: int, seed: int) -> np.ndarray:
-    """Places [resamples, count], drawn with replacement."""
+def _resample_indices(count: int, resamples: int, seed: int) -> np.ndarray:
+    """Returns indices [resamples, count], drawn with replacement."""
     return np.random.default_rng(seed).integers(count, size=(resamples, count))
 
 
-def _middle(found: np.ndarray, confidence: float) -> tuple[float, float]:
+def _central_interval(statistics: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(found, [tail, 100 - tail])
+    low, high = np.percentile(statistics, [tail, 100 - tail])
     return float(low), float(high)

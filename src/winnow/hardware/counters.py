@@ -1,7 +1,7 @@
-"""What the kernel and the GPU driver count about who uses the processor and the GPUs.
+"""Reads what the kernel and the GPU driver count about the use of the processor and the GPUs.
 
-Each source is optional: an old kernel, a container, macOS or a machine without NVML has fewer, and what cannot be read is None
-or empty. Reading all of them takes about 0.3 ms for the processor and some milliseconds for each GPU.
+Every source is optional: an old kernel, a container, macOS or a machine without NVML has fewer. What cannot be read is None or
+empty. Reading all sources takes about 0.3 ms for the processor and a few milliseconds for each GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from winnow.hardware.inventory import used_gpus
 
 NS, US = 1e-9, 1e-6
-SLOWDOWNS = {  # NVML API reference, nvmlClocksEventReasons; a power cap and an idle GPU are not among them: both are normal
+SLOWDOWNS = {  # NVML API reference, nvmlClocksEventReasons; a power cap and an idle GPU are normal and not listed
     0x08: "the hardware has slowed it down",
     0x20: "it is too hot (software)",
     0x40: "it is too hot (hardware)",
@@ -26,32 +26,32 @@ SLOWDOWNS = {  # NVML API reference, nvmlClocksEventReasons; a power cap and an 
 
 @dataclass(frozen=True)
 class GpuCounters:
-    """Of one GPU.
+    """Counters of one GPU.
 
     Attributes:
-        used: share of its multiprocessors that each process has used since the time that was asked about, by process id.
-        slowdowns: why its clock is held down now, in words.
-        clock_mhz: of its multiprocessors now; None where it is not known.
+        process_shares: share of the multiprocessors that each process has used since the requested time, by process id.
+        slowdowns: why the clock is throttled now, in words.
+        clock_mhz: current clock of the multiprocessors; None where it is not known.
     """
 
     name: str
-    used: Mapping[int, float] = field(default_factory=dict)
+    process_shares: Mapping[int, float] = field(default_factory=dict)
     slowdowns: tuple[str, ...] = ()
     clock_mhz: int | None = None
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What was counted until a moment. Seconds from any fixed start, so that differences count.
+    """A reading of all counters. Seconds run from an arbitrary fixed start, so that only differences are meaningful.
 
     Attributes:
         thread_cpu_s: processor time of the calling thread.
-        process_cpu_s: of all threads of this process.
-        waited_s: of each thread of this process, by id: how long it was ready to run and had no core.
+        process_cpu_s: processor time of all threads of this process.
+        waited_s: how long each thread of this process was ready to run and had no core, by thread id.
         pressure_s: how long some process of the machine was ready to run and had no core.
         throttled_s: how long the control group of this process was stopped at its quota, summed over cores.
-        stolen_s: of each core that this process may use, by name: how long the hypervisor gave it to another machine.
-        busy_s: how long those cores worked, for whomever.
+        stolen_s: how long the hypervisor gave each core that this process may use to another machine, by core name.
+        busy_s: how long those cores worked, for any process.
     """
 
     wall_s: float
@@ -66,12 +66,12 @@ class Counters:
 
 
 def read(device: str, since_epoch_s: float | None = None, root: Path = Path("/"), devices: int = 1) -> Counters:
-    """The counters now.
+    """Reads all counters now.
 
     Args:
-        device, devices: those of `hardware` that the work runs on: what others do on further GPUs does not disturb it.
-        since_epoch_s: when the processes' use of the GPUs begins to count; None leaves it out.
-        root: of the file system in which `proc` and `sys` lie.
+        device, devices: those of `hardware` that the work runs on; use of other GPUs does not disturb it.
+        since_epoch_s: time from which the processes' use of the GPUs counts; None leaves that use out.
+        root: root of the file system that contains `proc` and `sys`.
     """
     stolen, busy = _cores(root)
     return Counters(
@@ -95,24 +95,24 @@ def _text(path: Path) -> str:
 
 
 def _waited(root: Path) -> dict[int, float] | None:
-    """Second field of each thread's schedstat, in ns. Source: Linux, Documentation/scheduler/sched-stats.rst.
+    """Reads the waiting time of each thread: the second field of its schedstat, in ns.
 
-    The process' own file would hold the main thread's alone.
+    The schedstat of the process covers the main thread only. Source: Linux, Documentation/scheduler/sched-stats.rst.
     """
     try:
         threads = list((root / "proc/self/task").iterdir())
     except OSError:
         return None
-    found = {}
-    for thread in threads:  # one may have ended meanwhile
+    waited_s = {}
+    for thread in threads:  # a thread may have ended in the meantime
         fields = _text(thread / "schedstat").split()
         if len(fields) >= 2:
-            found[int(thread.name)] = int(fields[1]) * NS
-    return found or None
+            waited_s[int(thread.name)] = int(fields[1]) * NS
+    return waited_s or None
 
 
 def _pressure(root: Path) -> float | None:
-    """Source: Linux, Documentation/accounting/psi.rst."""
+    """Reads the time for which some process waited for a core. Source: Linux, Documentation/accounting/psi.rst."""
     for line in _text(root / "proc/pressure/cpu").splitlines():
         if line.startswith("some") and "total=" in line:
             return int(line.rpartition("total=")[2]) * US
@@ -120,11 +120,14 @@ def _pressure(root: Path) -> float | None:
 
 
 def _throttled(root: Path) -> float | None:
-    """Control groups v2, then v1, where the time is in ns. Source: Linux, Documentation/admin-guide/cgroup-v2.rst."""
+    """Reads the throttled time of the control group, v2 before v1, whose time is in ns.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2.rst.
+    """
     groups = [line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines() if line.count(":") >= 2]
     v2 = [f"sys/fs/cgroup{path}/cpu.stat" for _, controllers, path in groups if not controllers]
     v1 = [f"sys/fs/cgroup/cpu{path}/cpu.stat" for _, controllers, path in groups if "cpu" in controllers.split(",")]
-    # in a container the path may be that of the host: then the files of this group lie at the top
+    # In a container the path may be that of the host; the files of this group are then at the top.
     for name in [*v2, *v1, "sys/fs/cgroup/cpu.stat", "sys/fs/cgroup/cpu/cpu.stat"]:
         for line in _text(root / name).splitlines():
             key, _, value = line.partition(" ")
@@ -134,7 +137,7 @@ def _throttled(root: Path) -> float | None:
 
 
 def _cores(root: Path) -> tuple[dict[str, float] | None, float | None]:
-    """Stolen time of each core that this process may use, and their busy time together. Source: proc(5), /proc/stat."""
+    """Reads the stolen time of each core that this process may use, and the sum of their busy times. Source: proc(5)."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     tick_s = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
     stolen, busy = {}, 0.0
@@ -168,29 +171,29 @@ def _gpus(since_epoch_s: float | None, devices: int) -> tuple[GpuCounters, ...]:
 
 
 def _gpu(nvml: Any, uuid: str, name: str, since_epoch_s: float | None) -> GpuCounters:
-    """Any of the questions may be one that this GPU, or a slice of it, does not answer."""
+    """Reads the counters of one GPU; a GPU, or a slice of it, may not support some of the queries."""
 
-    def asked(question: str, *arguments: Any) -> Any:
+    def query(function: str, *arguments: Any) -> Any:
         try:
-            return getattr(nvml, question)(*arguments)
+            return getattr(nvml, function)(*arguments)
         except (nvml.NVMLError, AttributeError):
             return None
 
-    handle = asked("nvmlDeviceGetHandleByUUID", uuid)
+    handle = query("nvmlDeviceGetHandleByUUID", uuid)
     if handle is None:
         return GpuCounters(name)
     samples = (
-        asked("nvmlDeviceGetProcessUtilization", handle, int(since_epoch_s / US)) if since_epoch_s is not None else None
+        query("nvmlDeviceGetProcessUtilization", handle, int(since_epoch_s / US)) if since_epoch_s is not None else None
     )
-    by_process: dict[int, list[int]] = {}
+    samples_by_pid: dict[int, list[int]] = {}
     for sample in samples or ():
-        by_process.setdefault(int(sample.pid), []).append(int(sample.smUtil))
-    reasons = asked("nvmlDeviceGetCurrentClocksEventReasons", handle)
-    if reasons is None:  # drivers before 535 have it by its old name
-        reasons = asked("nvmlDeviceGetCurrentClocksThrottleReasons", handle) or 0
+        samples_by_pid.setdefault(int(sample.pid), []).append(int(sample.smUtil))
+    reasons = query("nvmlDeviceGetCurrentClocksEventReasons", handle)
+    if reasons is None:  # drivers before 535 use the old name
+        reasons = query("nvmlDeviceGetCurrentClocksThrottleReasons", handle) or 0
     return GpuCounters(
         name,
-        used={pid: sum(shares) / len(shares) / 100 for pid, shares in by_process.items()},
+        process_shares={pid: sum(shares) / len(shares) / 100 for pid, shares in samples_by_pid.items()},
         slowdowns=tuple(words for bit, words in SLOWDOWNS.items() if reasons & bit),
-        clock_mhz=asked("nvmlDeviceGetClockInfo", handle, getattr(nvml, "NVML_CLOCK_SM", 1)),
+        clock_mhz=query("nvmlDeviceGetClockInfo", handle, getattr(nvml, "NVML_CLOCK_SM", 1)),
     )

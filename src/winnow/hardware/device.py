@@ -1,7 +1,7 @@
-"""The hardware that figures are for: what must be there, what fits in it, and the workload that it is measured with.
+"""Defines `Hardware`: the devices that figures are for, their limits, and the workload that they are measured with.
 
-`conf/hardware/<name>.yaml` holds one `Hardware` each. Nothing here starts CUDA: a process that has touched CUDA cannot be
-forked any more, and trials are forks. GPUs are asked about through NVML instead, which every driver brings along.
+Each `conf/hardware/<name>.yaml` defines one `Hardware`. Nothing here starts CUDA, because a process that has used CUDA cannot be
+forked, and trials are forks. GPUs are queried through NVML instead, which every driver includes.
 
     python evaluate.py hardware=cpu hardware.threads=1
 """
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from winnow.core.errors import UserError
-from winnow.hardware.compute import fastest
+from winnow.hardware.compute import fastest_dtype
 from winnow.hardware.inventory import available_cores, cpu_model, physical_memory_bytes, used_gpus, visible_gpus
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARALLEL = ("auto", "ddp", "fsdp")
 DECODE = ("auto", "graph", "eager")
 RUNTIMES = ("transformers", "vllm", "llama_cpp")  # modules of winnow.runtime
-WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; what codecarbon, too, takes for an unknown country
+WORLD_AVERAGE_G_PER_KWH = 475.0  # IEA 2019; codecarbon uses it for unknown countries, too
 
 
 @dataclass(frozen=True)
@@ -27,33 +27,32 @@ class Hardware:
     """A device, its limits, and how it is measured.
 
     Attributes:
-        name: the option's own name, `hardware=<name>`.
+        name: name of the config option, `hardware=<name>`.
         device: `cpu` or `cuda`.
-        devices: how many of them a command may use; figures are for one process that uses them all, a training has a process
-            on each.
-        parallel: how they share a training: `ddp`, each with the whole model; `fsdp`, each with a part of it; `auto`: fsdp
-            where the forecast says that one cannot hold the model.
-        runtime: what serves the model, and so what it is scored and measured through: one of `RUNTIMES`. A GGUF file is served
-            by llama.cpp instead of transformers, and the metrics say so.
-        decode: how transformers answers timed requests: `graph`, from a CUDA graph of the decode step; `eager`, kernel by kernel
-            from Python; `auto`: from a graph where the device and the model have one.
-        dtype: that is computed in; `auto` is what the device computes fastest (`winnow.hardware.compute`). What is saved keeps
-            the type of the base model.
-        threads: of the processor, for measuring; None leaves torch's choice. llama.cpp scores with them, too.
-        memory_limit_bytes: per device; None is all that there is.
-        carbon_g_per_kwh: grams of CO2 equivalent per kWh where the hardware stands.
-        batch_size: for benchmarks.
+        devices: number of devices that a command may use. One measured process uses them all; training has one process a device.
+        parallel: how training uses several devices: `ddp` copies the model to each; `fsdp` shards it; `auto` uses fsdp where the
+            forecast says that one device cannot hold the model.
+        runtime: the runtime that serves the model, which is scored and measured through it: one of `RUNTIMES`. llama.cpp serves
+            GGUF files instead of transformers, and the metrics say so.
+        decode: how transformers answers timed requests: `graph` replays a CUDA graph of the decode step; `eager` launches every
+            kernel from Python; `auto` uses a graph where the device and the model support it.
+        dtype: compute dtype; `auto` is the one that the device computes fastest (`winnow.hardware.compute`). Saved weights keep
+            the dtype of the base model.
+        threads: processor threads for measuring; None keeps torch's choice. llama.cpp also scores with them.
+        memory_limit_bytes: limit per device; None is all memory of the device.
+        carbon_g_per_kwh: grams of CO2 equivalent per kWh at the location of the hardware.
+        batch_size: batch size of benchmarks.
         latency_batch_size: requests served at once while latency, energy and peak memory are measured.
-        prompt_tokens, output_tokens: of each such request.
-        warmup: requests before the first that counts.
-        repeats, seconds: latency is measured over at least so many requests, and over more until the time is spent.
-        most_seconds: that warm-up and latency take at most, whatever `warmup` and `repeats` say; each is one request at least.
-        energy_tokens, energy_seconds: energy is metered over so many output tokens, rounded up to whole requests, or until the
-            time is spent, whichever comes first; over one request and one update of the counter at least.
-        watch: whether measurements are watched for what disturbs them (`winnow.hardware.disturbance`).
-        retry_seconds: that repetitions of disturbed measurements may take together.
-        tflops: of dense products in bfloat16 on one device, by its vendor; for forecasts of time alone, where a processor
-            is measured instead.
+        prompt_tokens, output_tokens: length of each such request.
+        warmup: requests before the first one that counts.
+        repeats, seconds: latency is measured over at least this many requests, and over more until the time is spent.
+        most_seconds: maximum time of warm-up and latency, whatever `warmup` and `repeats` say; each makes at least one request.
+        energy_tokens, energy_seconds: energy is metered over this many output tokens, rounded up to whole requests, or until the
+            time is spent, whichever comes first; over at least one request and one update of the counter.
+        watch: whether measurements are watched for disturbances (`winnow.hardware.disturbance`).
+        retry_seconds: maximum time of all repetitions of disturbed measurements together.
+        tflops: the vendor's figure for dense bfloat16 products on one device; used only for time forecasts; a processor is
+            measured instead.
     """
 
     name: str
@@ -96,29 +95,29 @@ class Hardware:
                 f"hardware.decode=graph is for hardware.device=cuda and hardware.runtime=transformers, not for "
                 f"{self.device} and {self.runtime}; use hardware.decode=eager, or leave it at auto"
             )
-        least = {"devices": 1, "batch_size": 1, "latency_batch_size": 1, "prompt_tokens": 1, "repeats": 1}
-        least |= {"output_tokens": 2, "energy_tokens": 1, "warmup": 0, "seconds": 0, "carbon_g_per_kwh": 0}
-        least |= {"most_seconds": 0, "energy_seconds": 0, "retry_seconds": 0}
-        least |= {"tflops": 0} if self.tflops is not None else {}
-        least |= {key: 1 for key in ("threads", "memory_limit_bytes") if getattr(self, key) is not None}
-        for key, low in least.items():
-            if getattr(self, key) < low:
-                raise UserError(f"hardware.{key}={getattr(self, key)} is too small; it is at least {low}")
+        minimums = {"devices": 1, "batch_size": 1, "latency_batch_size": 1, "prompt_tokens": 1, "repeats": 1}
+        minimums |= {"output_tokens": 2, "energy_tokens": 1, "warmup": 0, "seconds": 0, "carbon_g_per_kwh": 0}
+        minimums |= {"most_seconds": 0, "energy_seconds": 0, "retry_seconds": 0}
+        minimums |= {"tflops": 0} if self.tflops is not None else {}
+        minimums |= {key: 1 for key in ("threads", "memory_limit_bytes") if getattr(self, key) is not None}
+        for key, minimum in minimums.items():
+            if getattr(self, key) < minimum:
+                raise UserError(f"hardware.{key}={getattr(self, key)} is too small; it is at least {minimum}")
 
     def check(self) -> None:
-        """That the device is there.
+        """Checks that the device is available.
 
         Raises:
-            UserError: it is not; the message names the option that would work.
+            UserError: it is not; the message names an option that would work.
         """
         if self.device != "cuda":
             return
-        found = len(visible_gpus())
-        if found < self.devices:
+        gpu_count = len(visible_gpus())
+        if gpu_count < self.devices:
             raise UserError(
                 f"hardware={self.name} wants {self.devices} CUDA device{'s' if self.devices > 1 else ''}, "
-                f"this machine has {found}; "
-                + (f"use hardware={self.name} hardware.devices={found}" if found else "use hardware=cpu")
+                f"this machine has {gpu_count}; "
+                + (f"use hardware={self.name} hardware.devices={gpu_count}" if gpu_count else "use hardware=cpu")
             )
         import torch
 
@@ -130,11 +129,11 @@ class Hardware:
 
     @property
     def compute_dtype(self) -> str:
-        """The type that is computed in, by torch's name."""
-        return fastest(self.device) if self.dtype == "auto" else self.dtype
+        """The compute dtype, by torch's name."""
+        return fastest_dtype(self.device) if self.dtype == "auto" else self.dtype
 
     def memory_bytes(self) -> int:
-        """Bytes that one device may hold: the limit that is set, else what the machine has."""
+        """Returns the memory of one device in bytes: the configured limit, or what the machine has."""
         if self.memory_limit_bytes is not None:
             return self.memory_limit_bytes
         if self.device == "cpu":
@@ -142,7 +141,7 @@ class Hardware:
         return min((gpu.memory_bytes for gpu in used_gpus("cuda", self.devices)), default=0)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What figures depend on: those of hardware with another fingerprint are not comparable."""
+        """Returns everything that figures depend on; figures with different fingerprints are not comparable."""
         workload = ("batch_size", "latency_batch_size", "prompt_tokens", "output_tokens", "carbon_g_per_kwh")
         return {
             "name": self.name,

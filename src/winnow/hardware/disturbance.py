@@ -1,10 +1,10 @@
-"""Notices that a measurement was disturbed: by other programs on the processor or the GPU, or by a slowed clock.
+"""Detects measurements that were disturbed by other programs on the processor or the GPU, or by a slowed clock.
 
-A figure that was measured beside another program says little: the embedded model's requests took 0.35 s on two idle cores, and
-1.0 s beside one busy program. Such a measurement is repeated. If that does not help, the least disturbed one is kept and the
-sources of its figures end with `disturbed`, so that the report can say so and the front does not rest on them.
+A figure measured beside another program says little: requests to the embedded model took 0.35 s on two idle cores and 1.0 s
+beside one busy program. A disturbed measurement is repeated. If repeating does not help, the least disturbed result is used and
+the sources of its figures end with `disturbed`, so that the report can mark them and the front does not rest on them.
 
-Measured on two cores of an AMD EPYC, shares of the wall time, beside 0, 1 and 2 programs that use a core each:
+Measured on two cores of an AMD EPYC, as shares of the wall time, beside 0, 1 and 2 programs that use one core each:
 
     threads  programs  latency  waited for a core  processor time of the thread  pressure
     1        0         315 ms   0.001              0.99                          0.002
@@ -16,7 +16,7 @@ Measured on two cores of an AMD EPYC, shares of the wall time, beside 0, 1 and 2
 
     with (watch := Watch("cpu")):
         requests()
-    print(watch.found.words)
+    print(watch.disturbance.description)
 """
 
 from __future__ import annotations
@@ -35,41 +35,46 @@ from winnow.hardware.inventory import available_cores
 
 T = TypeVar("T")
 
-# Share of the wall time that may be lost. Latencies that differ by 5 % are equal on the front (`winnow.study.objectives.TIME`);
-# the table above has 0.015 at most where the latency did not suffer, and 0.37 at least where it did.
-MOST_LOST = 0.05
-# The thread that puts requests computes, or spins while others do, all the time: 0.98 at least in the table, 0.64 at most beside
-# other programs. It is less where the memory of the process is swapped, and on systems that do not count waiting times.
-LEAST_CPU = 0.8
-# Of all cores: beyond it the process has as many threads as cores, or more, and they wait for one another
-ALL_CORES = 0.9
-# Clocks move by some percent from one request to the next; a GPU that is held down loses far more
-SLOWER_CLOCK = 0.15
-TICK_S = 0.01  # of /proc/stat: a difference may be too large by one
+# Largest share of the wall time that may be lost. Latencies within 5 % are equal on the front (`winnow.study.objectives.TIME`).
+# In the table above the share is at most 0.015 where the latency did not suffer, and at least 0.37 where it did.
+MAX_LOST_SHARE = 0.05
+# The requesting thread computes or spins all the time: its share is at least 0.98 in the table when undisturbed, and at most 0.64
+# beside other programs. A smaller share also shows swapping, and it is the only sign on systems that do not count waiting times.
+MIN_THREAD_SHARE = 0.8
+# Share of all cores above which the process has at least as many threads as cores; its threads then wait for one another.
+SATURATED_SHARE = 0.9
+# A GPU's clock varies by a few percent between requests; a throttled GPU loses far more.
+MAX_CLOCK_DROP = 0.15
+TICK_S = 0.01  # resolution of /proc/stat: a difference may be one tick too large
 
-PAUSES_S = (0.5, 1.0, 2.0)  # before each repetition of a disturbed measurement; there are no more of them
+PAUSES_S = (0.5, 1.0, 2.0)  # pause before each repetition of a disturbed measurement
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What disturbed a measurement: `words` with figures, empty for nothing, and the largest `share` of the time that it took."""
+    """What disturbed a measurement.
+
+    Attributes:
+        share: the largest share of the wall time that a cause took.
+        description: the causes with their figures; empty if nothing disturbed the measurement.
+    """
 
     share: float = 0.0
-    words: str = ""
+    description: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.words)
+        return bool(self.description)
 
 
 class Watch:
-    """Context manager around a measurement; `found` says afterwards what disturbed it.
+    """Watches a measurement as a context manager; `disturbance` then says what disturbed it.
 
-    One instance serves all measurements of a process: a GPU's clock is compared with the fastest that it has seen under load.
+    Use one instance for all measurements of a process, because a GPU's clock is compared with the fastest clock seen under load.
     """
 
     def __init__(self, device: str, read: Callable[..., Counters] = counters.read) -> None:
         self.device = device
-        self.found = Disturbance()
+        self.disturbance = Disturbance()
         self._read = read
         self._fastest_mhz: dict[str, int] = {}
 
@@ -84,10 +89,12 @@ class Watch:
         after = self._read(self.device, self._since_epoch_s)
         for gpu in after.gpus:
             self._fastest_mhz[gpu.name] = max(self._fastest_mhz.get(gpu.name, 0), gpu.clock_mhz or 0)
-        self.found = judge(self._before, after, self.device, available_cores(), os.getpid(), self._fastest_mhz)
+        self.disturbance = find_disturbance(
+            self._before, after, self.device, available_cores(), os.getpid(), self._fastest_mhz
+        )
 
 
-def judge(
+def find_disturbance(
     before: Counters,
     after: Counters,
     device: str,
@@ -95,56 +102,63 @@ def judge(
     process: int = 0,
     fastest_mhz: Mapping[str, int] | None = None,
 ) -> Disturbance:
-    """What disturbed the work between two readings of the counters.
+    """Returns what disturbed the work between two readings of the counters.
 
     Args:
-        cores: that this process may use.
-        process: its id.
-        fastest_mhz: clocks that the GPUs have been seen to reach under load, by name.
+        cores: number of cores that this process may use.
+        process: id of this process.
+        fastest_mhz: the fastest clock seen under load, by GPU name.
     """
-    found = [*_processor(before, after, cores, device), *_gpus(after, process, fastest_mhz or {})]
-    return Disturbance(max((share for share, _ in found), default=0.0), "; ".join(words for _, words in found))
+    causes = [*_processor(before, after, cores, device), *_gpus(after, process, fastest_mhz or {})]
+    return Disturbance(
+        max((share for share, _ in causes), default=0.0), "; ".join(description for _, description in causes)
+    )
 
 
 def _processor(before: Counters, after: Counters, cores: int, device: str) -> Iterator[tuple[float, str]]:
-    """Share of the wall time that was lost, and to what. On a GPU, too: the processor feeds it."""
+    """Yields the lost shares of the wall time and their causes; also used for GPU work, which the processor feeds."""
     wall_s = after.wall_s - before.wall_s
     if wall_s <= 0:
         return
-    own = (after.process_cpu_s - before.process_cpu_s) / wall_s
-    others = _difference(before.busy_s, after.busy_s, wall_s)
-    others = None if others is None else max(0.0, others - own)
-    beside = "" if others is None else f" (other programs used {others:.1f} of {cores} cores)"
+    own_busy = (after.process_cpu_s - before.process_cpu_s) / wall_s
+    others_busy = _difference(before.busy_s, after.busy_s, wall_s)
+    others_busy = None if others_busy is None else max(0.0, others_busy - own_busy)
+    others_note = "" if others_busy is None else f" (other programs used {others_busy:.1f} of {cores} cores)"
 
-    # threads that are more than the cores wait for one another, which is how they were meant to be measured
-    from_outside = others is None or others > MOST_LOST
+    # If only the process itself is busy, its threads wait for one another; that is part of the intended measurement.
+    from_outside = others_busy is None or others_busy > MAX_LOST_SHARE
     if before.waited_s is not None and after.waited_s is not None:
         waited = (
-            max((s - before.waited_s.get(thread, 0.0) for thread, s in after.waited_s.items()), default=0.0) / wall_s
+            max((seconds - before.waited_s.get(thread, 0.0) for thread, seconds in after.waited_s.items()), default=0.0)
+            / wall_s
         )
-        if waited > MOST_LOST and from_outside:
-            yield waited, f"a thread was ready and waited for a core {waited:.0%} of the time{beside}"
+        if waited > MAX_LOST_SHARE and from_outside:
+            yield waited, f"a thread was ready and waited for a core {waited:.0%} of the time{others_note}"
     else:
-        # others may wait for one another on cores that this process does not use, so this is only the second choice
-        pressed = _difference(before.pressure_s, after.pressure_s, wall_s) or 0.0
-        if pressed > MOST_LOST and from_outside and own < ALL_CORES * cores:
-            yield pressed, f"processes waited for a core {pressed:.0%} of the time{beside}"
+        # Pressure is the second choice: other processes may wait for one another on cores that this process does not use.
+        pressure = _difference(before.pressure_s, after.pressure_s, wall_s) or 0.0
+        if pressure > MAX_LOST_SHARE and from_outside and own_busy < SATURATED_SHARE * cores:
+            yield pressure, f"processes waited for a core {pressure:.0%} of the time{others_note}"
 
-    used = (after.thread_cpu_s - before.thread_cpu_s) / wall_s
-    if device == "cpu" and used < LEAST_CPU and own < ALL_CORES * cores:
-        yield 1 - used, f"the process had a core {used:.0%} of the time"
+    thread_busy = (after.thread_cpu_s - before.thread_cpu_s) / wall_s
+    if device == "cpu" and thread_busy < MIN_THREAD_SHARE and own_busy < SATURATED_SHARE * cores:
+        yield 1 - thread_busy, f"the process had a core {thread_busy:.0%} of the time"
 
     throttled = (_difference(before.throttled_s, after.throttled_s, wall_s) or 0.0) / cores
-    if throttled > MOST_LOST:
+    if throttled > MAX_LOST_SHARE:
         yield (
             throttled,
             f"its control group was stopped at its quota {throttled:.0%} of the time (set hardware.threads to it)",
         )
 
     stolen = after.stolen_s or {}
-    taken = [(stolen[core] - s - TICK_S) / wall_s for core, s in (before.stolen_s or {}).items() if core in stolen]
-    if (most := max(taken, default=0.0)) > MOST_LOST:
-        yield most, f"the hypervisor gave a core to another machine {most:.0%} of the time"
+    stolen_shares = [
+        (stolen[core] - seconds - TICK_S) / wall_s
+        for core, seconds in (before.stolen_s or {}).items()
+        if core in stolen
+    ]
+    if (largest := max(stolen_shares, default=0.0)) > MAX_LOST_SHARE:
+        yield largest, f"the hypervisor gave a core to another machine {largest:.0%} of the time"
 
 
 def _difference(before: float | None, after: float | None, wall_s: float) -> float | None:
@@ -152,28 +166,37 @@ def _difference(before: float | None, after: float | None, wall_s: float) -> flo
 
 
 def _gpus(after: Counters, process: int, fastest_mhz: Mapping[str, int]) -> Iterator[tuple[float, str]]:
+    """Yields the shares of GPU time lost to other processes or to a slowed clock, and their causes."""
     for gpu in after.gpus:
-        # in a container the driver has other process ids: then the busiest is taken for this one
-        own = process if process in gpu.used else max(gpu.used, key=gpu.used.__getitem__, default=0)
-        others = {pid: share for pid, share in gpu.used.items() if pid != own}
-        share = sum(others.values())
-        if share > MOST_LOST:
-            names = f"process {next(iter(others))}" if len(others) == 1 else f"{len(others)} other processes"
+        # In a container the driver reports other process ids; the busiest process is then taken to be this one.
+        own_pid = (
+            process
+            if process in gpu.process_shares
+            else max(gpu.process_shares, key=gpu.process_shares.__getitem__, default=0)
+        )
+        other_shares = {pid: share for pid, share in gpu.process_shares.items() if pid != own_pid}
+        share = sum(other_shares.values())
+        if share > MAX_LOST_SHARE:
+            names = (
+                f"process {next(iter(other_shares))}"
+                if len(other_shares) == 1
+                else f"{len(other_shares)} other processes"
+            )
             yield share, f"{names} used {share:.0%} of the {gpu.name}"
         fastest = fastest_mhz.get(gpu.name, 0)
         slower = 1 - gpu.clock_mhz / fastest if gpu.clock_mhz and fastest else 0.0
         if gpu.slowdowns:
-            yield max(slower, MOST_LOST), f"the clock of the {gpu.name} is held down: {', '.join(gpu.slowdowns)}"
-        elif slower > SLOWER_CLOCK:
+            yield max(slower, MAX_LOST_SHARE), f"the clock of the {gpu.name} is held down: {', '.join(gpu.slowdowns)}"
+        elif slower > MAX_CLOCK_DROP:
             yield slower, f"the {gpu.name} runs at {gpu.clock_mhz} MHz, {slower:.0%} below the {fastest} MHz of before"
 
 
 class Repeater:
-    """Measures, and measures again what was disturbed: `len(PAUSES_S)` times at most, after growing pauses.
+    """Repeats disturbed measurements at most `len(PAUSES_S)` times, after growing pauses.
 
     Args:
-        watch: tells whether a measurement was disturbed; None takes each as it is.
-        seconds: that the pauses and repetitions of all measurements may take together.
+        watch: detects whether a measurement was disturbed; None accepts every measurement.
+        seconds: time that the pauses and repetitions of all measurements may take together.
     """
 
     def __init__(
@@ -186,31 +209,31 @@ class Repeater:
         self._watch, self._left_s, self._log, self._sleep = watch, seconds, log, sleep
 
     def __call__(self, name: str, measure: Callable[[], T]) -> tuple[T, Disturbance]:
-        """The result of `measure` and what disturbed it; of several disturbed results the least disturbed one.
+        """Returns the result of `measure` and what disturbed it; among disturbed results, the least disturbed one.
 
         Args:
-            name: of what is measured, for the log.
+            name: name of the measurement, for the log.
         """
-        best, found, lasted_s = self._once(measure)
-        said = False
+        best_result, disturbance, duration_s = self._measure_once(measure)
+        logged = False
         for pause_s in PAUSES_S:
-            if not found or pause_s + lasted_s > self._left_s:
+            if not disturbance or pause_s + duration_s > self._left_s:
                 break
-            if not said:
-                self._log(f"{name}: disturbed ({found.words}); it is measured again")
-                said = True
+            if not logged:
+                self._log(f"{name}: disturbed ({disturbance.description}); it is measured again")
+                logged = True
             self._sleep(pause_s)
-            again, disturbed, lasted_s = self._once(measure)
-            self._left_s -= pause_s + lasted_s
-            if disturbed.share < found.share:
-                best, found = again, disturbed
-        if found:
-            self._log(f"{name}: marked as disturbed ({found.words})")
-        return best, found
+            result, new_disturbance, duration_s = self._measure_once(measure)
+            self._left_s -= pause_s + duration_s
+            if new_disturbance.share < disturbance.share:
+                best_result, disturbance = result, new_disturbance
+        if disturbance:
+            self._log(f"{name}: marked as disturbed ({disturbance.description})")
+        return best_result, disturbance
 
-    def _once(self, measure: Callable[[], T]) -> tuple[T, Disturbance, float]:
+    def _measure_once(self, measure: Callable[[], T]) -> tuple[T, Disturbance, float]:
         started = time.perf_counter()
         with self._watch or contextlib.nullcontext():
             result = measure()
-        found = self._watch.found if self._watch else Disturbance()
-        return result, found, time.perf_counter() - started
+        disturbance = self._watch.disturbance if self._watch else Disturbance()
+        return result, disturbance, time.perf_counter() - started

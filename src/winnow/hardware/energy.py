@@ -1,11 +1,11 @@
-"""Energy of a piece of work in Wh and its CO2, each with where the figure comes from.
+"""Meters the energy of a piece of work in Wh, and its CO2, and labels each figure with its source.
 
-`counter`: hardware counters only, NVML's for the GPUs, RAPL's (through codecarbon) for the processor. `estimated`: codecarbon's
-power model, with the processor's rated power times the share of it that this process and its children used, and a fixed
-power for the memory modules. An energy model is not a meter, and the label says so. Nothing is ever sent anywhere.
+`counter`: only hardware counters, NVML's for the GPUs and RAPL's (through codecarbon) for the processor. `estimated`: codecarbon's
+power model, which multiplies the processor's rated power by the share of it that this process and its children used, and adds a
+fixed power for the memory modules. A model is not a meter, and the label says so. Nothing is ever sent anywhere.
 
-Cost: codecarbon finds out what the machine is in 1.6 s, 1 s of which py-cpuinfo sleeps to count clock ticks. That is done once a
-process and inherited by forks: children of a fork server that imports `winnow.hardware.energy_preload` meter for some 10 ms.
+Cost: codecarbon detects the hardware in 1.6 s, 1 s of which py-cpuinfo sleeps to count clock ticks. This is done once a process
+and inherited by forks: children of a fork server that imports `winnow.hardware.energy_preload` start metering in some 10 ms.
 
     with EnergyMeter() as energy:
         work()
@@ -27,13 +27,13 @@ from winnow.core.libraries import is_installed, require
 from winnow.hardware.device import WORLD_AVERAGE_G_PER_KWH
 from winnow.hardware.inventory import Gpu, used_gpus
 
-_COUNTERS = ("intel_rapl", "windows_emi")  # codecarbon's modes that read counters; AMD's processors have RAPL too
+_COUNTERS = ("intel_rapl", "windows_emi")  # codecarbon's modes that read counters; AMD processors have RAPL too
 _J_PER_WH = 3600.0
 
 
 @dataclass
 class Energy:
-    """What a metered piece of work took; `source` is `counter`, `estimated`, or `none` where nothing was metered."""
+    """Energy and CO2 of a piece of work; `source` is `counter`, `estimated`, or `none` where nothing was metered."""
 
     wh: float = 0.0
     co2_g: float = 0.0
@@ -44,13 +44,13 @@ class Energy:
 
 
 class EnergyMeter:
-    """Context manager around the work to meter; the `Energy` that it gives is filled in when the work is over, or has failed.
+    """Meters work as a context manager; the `Energy` that it yields is filled in when the work ends or fails.
 
     Args:
         carbon_g_per_kwh: grams of CO2 equivalent per kWh.
-        device, devices: those of `hardware` that the work runs on; no other GPU of the machine counts.
-        host: whether processor and memory count beside GPUs; without it they do only where the GPUs have no counters.
-        required: without codecarbon, raise instead of giving 0 from source `none`.
+        device, devices: those of `hardware` that the work runs on; other GPUs of the machine do not count.
+        host: whether processor and memory count beside GPUs; if false, they count only where the GPUs have no counters.
+        required: raise if codecarbon is missing, instead of yielding 0 with source `none`.
 
     Raises:
         MissingExtra: on entering, if `required` and nothing can meter.
@@ -81,7 +81,7 @@ class EnergyMeter:
         elif not is_installed("codecarbon"):
             return self.energy
         detect()
-        # where the counters below say what the GPUs took, codecarbon's figure for them is not used
+        # If the GPUs have counters, codecarbon's figure for them is not used.
         gpus = used_gpus(self.device, self.devices) if self._counters is None else ()
         self._tracker = _tracker(self.carbon_g_per_kwh, [gpu.index for gpu in gpus if gpu.index is not None])
         self._tracker.start_task("work")
@@ -90,37 +90,37 @@ class EnergyMeter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        parts: list[tuple[float, bool]] = []  # Wh, and whether a counter says so
+        parts: list[tuple[float, bool]] = []  # Wh, and whether a counter measured them
         if self._counters is not None and (spent_wh := self._counters.spent_wh()) is not None:
             parts.append((spent_wh, True))
         if self._tracker is not None and (data := self._tracker.stop_task("work")) is not None:
-            parts.append(_host(self._tracker, data))
+            parts.append(_host_energy(self._tracker, data))
             if self.device == "cuda" and self._counters is None:
                 parts.append((1000 * data.gpu_energy, False))
         if parts:
             self.energy.wh = sum(wh for wh, _ in parts)
             self.energy.co2_g = self.energy.wh / 1000 * self.carbon_g_per_kwh
-            self.energy.source = "counter" if all(counted for _, counted in parts) else "estimated"
+            self.energy.source = "counter" if all(is_counted for _, is_counted in parts) else "estimated"
         if self.required and error is None and self.energy.source == "none":
             raise RuntimeError("the energy meter was started and read nothing")
 
-    def counted(self) -> bool:
-        """Whether what meters has had news since the work began: NVML's counters stand still between two updates."""
+    def has_update(self) -> bool:
+        """Returns whether the meter has new data since the work began; NVML's counters stand still between two updates."""
         return self._counters is None or self._counters.spent_wh() != 0
 
 
 @dataclass(frozen=True)
 class EnergyCounters:
-    """What the energy counters of some GPUs said at a moment."""
+    """A reading of the energy counters of some GPUs."""
 
     gpus: tuple[Gpu, ...]
     used_mj: tuple[int, ...]
 
     @classmethod
     def read(cls, device: str, devices: int, environment: Mapping[str, str] = os.environ) -> EnergyCounters | None:
-        """Those of the GPUs that work on `device` and `devices` in such an environment runs on; None where there are none."""
+        """Reads the counters of the GPUs that work on `device` and `devices` uses in this environment; None without counters."""
         try:
-            import pynvml  # noqa: F401  (without it torch would be asked for the GPUs, and start CUDA)
+            import pynvml  # noqa: F401  (without it torch would list the GPUs and start CUDA)
         except ImportError:
             return None
         gpus = used_gpus(device, devices, environment)
@@ -128,20 +128,20 @@ class EnergyCounters:
         return None if used_mj is None else cls(gpus, tuple(used_mj))
 
     def spent_wh(self) -> float | None:
-        """What they have used since; None where they no longer answer."""
-        now = gpu_counters_mj(self.gpus)
-        return None if now is None else (sum(now) - sum(self.used_mj)) / 1000 / _J_PER_WH
+        """Returns the energy used since the reading; None if the counters no longer answer."""
+        now_mj = gpu_counters_mj(self.gpus)
+        return None if now_mj is None else (sum(now_mj) - sum(self.used_mj)) / 1000 / _J_PER_WH
 
 
 def prepare(device: str, devices: int) -> None:
-    """Does what the first meter of a process would take seconds for, before the work begins."""
+    """Does the slow detection for the first meter of a process, before the work begins."""
     if EnergyCounters.read(device, devices) is None:
         with contextlib.suppress(ImportError):
             detect()
 
 
 def estimated_wh(cpu_seconds: float, seconds: float) -> float:
-    """What processor and memory took for work that was not metered, by the same power model, from the times that it took.
+    """Estimates the energy of processor and memory for unmetered work from its times, by codecarbon's power model.
 
     Raises:
         ImportError: codecarbon is not installed.
@@ -161,24 +161,24 @@ def estimated_wh(cpu_seconds: float, seconds: float) -> float:
 
 @functools.cache
 def detect() -> None:
-    """Lets codecarbon find out what the machine is; it keeps that for the process and for those forked from it.
+    """Lets codecarbon detect the hardware; it keeps the result for this process and its forks.
 
     Raises:
         ImportError: codecarbon is not installed.
     """
-    import codecarbon.core.emissions  # noqa: F401  (imports pandas, which start_task would otherwise wait for)
+    import codecarbon.core.emissions  # noqa: F401  (imports pandas before start_task needs it)
 
     _tracker(WORLD_AVERAGE_G_PER_KWH).get_detected_hardware()
 
 
 def _tracker(carbon_g_per_kwh: float, gpus: Sequence[int] = ()) -> Any:
-    """`gpus`: NVML's numbers of those that count; none is as codecarbon finds them."""
+    """Returns a codecarbon tracker; `gpus` are NVML indices of the GPUs that count, and empty lets codecarbon find them."""
     from codecarbon import OfflineEmissionsTracker
 
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
-    # given one by one, so that a user's .codecarbon.config for other work cannot make this one send or write anything
+    # Every option is set here, so that a user's .codecarbon.config cannot make this tracker send or write anything.
     return OfflineEmissionsTracker(
-        country_iso_code="USA",  # it must be named; the intensity below is what counts
+        country_iso_code="USA",  # required by codecarbon, but the intensity below is used
         force_carbon_intensity_g_co2e_kwh=carbon_g_per_kwh,
         output_methods=[],
         emissions_endpoint=None,
@@ -191,21 +191,21 @@ def _tracker(carbon_g_per_kwh: float, gpus: Sequence[int] = ()) -> Any:
     )
 
 
-def _host(tracker: Any, data: Any) -> tuple[float, bool]:
-    """Wh of processor and memory from codecarbon's record of a task, in kWh; and whether a counter says so.
+def _host_energy(tracker: Any, data: Any) -> tuple[float, bool]:
+    """Returns the Wh of processor and memory from codecarbon's record of a task (kWh), and whether a counter measured them.
 
-    Where counters cover what was used, only they count. codecarbon's memory model, some 10 W at any load, would make up
-    much of a figure that says `counter`.
+    Where counters measure the processor, only they count. codecarbon's memory model, some 10 W at any load, would make up much of
+    a figure labelled `counter`.
     """
     processors = [part for part in tracker._hardware if type(part).__name__ == "CPU"]
-    counted = bool(processors) and all(getattr(part, "_mode", "") in _COUNTERS for part in processors)
-    return 1000 * (data.cpu_energy if counted else data.cpu_energy + data.ram_energy), counted
+    is_counted = bool(processors) and all(getattr(part, "_mode", "") in _COUNTERS for part in processors)
+    return 1000 * (data.cpu_energy if is_counted else data.cpu_energy + data.ram_energy), is_counted
 
 
 def gpu_counters_mj(gpus: Sequence[Gpu]) -> list[int] | None:
-    """The energy in mJ that each GPU has used since its driver was loaded (Volta and later).
+    """Returns the energy in mJ that each GPU has used since its driver was loaded (Volta and later).
 
-    None where there is no GPU, or one without a counter. It is the whole board's, whoever uses it.
+    Returns None without a GPU, or if a GPU has no counter. The figure covers the whole board, whoever uses it.
     Source: NVML API reference, nvmlDeviceGetTotalEnergyConsumption.
     """
     if not gpus:

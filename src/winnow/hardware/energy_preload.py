@@ -1,8 +1,8 @@
-"""Importing this module does, once, what metering energy would otherwise do in every process.
+"""Detects the hardware for energy meters when it is imported, so that forked processes need not do so.
 
-It is made for the preload list of a fork server, whose children then start to meter in some 10 ms instead of 1.6 s. Most of that
-is waiting (`winnow.hardware.energy`), so a thread looks at the machine while other modules are imported. A server must not fork
-before `wait` has returned; `winnow.search.preload` calls it.
+It belongs in the preload list of a fork server, whose children then start to meter in some 10 ms instead of 1.6 s. Most of that
+time is waiting (`winnow.hardware.energy`), so a thread detects the hardware while other modules are imported. A server must not
+fork before `wait` has returned; `winnow.search.preload` calls it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from winnow.hardware.energy import detect
 
 
 def _detect() -> None:
-    with contextlib.suppress(ImportError):  # codecarbon has optional parts of its own
+    with contextlib.suppress(ImportError):  # codecarbon has optional dependencies
         detect()
 
 
@@ -23,13 +23,13 @@ _detection = threading.Thread(target=_detect, name="winnow-detect", daemon=True)
 
 
 def wait() -> None:
-    """Returns when the machine is known."""
+    """Waits until the hardware has been detected."""
     if _detection.ident is not None:
         _detection.join()
 
 
 with contextlib.suppress(ImportError):  # without codecarbon there is nothing to prepare
-    # before the thread, which then imports little: pandas reads codecarbon's tables, cpuinfo asks for the processor
+    # Imported before the thread starts, which then imports little: pandas reads codecarbon's tables, cpuinfo the processor.
     for module in ("codecarbon.core.emissions", "cpuinfo", "pandas"):
         importlib.import_module(module)
     _detection.start()

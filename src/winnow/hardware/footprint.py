@@ -1,7 +1,7 @@
-"""What a model takes: bytes on disk, bytes of weights in memory, and peak memory while it answers a request.
+"""Measures a model's footprint: bytes on disk, bytes of weights in memory, and peak memory during a request.
 
-The three differ, and none can be inferred from another: a 4-bit checkpoint may be unpacked to 32 bits when it is loaded. So
-memory is read off the tensors that are held, and the peak off the allocator (CUDA) or the kernel (processor).
+The three differ, and none follows from another: a 4-bit checkpoint may be unpacked to 32 bits when it is loaded. So weights are
+measured on the tensors in memory, and the peak by the allocator (CUDA) or the kernel (processor).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from winnow.model.lm import LM
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# objects of these libraries hold tensors that are neither parameters nor buffers: scales, code books, nested states
+# objects of these libraries contain tensors that are neither parameters nor buffers: scales, code books, nested states
 _HOLDERS = ("bitsandbytes", "hqq", "compressed_tensors", "auto_round", "auto_round_extension", "winnow")
 
 
 def disk_bytes(lm: LM) -> int:
-    """Bytes on disk of everything that must be there to load the model.
+    """Returns the bytes on disk of all files that are needed to load the model.
 
     Raises:
-        UserError: the model only exists in memory, or lies elsewhere than on this machine.
+        UserError: the model only exists in memory, or is not on this machine.
     """
     if lm.path is None:
         raise UserError(f"{lm.name} only exists in memory, its size on disk is not known; save it first")
@@ -38,67 +38,68 @@ def disk_bytes(lm: LM) -> int:
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        config = try_to_load_from_cache(lm.path, "config.json")  # local only: a path, or why there is none
-        if not isinstance(config, str):
+        # a local lookup only: it returns a path, or a marker of why there is none
+        config_file = try_to_load_from_cache(lm.path, "config.json")
+        if not isinstance(config_file, str):
             raise UserError(f"{lm.path} is neither a folder nor a model in the Hugging Face cache of this machine")
-        folder = Path(config).parent
+        folder = Path(config_file).parent
     return manifest.sizes(folder)["size_bytes"]
 
 
 def weights_memory_bytes(model: nn.Module) -> int:
-    """Bytes of the distinct storages behind everything that the model holds; tied and shared tensors count once.
+    """Returns the bytes of the distinct storages behind all tensors of the model; tied and shared tensors count once.
 
-    Counts parameters, buffers, and what quantization libraries keep beside them (absmax, code books, zero points).
-    Weights on the meta device, offloaded or not loaded, are not held and count nothing.
+    Counts parameters, buffers, and the further tensors of quantization libraries (absmax, code books, zero points). Weights on
+    the meta device, offloaded or not loaded, count nothing.
     """
     storages = {}
-    for tensor in held_tensors(model):
+    for tensor in iterate_tensors(model):
         if tensor.device.type != "meta":
             storage = tensor.untyped_storage()
             storages[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
-def held_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Every plain tensor that the model keeps alive; the same one may come more than once."""
-    seen: set[int] = set()
+def iterate_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yields every plain tensor that the model keeps alive; a tensor may be yielded more than once."""
+    visited_ids: set[int] = set()
     for module in model.modules():
         for name, value in vars(module).items():
-            if name != "_modules":  # children are visited by themselves; _parameters and _buffers are dicts
-                yield from _tensors(value, seen)
+            if name != "_modules":  # `modules()` visits the children; _parameters and _buffers are dicts
+                yield from _tensors(value, visited_ids)
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def _tensors(value: Any, visited_ids: set[int]) -> Iterator[Tensor]:
     from torch import Tensor, nn
 
-    if id(value) in seen:
+    if id(value) in visited_ids:
         return
-    seen.add(id(value))
+    visited_ids.add(id(value))
     if isinstance(value, Tensor):
-        if hasattr(value, "__tensor_flatten__"):  # a wrapper without storage of its own, such as torchao's
+        if hasattr(value, "__tensor_flatten__"):  # a wrapper without its own storage, such as torchao's
             for name in value.__tensor_flatten__()[0]:
-                yield from _tensors(getattr(value, name), seen)
+                yield from _tensors(getattr(value, name), visited_ids)
         else:
             yield value
-        yield from _tensors(vars(value), seen)  # bitsandbytes: quant_state, CB, SCB
+        yield from _tensors(vars(value), visited_ids)  # bitsandbytes: quant_state, CB, SCB
     elif isinstance(value, Mapping):
         for item in list(value.values()):
-            yield from _tensors(item, seen)
+            yield from _tensors(item, visited_ids)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item, seen)
+            yield from _tensors(item, visited_ids)
     elif not isinstance(value, nn.Module | type) and type(value).__module__.split(".")[0] in _HOLDERS:
-        yield from _tensors(getattr(value, "__dict__", {}), seen)
+        yield from _tensors(getattr(value, "__dict__", {}), visited_ids)
 
 
 class PeakMemory:
-    """Context manager around the work whose peak memory is wanted; `peak_bytes` afterwards.
+    """Measures the peak memory of work as a context manager; read `peak_bytes` afterwards.
 
-    CUDA: the allocator's peak, of all devices together, weights included; for runtimes that do not use torch's allocator, and
-    that take their memory when they start (`torch_allocator=False`), what NVML sees in use on the visible devices, whoever uses
+    CUDA: the allocator's peak of all devices together, weights included. For runtimes that do not use torch's allocator and take
+    their memory when they start (`torch_allocator=False`): the memory that NVML reports in use on the visible devices, whoever uses
     it. Processor: the peak resident set of this process (libraries and mapped files included: some hundred MB), counted from the
-    start of the work where the kernel lets it be reset (Linux). Elsewhere `since_start` is true: it is the peak since the process
-    began, an upper bound.
+    start of the work where the kernel allows a reset (Linux). Elsewhere `since_start` is true, and the peak since the process
+    began is an upper bound.
     """
 
     def __init__(self, device: str, torch_allocator: bool = True) -> None:
@@ -131,7 +132,7 @@ class PeakMemory:
 
 
 def _reset_peak_resident() -> bool:
-    """Sets the peak back to what is resident now; false where the system cannot (proc(5), /proc/pid/clear_refs)."""
+    """Resets the peak to the current resident set; returns false if the system cannot (proc(5), /proc/pid/clear_refs)."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -140,7 +141,7 @@ def _reset_peak_resident() -> bool:
 
 
 def _gpu_memory_in_use() -> int:
-    """Bytes in use on the GPUs that this process may use.
+    """Returns the bytes in use on the GPUs that this process may use.
 
     Raises:
         MissingExtra: NVML's Python bindings are not installed.

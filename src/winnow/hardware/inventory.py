@@ -1,7 +1,7 @@
-"""The processor and the GPUs of this machine.
+"""Lists the processor and the GPUs of this machine.
 
-Nothing here starts CUDA: a process that has touched CUDA cannot be forked any more, and trials are forks. GPUs are asked about
-through NVML instead, which every driver brings along.
+Nothing here starts CUDA, because a process that has used CUDA cannot be forked, and trials are forks. GPUs are queried through
+NVML instead, which every driver includes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpu:
-    """One board.
+    """One GPU board.
 
     Attributes:
-        capability: of CUDA's; None where the driver does not say.
-        index: NVML's number of it among all of the machine, whatever CUDA_VISIBLE_DEVICES says; None where NVML is not asked.
+        capability: CUDA compute capability; None where the driver does not report it.
+        index: NVML's index among all GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says; None where NVML is not used.
         slices: the UUIDs of its MIG slices.
     """
 
@@ -34,7 +34,7 @@ class Gpu:
 
 
 def available_cores() -> int:
-    """Cores that this process may run on: fewer than the machine has, in a container or under taskset."""
+    """Returns how many cores this process may run on; in a container or under taskset, fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -50,7 +50,7 @@ def cpu_model() -> str:
 
 
 def physical_memory_bytes() -> int:
-    """The machine's memory, or the limit of the container (cgroup v2, then v1) where that is less."""
+    """Returns the machine's memory, or the limit of the container (cgroup v2, then v1) where that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -63,9 +63,9 @@ def physical_memory_bytes() -> int:
 
 
 def used_gpus(device: str, devices: int, environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
-    """The boards that work with `hardware.device` and `hardware.devices` runs on: of the visible ones CUDA takes the first.
+    """Returns the boards that work with `hardware.device` and `hardware.devices` runs on: CUDA takes the first visible GPUs.
 
-    None of them for a processor. A board counts once, however many slices of it are visible.
+    The result is empty for a processor. A board counts once, however many of its slices are visible.
     """
     if device != "cuda":
         return ()
@@ -73,12 +73,12 @@ def used_gpus(device: str, devices: int, environment: Mapping[str, str] = os.env
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs that a process may use, in NVML's order (by PCI bus), as CUDA_VISIBLE_DEVICES narrows them.
+    """Returns the NVIDIA GPUs that CUDA_VISIBLE_DEVICES lets a process use, in NVML's order (by PCI bus).
 
     Without NVML's Python bindings torch is asked, which starts CUDA in this process.
 
     Args:
-        environment: the variables of that process.
+        environment: environment variables of that process.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     try:
@@ -91,7 +91,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]
         return ()
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        found = [
+        gpus = [
             Gpu(
                 pynvml.nvmlDeviceGetName(h),
                 pynvml.nvmlDeviceGetUUID(h),
@@ -104,7 +104,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]
         ]
     finally:
         pynvml.nvmlShutdown()
-    return tuple(narrowed(found, visible))
+    return tuple(filter_visible(gpus, visible))
 
 
 def _capability(handle: Any) -> tuple[int, int] | None:
@@ -118,24 +118,27 @@ def _capability(handle: Any) -> tuple[int, int] | None:
 
 
 def _slices(handle: Any) -> tuple[str, ...]:
-    """Source: NVML API reference, "Multi Instance GPU Management"; a board has fewer slices than places for them."""
+    """Returns the UUIDs of a board's MIG slices; a board may have fewer slices than its maximum count.
+
+    Source: NVML API reference, "Multi Instance GPU Management".
+    """
     import pynvml
 
-    found = []
+    uuids = []
     try:
-        for place in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
             with contextlib.suppress(pynvml.NVMLError):
-                found.append(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)))
+                uuids.append(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)))
     except pynvml.NVMLError:
         pass  # a board, or a driver, without MIG
-    return tuple(found)
+    return tuple(uuids)
 
 
-def narrowed(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
-    """The GPUs that a value of CUDA_VISIBLE_DEVICES leaves: indices or UUID prefixes, up to the first invalid one.
+def filter_visible(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
+    """Returns the GPUs that a value of CUDA_VISIBLE_DEVICES allows: indices or UUID prefixes, up to the first invalid one.
 
-    Source: CUDA C++ Programming Guide, "CUDA Environment Variables". A MIG slice, by its own UUID or as `MIG-<GPU>/<instance>/
-    <instance>`, counts as its GPU, which NVML meters.
+    A MIG slice, by its own UUID or as `MIG-<GPU>/<instance>/<instance>`, counts as its GPU, which NVML meters.
+    Source: CUDA C++ Programming Guide, "CUDA Environment Variables".
     """
     if visible is None:
         return gpus

@@ -1,13 +1,13 @@
-"""Who may use the device: a measurement holds it alone, everything else shares it.
+"""Locks devices: a measurement uses a device exclusively, all other work shares it.
 
-Two lock files a device (each GPU is one) in the temporary folder, so that all processes of a machine meet there. `flock` locks
-are given up by the kernel when their process dies, however it dies: nothing is ever left locked. The second file is a turnstile:
-a waiting measurement holds it, so that no new work slips past and the measurement waits only for what already runs.
+Each device (each GPU is one) has two lock files in the temporary folder, so that all processes of a machine use the same ones.
+The kernel releases `flock` locks when their process dies, so no lock outlives its process. The second file is a turnstile: a
+waiting measurement holds it, so that no new work starts and the measurement waits only for running work.
 
-    with alone("cpu", print): ...   # latency, energy, peak memory
-    with sharing("cpu"): ...        # compressing, scoring
+    with exclusive_device("cpu", print): ...   # latency, energy, peak memory
+    with shared_device("cpu"): ...             # compressing, scoring
 
-The two do not nest: a process that shares the device and asks for it alone waits for itself.
+The two do not nest: a process that shares the device and requests it exclusively waits for itself.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from pathlib import Path
 
 from winnow.hardware.inventory import visible_gpus
 
-PATIENCE_S = 3.0  # a longer wait is worth a line in the log
+PATIENCE_S = 3.0  # a longer wait is logged
 _POLL_S = 0.02
 
 
 @contextmanager
 def exclusive_device(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
-    """Holds the device for a measurement: no other process measures, and none starts to share it, meanwhile."""
+    """Holds the device for a measurement: meanwhile no other process measures on it or starts to share it."""
     with ExitStack() as stack:
-        for one in _devices(device):
-            stack.enter_context(_held(one, "turn", fcntl.LOCK_EX, log, "measure"))
-            stack.enter_context(_held(one, "use", fcntl.LOCK_EX, log, "measure"))
+        for name in _devices(device):
+            stack.enter_context(_locked(name, "turn", fcntl.LOCK_EX, log, "measure"))
+            stack.enter_context(_locked(name, "use", fcntl.LOCK_EX, log, "measure"))
         yield
 
 
 @contextmanager
 def shared_device(device: str, log: Callable[[str], None] = print) -> Iterator[None]:
-    """Uses the device beside others, but never beside a measurement."""
+    """Shares the device with other work, but never with a measurement."""
     with ExitStack() as stack:
-        for one in _devices(device):
-            with _held(one, "turn", fcntl.LOCK_SH, log, "go on"):
-                stack.enter_context(_held(one, "use", fcntl.LOCK_SH, log, "go on"))
+        for name in _devices(device):
+            with _locked(name, "turn", fcntl.LOCK_SH, log, "go on"):
+                stack.enter_context(_locked(name, "use", fcntl.LOCK_SH, log, "go on"))
         yield
 
 
 def _devices(device: str) -> list[str]:
-    """The GPUs that this process may use, each by itself: those of another are not in its way.
+    """Returns the names to lock: each GPU that this process may use, or the device itself.
 
-    In one order for all processes, so that none waits for another that waits for it.
+    All processes lock them in the same order, so that no two processes wait for each other.
     """
     return sorted(gpu.uuid for gpu in visible_gpus()) or [device] if device == "cuda" else [device]
 
@@ -60,24 +60,24 @@ def lock_path(device: str, part: str) -> Path:
 
 
 @contextmanager
-def _held(device: str, part: str, kind: int, log: Callable[[str], None], purpose: str) -> Iterator[None]:
-    # read-only and readable by all: another user's lock file in a sticky folder may be opened, not written
+def _locked(device: str, part: str, kind: int, log: Callable[[str], None], purpose: str) -> Iterator[None]:
+    # Read-only and readable by all: another user's lock file in a sticky folder may be opened but not written.
     descriptor = os.open(lock_path(device, part), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        started, said = time.monotonic(), False
-        while not _taken(descriptor, kind):
-            if not said and time.monotonic() - started > PATIENCE_S:
+        started, logged = time.monotonic(), False
+        while not _try_lock(descriptor, kind):
+            if not logged and time.monotonic() - started > PATIENCE_S:
                 log(f"waiting for {device} to be free, to {purpose}")
-                said = True
+                logged = True
             time.sleep(_POLL_S)
-        if said:
+        if logged:
             log(f"waited {time.monotonic() - started:.0f} s for {device}")
         yield
     finally:
-        os.close(descriptor)  # gives up the lock
+        os.close(descriptor)  # releases the lock
 
 
-def _taken(descriptor: int, kind: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What a stage or a probe may use besides the model: a folder, a device with its limits, and data to calibrate on."""
+"""Defines `Run`: the folder, device, limits and calibration data that a stage or a probe uses besides the model."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from winnow.core.types import Calibration
 
 @dataclass(frozen=True)
 class Run:
-    """What a stage or a probe may use besides the model."""
+    """What a stage or a probe uses besides the model."""
 
-    folder: Path  # scratch space and checkpoints; exists
+    folder: Path  # for scratch files and checkpoints; it exists
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "auto"  # that is computed in; auto: what the device computes fastest
+    dtype: str = "auto"  # compute dtype; auto: the one that the device computes fastest
     log: Callable[[str], None] = print
     calibration: Calibration = field(default_factory=lambda: Calibration())
-    base: str | None = None  # the folder or hub id of the model that the first stage was given
-    devices: int = 1  # processes that a training is spread over, one a device
-    memory_limit_bytes: int | None = None  # of each device; None: all that it has
-    parallel: str = "auto"  # how devices share a training: ddp, fsdp, or auto, fsdp where one cannot hold the model
-    tflops: float | None = None  # of one device, for forecasts of time; None: a processor is measured
+    base: str | None = None  # folder or hub id of the first stage's input model
+    devices: int = 1  # training processes, one a device
+    memory_limit_bytes: int | None = None  # for each device; None: all of its memory
+    parallel: str = "auto"  # ddp, fsdp, or auto, which uses fsdp if one device cannot hold the model
+    tflops: float | None = None  # of one device, for time forecasts; None: the processor is measured
     carbon_g_per_kwh: float = 475.0
-    cache: Path | None = None  # what outlives a run: a teacher's targets, batch sizes; None: the run's own folder
-    stage_cache_bytes: int = 0  # of `cache`, for what the first stages of pipelines made; 0: none of it is kept
+    cache: Path | None = None  # for files that outlive a run: teacher targets, batch sizes; None: the run's own folder
+    stage_cache_bytes: int = 0  # share of `cache` for artifacts of pipeline prefixes; 0: they are not cached
     bars: bool = True  # whether to draw progress bars in a terminal
-    curve: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None  # a point of a training's curves
+    # logs a point of the training curves
+    curve: Callable[[int, Mapping[str, float]], None] = lambda step, figures: None
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
     @property
     def compute_dtype(self) -> str:
-        """The type that is computed in, by torch's name."""
-        from winnow.hardware.compute import fastest
+        """The compute dtype, by torch's name."""
+        from winnow.hardware.compute import fastest_dtype
 
-        return fastest(self.device) if self.dtype == "auto" else self.dtype
+        return fastest_dtype(self.device) if self.dtype == "auto" else self.dtype

@@ -1,10 +1,10 @@
-"""AutoRound: which way each weight is rounded, and how far each group's range reaches, tuned block by block.
+"""AutoRound tunes, block by block, in which direction each weight is rounded and the range of each group.
 
     python compress.py method=[autoround] method.autoround.bits=3
     python compress.py method=[wanda,autoround] method.autoround.iters=50
     python compress.py method=[autoround] method.autoround.bits=2 method.autoround.format=auto_round
 
-Asymmetric integers are not offered: the library then silently writes AWQ's packing, which few runtimes read.
+Asymmetric integers are not offered: for them the library silently writes AWQ's packing, which few runtimes read.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
-from winnow.model.holders import LINEAR
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
+from winnow.model.matrix_kinds import LINEAR
 
 if TYPE_CHECKING:
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout, TensorLayout
 
 DRIVER = "winnow.method.autoround_driver"
-WORD = 32  # bits of the integers into which the auto_round format packs
-SEARCHED = 300  # scales that `iters=0` tries for a group
+WORD = 32  # bits of the integers that the auto_round format packs into
+SCALES_TRIED = 300  # with `iters=0`, for each group
 
 
 @dataclass(frozen=True)
-class AutoRound(Checked):
+class AutoRound(BaseStage):
     """Learns by signed gradient descent to round up or down so that each decoder block puts out what it did before.
 
     With `iters=0` nothing is learnt: the scale of each group is searched, weighted by the activations, and weights round to
@@ -80,19 +80,20 @@ class AutoRound(Checked):
         return dataclasses.replace(plan.in_16_bits().with_linears(change), layout="auto-round")
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
-        from winnow.estimate.cost import StageCost, counted
+        from winnow.estimate.cost import StageCost, count_tokens
 
-        seen, walked = counted(calibration), StageCost.calibrated(plan, calibration, passes=3)
-        longest = min(calibration.max_length, 2 * seen.tokens / calibration.samples)  # roughly
-        tokens = min(self.batch_size * longest, seen.tokens)  # of an iteration
+        data, passes = count_tokens(calibration), StageCost.calibrated(plan, calibration, passes=3)
+        longest = min(calibration.max_length, 2 * data.tokens / calibration.samples)  # an estimate
+        tokens = min(self.batch_size * longest, data.tokens)  # in one iteration
         block = sum(t.numel for t in plan.largest_block if t.linear)
-        tuned = StageCost(
+        tuning = StageCost(
             flops=self.iters * 6 * tokens * plan.linear_parameters,
-            traffic_bytes=(self.iters or SEARCHED) * 60 * plan.linear_parameters,
-            host_bytes=walked.host_bytes + 4 * block,  # the tuned blocks' hidden states too, the best rounding so far
-            device_bytes=20 * block + 2 * walked.device_bytes * tokens / seen.batch_tokens,
+            traffic_bytes=(self.iters or SCALES_TRIED) * 60 * plan.linear_parameters,
+            # also the hidden states of tuned blocks, and the best rounding so far
+            host_bytes=passes.host_bytes + 4 * block,
+            device_bytes=20 * block + 2 * passes.device_bytes * tokens / data.batch_tokens,
         )
-        return (walked + tuned).then(StageCost.packed(plan))
+        return (passes + tuning).then(StageCost.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch
@@ -116,10 +117,11 @@ class AutoRound(Checked):
         if self.format == "auto_round":
             driver.pack_for_auto_round(model, self.bits, self.group_size)
         lm.manifest["_notes"] = {"calibration_sha256": digest}
-        return lm.changed(model)
+        return lm.with_model(model)
 
 
 def _check_words(name: str, outputs: int) -> None:
+    """Raises UserError if the outputs of a layer do not fill whole words of the auto_round format."""
     if outputs % WORD:
         raise UserError(
             f"method.autoround.format=auto_round packs {WORD} outputs together, and {name} has {outputs}; "

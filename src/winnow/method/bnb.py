@@ -1,6 +1,6 @@
-"""8- and 4-bit weights by bitsandbytes: `int8` (LLM.int8), `nf4` and `fp4`.
+"""Quantizes weights to 8 and 4 bits with bitsandbytes: `int8` (LLM.int8), `nf4` and `fp4`.
 
-All are formats of transformers: the saved folder loads with plain `from_pretrained` where bitsandbytes is installed.
+transformers supports these formats: the saved folder loads with plain `from_pretrained` where bitsandbytes is installed.
 
     python compress.py method=[nf4]
 """
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
-from winnow.model.holders import LINEAR, TRANSPOSED
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
+from winnow.model.matrix_kinds import LINEAR, TRANSPOSED
 
 if TYPE_CHECKING:
     import torch
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # weights that share an 8-bit scale
 BLOCKS = 256  # blocks whose scales share a 32-bit one
-CODES_BYTES = 4 * 16 + 4 * 256  # the 16 values of a weight and the 256 of a scale, kept with every layer
-STATE_BYTES = 170  # its shape and type, as JSON
+CODES_BYTES = 4 * 16 + 4 * 256  # the 16 values of a weight and the 256 of a scale, stored with every layer
+STATE_BYTES = 170  # a layer's shape and type, as JSON
 BITS = 4 + 8 / BLOCK + 32 / (BLOCK * BLOCKS)  # 4.127
 
 
-def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
-    """The model written densely to scratch and read back through transformers' bitsandbytes loader."""
+def _reload_quantized(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
+    """Writes the dense model to a scratch folder and loads it through transformers' bitsandbytes loader."""
     import logging
     import shutil
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hides remarks on optional kernels at import
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from winnow.model.quiet import quiet
@@ -65,8 +65,8 @@ def _reloaded(lm: LM, run: Run, **settings: Any) -> PreTrainedModel:
 
 
 def keep_packing(model: nn.Module) -> None:
-    """Keeps 4-bit weights as they are: on processors with AVX512-BF16 a forward pass would repack them for speed, after which
-    they cannot be saved any more, and have no gradient.
+    """Turns off the repacking of 4-bit weights: on CPUs with AVX512-BF16 a forward pass would repack them for speed, after
+    which they cannot be saved and pass no gradient.
     """
     module: Any
     for module in model.modules():
@@ -75,14 +75,14 @@ def keep_packing(model: nn.Module) -> None:
 
 
 def _half(dtype: torch.dtype) -> torch.dtype:
-    """What bitsandbytes computes in: half precision, the model's own if it has one."""
+    """Returns the 16-bit type that bitsandbytes computes in: the model's own type if it has 16 bits, else bfloat16."""
     import torch
 
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Int8(Checked):
+class Int8(BaseStage):
     """Vector-wise 8-bit products: a scale for each row of the weights and each token, with input features above `threshold`
     kept in 16 bits.
 
@@ -98,7 +98,7 @@ class Int8(Checked):
     matrices: ClassVar[tuple[str, ...] | None] = (LINEAR, TRANSPOSED)
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     perplexity_bound: ClassVar[float] = 1.005
-    eager_because: ClassVar[str | None] = "looks for outliers on the host at every step"
+    eager_reason: ClassVar[str | None] = "looks for outliers on the host at every step"
 
     threshold: float = knob(6.0, low=0.0, high=100.0, search=False)  # section 3.2; 0 turns the decomposition off
 
@@ -108,8 +108,8 @@ class Int8(Checked):
 
     def predict(self, plan: ModelLayout) -> ModelLayout:
         def change(name: str, t: TensorLayout) -> TensorLayout:
-            size = t.numel + 4 * t.shape[0]  # a scale a row
-            return dataclasses.replace(t, disk_bytes=size + 1, memory_bytes=size, entries=3)  # and the layout's number
+            size = t.numel + 4 * t.shape[0]  # with one scale for each row
+            return dataclasses.replace(t, disk_bytes=size + 1, memory_bytes=size, entries=3)  # + 1: the layout's number
 
         return dataclasses.replace(plan.in_16_bits().with_linears(change), layout="int8")
 
@@ -119,15 +119,17 @@ class Int8(Checked):
         return StageCost.reloaded(plan, bits=8)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        return lm.changed(_reloaded(lm, run, load_in_8bit=True, llm_int8_threshold=self.threshold))
+        return lm.with_model(_reload_quantized(lm, run, load_in_8bit=True, llm_int8_threshold=self.threshold))
 
 
 @dataclass(frozen=True)
-class _FourBit(Checked):
+class _FourBit(BaseStage):
+    """Base of the 4-bit quantizers of bitsandbytes."""
+
     slot: ClassVar[Slot] = Slot.QUANTIZE
     matrices: ClassVar[tuple[str, ...] | None] = (LINEAR, TRANSPOSED)
     preload: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
-    values: ClassVar[str]  # that the 16 codes stand for, as bitsandbytes calls them
+    values: ClassVar[str]  # bitsandbytes' name for the values of the 16 codes
 
     @property
     def libraries(self) -> tuple[str, ...]:
@@ -147,7 +149,7 @@ class _FourBit(Checked):
         return StageCost.reloaded(plan, bits=BITS)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        model = _reloaded(
+        model = _reload_quantized(
             lm,
             run,
             load_in_4bit=True,
@@ -155,7 +157,7 @@ class _FourBit(Checked):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=_half(lm.model.dtype),
         )
-        return lm.changed(model)
+        return lm.with_model(model)
 
 
 @dataclass(frozen=True)

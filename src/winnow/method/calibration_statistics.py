@@ -1,8 +1,8 @@
-"""What calibration data tell of a model, kept for the next stage that asks the same of the same weights.
+"""Caches statistics of a model on calibration data, for the next stage that needs the same statistics of the same weights.
 
-GGUF's importance matrix, the influence of blocks, the importance of units, the outliers of scores, the sensitivity of layers:
-small beside the weights, but each takes a pass or more over all calibration tokens. Kept ones are found by the weights
-themselves, so that whatever came before does not matter.
+Such statistics are GGUF's importance matrix, the influence of blocks, the importance of units, the outliers of scores and the
+sensitivity of layers. They are small compared with the weights, but each takes one or more passes over all calibration tokens.
+The key covers the weights themselves, so the stages that produced the weights do not matter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from winnow.core.files import whole
+from winnow.core.files import atomic_write
 from winnow.hardware.run import Run
 
 if TYPE_CHECKING:
@@ -25,39 +25,39 @@ if TYPE_CHECKING:
 
 Statistics = dict[str, torch.Tensor]
 FOLDER = "statistics"
-MOST_BYTES = 10**9  # kept, the least recently used go first
+MOST_BYTES = 10**9  # limit of the folder; the least recently used files are removed first
 
 
 def cached_statistics(
-    model: PreTrainedModel, run: Run, kind: str, said: tuple[object, ...], compute: Callable[[], Statistics]
+    model: PreTrainedModel, run: Run, kind: str, key_parts: tuple[object, ...], compute: Callable[[], Statistics]
 ) -> Statistics:
-    """What `compute` returns, or what it returned earlier for the same weights, architecture and code.
+    """Returns the result of `compute`, from the cache if it was computed before for the same weights, architecture and code.
 
     Args:
-        kind: what is computed, in a word.
-        said: all else that it follows from, such as the hash of the calibration data.
+        kind: name of the statistics, in one word.
+        key_parts: all else that the result depends on, such as the hash of the calibration data.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     folder = (run.cache or run.folder.parent) / FOLDER
-    path = folder / f"{kind}-{key(model, kind, run.device, run.compute_dtype, *said)[:32]}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError):  # not there, or damaged
-        found: Statistics = load_file(path)
-        os.utime(path)  # recently used
+    path = folder / f"{kind}-{key(model, kind, run.device, run.compute_dtype, *key_parts)[:32]}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError):  # the file is missing or damaged
+        statistics: Statistics = load_file(path)
+        os.utime(path)  # marks it as recently used
         run.log(f"{kind}: as kept in {path}")
-        return found
-    found = compute()
+        return statistics
+    statistics = compute()
     folder.mkdir(parents=True, exist_ok=True)
-    # where the disk is full, say, they are computed again the next time
-    with contextlib.suppress(OSError, SafetensorError), whole(path) as scratch:
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, scratch)
-    _forget(folder)
-    return found
+    # if writing fails (a full disk, for example), the next run computes them again
+    with contextlib.suppress(OSError, SafetensorError), atomic_write(path) as scratch:
+        save_file({name: tensor.contiguous() for name, tensor in statistics.items()}, scratch)
+    _evict(folder)
+    return statistics
 
 
-def _forget(folder: Path) -> None:
-    """Removes the least recently used ones beyond `MOST_BYTES`; another process may do so at the same time."""
+def _evict(folder: Path) -> None:
+    """Removes the least recently used files beyond `MOST_BYTES`; another process may do so at the same time."""
     total = 0
     with contextlib.suppress(OSError):
         for path in sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True):
@@ -66,19 +66,19 @@ def _forget(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def key(model: PreTrainedModel, *others: object) -> str:
-    """SHA-256 over the weights in memory, the architecture, the code, and all else that statistics follow from."""
+def key(model: PreTrainedModel, *key_parts: object) -> str:
+    """Returns the SHA-256 over the weights in memory, the architecture, the code, and the `key_parts`."""
     from winnow.method.prefixes import code_sha256
 
     architecture = model.config.to_dict()
-    architecture.pop("_name_or_path", None)  # where it lies does not matter
-    said = (
+    architecture.pop("_name_or_path", None)  # the model's location does not matter
+    fields = (
         type(model).__name__,
         json.dumps(architecture, sort_keys=True, default=str),
         code_sha256("method", "data", "model"),
-        others,
+        key_parts,
     )
-    digest = hashlib.sha256(repr(said).encode())
+    digest = hashlib.sha256(repr(fields).encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,8 +1,9 @@
-"""Lets a walk over the blocks that died go on at the block it had reached.
+"""Saves checkpoints of an iteration over the blocks, so that an interrupted run continues at the block that it had reached.
 
-Every few minutes the finished blocks and the hidden states that enter the next one are written to a folder, as safetensors;
-the files end in `.ckpt` so that a failed run's scratch folder is kept for the next. A block is written once; `walk.ckpt`, which
-says how far they are valid, is written last, and each file under another name first. A finished run's scratch folder is removed.
+Every few minutes the finished blocks and the hidden states that enter the next one are written to a folder, as safetensors.
+The files end in `.ckpt`, which marks a failed run's scratch folder to be kept for the next run. A block is written once.
+`walk.ckpt`, which says how many blocks are valid, is written last, and each file under another name first. A finished run's
+scratch folder is removed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from winnow.core.files import whole
+from winnow.core.files import atomic_write
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
 
@@ -29,11 +30,11 @@ SAVE_EVERY_S = 300.0
 
 
 class Checkpoint:
-    """The state of one walk in `folder`, which is taken up only by a run with the same fingerprint.
+    """The state of one iteration over the blocks in `folder`; only a run with the same fingerprint resumes it.
 
     Attributes:
-        done: blocks that need not be walked again.
-        state: what a method keeps beside the weights, as JSON can hold it; filled from the folder.
+        done: number of finished blocks.
+        state: JSON values that a method stores besides the weights; loaded from the folder.
     """
 
     def __init__(self, folder: Path, fingerprint: str, log: Callable[[str], None]) -> None:
@@ -42,75 +43,76 @@ class Checkpoint:
         self.state: dict[str, Any] = {}
         self._saved_at = time.monotonic()
         self._broken = False
-        found = self._read()
-        if found is None:
+        record = self._read()
+        if record is None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            self.done, self.state = found["done"], found["state"]
+            self.done, self.state = record["done"], record["state"]
 
     @property
-    def _walk(self) -> Path:
+    def _walk_file(self) -> Path:
         return self.folder / "walk.ckpt"
 
-    def _block(self, index: int) -> Path:
+    def _block_file(self, index: int) -> Path:
         return self.folder / f"block-{index}.ckpt"
 
     def _read(self) -> dict[str, Any] | None:
-        """What the folder says of a walk like this one; None without one, or if a file of it is damaged."""
+        """Returns the record of an iteration with this fingerprint; None without one, or if one of its files is damaged."""
         try:
-            with safe_open(self._walk, "pt") as file:
-                found: dict[str, Any] = json.loads(file.metadata()["walk"])
-            if found["fingerprint"] != self.fingerprint:
+            with safe_open(self._walk_file, "pt") as file:
+                record: dict[str, Any] = json.loads(file.metadata()["walk"])
+            if record["fingerprint"] != self.fingerprint:
                 return None
-            for index in range(found["done"]):
-                with safe_open(self._block(index), "pt"):  # also compares the file's length with its header
+            for index in range(record["done"]):
+                with safe_open(self._block_file(index), "pt"):  # also compares the file's length with its header
                     pass
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        return found
+        return record
 
     def restore(self, blocks: nn.ModuleList) -> list[torch.Tensor]:
-        """Puts the weights of the `done` blocks into place; returns the hidden states that enter the next one."""
+        """Loads the weights of the `done` blocks and returns the hidden states that enter the next one."""
         for index in range(self.done):
-            blocks[index].load_state_dict(load_file(self._block(index)))
-        hidden = load_file(self._walk)
+            blocks[index].load_state_dict(load_file(self._block_file(index)))
+        hidden = load_file(self._walk_file)
         self.log(f"going on at block {self.done + 1} of {len(blocks)}")
         return [hidden[str(number)] for number in range(len(hidden))]
 
     def save(self, blocks: nn.ModuleList, done: int, hidden: Sequence[torch.Tensor]) -> None:
-        """Writes the first `done` blocks and what enters the next, if the last time is long enough ago.
+        """Writes the first `done` blocks and the inputs of the next, at most every `SAVE_EVERY_S` seconds.
 
-        Not after the last block, when there is nothing to go on with. Without room on the disk the run goes on without.
+        Nothing is written after the last block, where nothing is left to resume. If the disk is full, the run continues
+        without checkpoints.
         """
         if self._broken or done == len(blocks) or time.monotonic() - self._saved_at < SAVE_EVERY_S:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for index in range(self.done, done):
-                self._write(self._block(index), blocks[index].state_dict())
+                self._write(self._block_file(index), blocks[index].state_dict())
             walk = {"fingerprint": self.fingerprint, "done": done, "state": self.state}
             tensors = {str(number): state for number, state in enumerate(hidden)}
-            self._write(self._walk, tensors, {"walk": json.dumps(walk)})
+            self._write(self._walk_file, tensors, {"walk": json.dumps(walk)})
         except (OSError, SafetensorError) as error:
             self.log(f"no checkpoint could be written ({error}); going on without")
             self._broken = True
-            shutil.rmtree(self.folder, ignore_errors=True)  # the artifact may need the room
+            shutil.rmtree(self.folder, ignore_errors=True)  # the artifact may need the disk space
             return
         self.done, self._saved_at = done, time.monotonic()
 
     @staticmethod
     def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-        with whole(path) as scratch:
+        with atomic_write(path) as scratch:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
 
 
 def checkpoint_of(stage: Any, lm: LM, run: Run, calibration_sha256: str) -> Checkpoint:
-    """The checkpoint of a stage's walk over `lm`, under the run's folder.
+    """Returns the checkpoint of a stage's iteration over the blocks of `lm`, under the run's folder.
 
-    Its fingerprint: the stage and its knobs, the calibration data, the seed, and the model before the walk.
+    Its fingerprint covers the stage and its knobs, the calibration data, the seed, and the model before the stage.
     """
     name = type(stage).__name__.lower()
-    known = {
+    fields = {
         "stage": name,
         "knobs": dataclasses.asdict(stage),
         "calibration": calibration_sha256,
@@ -119,12 +121,12 @@ def checkpoint_of(stage: Any, lm: LM, run: Run, calibration_sha256: str) -> Chec
         "config": lm.model.config.to_json_string(),
         "weights": _checksum(lm.model),
     }
-    fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
     return Checkpoint(run.folder / "walk" / name, fingerprint, lambda line: run.log(f"{name}: {line}"))
 
 
 def _checksum(model: nn.Module) -> str:
-    """Over each parameter's name, shape, type and the sum of its bits as integers: quick, since all weights are read."""
+    """Returns a hash over each parameter's name, shape, type and the sum of its bits as integers, a fast checksum."""
     digest = hashlib.sha256()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in model.named_parameters():

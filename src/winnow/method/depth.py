@@ -1,4 +1,4 @@
-"""Depth pruning: whole decoder layers are left out; the artifact is an ordinary, shallower model.
+"""Depth pruning removes whole decoder layers; the artifact is an ordinary, shallower model.
 
 python compress.py method=[depth] method.depth.share=0.25
 python compress.py method=[depth,lora] method.depth.by=perplexity
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout, TensorLayout
-    from winnow.method.blocks import Caught
+    from winnow.method.blocks import ExtraArgs
 
-PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configurations with an entry a layer
+PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configurations with an entry for each layer
 
 
 @dataclass(frozen=True)
-class Depth(Checked):
+class Depth(BaseStage):
     """Drops the `share` of the decoder layers that matters least; those that are kept stay bit for bit as they were.
 
     By `influence`, a layer matters as much as it turns its input: 1 - mean cosine similarity between the hidden states that
@@ -61,54 +61,53 @@ class Depth(Checked):
     by: str = knob("influence", choices=("influence", "perplexity"))
 
     def predict(self, plan: ModelLayout) -> ModelLayout:
-        # which layers go is only known from data; those kept are all of one size
+        # only calibration data decides which layers go, but all layers have the same size
         layers = plan.config.num_hidden_layers
         from winnow.model.layers import final_norm
-        from winnow.model.spec import on_meta
+        from winnow.model.spec import build_on_meta
 
         check_alike(plan.tensors.values(), plan.spec.name, "depth")
         if self.by == "perplexity":
-            final_norm(on_meta(plan.config))  # refuses models without one
-        return plan.reshaped(shallower(plan.config, range(self.kept(layers))))
+            final_norm(build_on_meta(plan.config))  # raises UserError for models without one
+        return plan.reshaped(config_of_layers(plan.config, range(self.remaining_layers(layers))))
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
-        from winnow.estimate.cost import StageCost, counted
+        from winnow.estimate.cost import StageCost, count_tokens
 
-        seen, layers = counted(calibration), plan.spec.layers
+        data, layers = count_tokens(calibration), plan.spec.layers
         if self.by == "influence":
             return StageCost.calibrated(plan, calibration)
-        states = StageCost(
-            host_bytes=plan.element_bytes * layers * seen.tokens * plan.spec.hidden_size
-        )  # of each candidate
+        # hidden states of each candidate
+        states = StageCost(host_bytes=plan.element_bytes * layers * data.tokens * plan.spec.hidden_size)
         return StageCost.calibrated(plan, calibration, passes=self._dropped(layers) * layers / 2) + states
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.data.calibration import calibration_batches
         from winnow.method import calibration_statistics
         from winnow.model.layers import decoder_blocks
-        from winnow.model.reshape import rebuilt
+        from winnow.model.reshape import rebuild_model
 
         blocks = decoder_blocks(lm.model)
         count = self._dropped(len(blocks))
         batches, digest = calibration_batches(lm, run)
         if self.by == "influence":
-            found = calibration_statistics.cached_statistics(
+            influences = calibration_statistics.cached_statistics(
                 lm.model, run, "influence", (digest,), lambda: {"blocks": block_influences(lm.model, batches, run)}
             )
-            scores = found["blocks"].tolist()
+            scores = influences["blocks"].tolist()
             dropped = sorted(range(len(blocks)), key=lambda index: (scores[index], index))[:count]
         else:
-            dropped = least_missed(lm.model, batches, answer_starts(lm, run), count, run)
-        kept = [index for index in range(len(blocks)) if index not in dropped]
+            dropped = drop_greedily(lm.model, batches, answer_starts(lm, run), count, run)
+        remaining = [index for index in range(len(blocks)) if index not in dropped]
         run.log(f"depth: without layers {', '.join(map(str, sorted(dropped)))} of 0 to {len(blocks) - 1}")
-        config = shallower(lm.model.config, kept)
+        config = config_of_layers(lm.model.config, remaining)
         for index in sorted(dropped, reverse=True):
             del blocks[index]
         lm.manifest["_notes"] = {"calibration_sha256": digest, "dropped_layers": sorted(dropped)}
-        return lm.changed(rebuilt(lm.model, config))
+        return lm.with_model(rebuild_model(lm.model, config))
 
-    def kept(self, layers: int) -> int:
-        """Of so many layers."""
+    def remaining_layers(self, layers: int) -> int:
+        """Returns how many of `layers` layers remain."""
         return layers - self._dropped(layers)
 
     def _dropped(self, layers: int) -> int:
@@ -118,7 +117,7 @@ class Depth(Checked):
 
 
 def check_alike(tensors: Iterable[TensorLayout], architecture: str, method: str) -> None:
-    """Refuses models some of whose blocks are of another kind: which ones is said by their place, in ways of each architecture.
+    """Refuses models whose blocks differ in kind, as an architecture derives a block's kind from its position.
 
     Raises:
         UserError: a block has tensors of other shapes than the first (the first blocks of DeepSeek have no experts).
@@ -127,35 +126,35 @@ def check_alike(tensors: Iterable[TensorLayout], architecture: str, method: str)
     for tensor in tensors:
         if tensor.block is not None:
             shapes.setdefault(tensor.block, Counter())[tensor.shape] += 1
-    others = [index for index, those in shapes.items() if those != shapes[0]]
-    if others:
+    different = [index for index, counts in shapes.items() if counts != shapes[0]]
+    if different:
         raise UserError(
-            f"method=[{method}]: the blocks of {architecture} differ (block {others[0]} from the first), so that none can be "
+            f"method=[{method}]: the blocks of {architecture} differ (block {different[0]} from the first), so that none can be "
             f"left out; take a method that leaves their number as it is"
         )
 
 
-def shallower(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
-    """The configuration of the same model with only the layers `kept`, in ascending order.
+def config_of_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """Returns the configuration of the same model with only the given `layers`, in ascending order.
 
     Raises:
         UserError: layers depend on one another.
     """
-    from winnow.model.reshape import edited
+    from winnow.model.reshape import edit_config
 
     if getattr(config, "num_kv_shared_layers", None):
         raise UserError("method=[depth]: layers of this model share keys and values with others; none can be left out")
-    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    changes: dict[str, Any] = {"num_hidden_layers": len(layers)}
     for name in PER_LAYER:
         if getattr(config, name, None) is not None:
-            changes[name] = [getattr(config, name)[index] for index in kept]
-    if getattr(config, "max_window_layers", None) is not None:  # layers before this one see everything
-        changes["max_window_layers"] = sum(index < config.max_window_layers for index in kept)
-    return edited(config, **changes)
+            changes[name] = [getattr(config, name)[index] for index in layers]
+    if getattr(config, "max_window_layers", None) is not None:  # layers before this one have full attention
+        changes["max_window_layers"] = sum(index < config.max_window_layers for index in layers)
+    return edit_config(config, **changes)
 
 
 def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], run: Run) -> torch.Tensor:
-    """Of each block, 1 - the mean over all tokens of the cosine between its input and its output (ShortGPT, eq. 1)."""
+    """Returns for each block 1 - the mean over all tokens of the cosine between its input and output (ShortGPT, eq. 1)."""
     import torch
     import torch.nn.functional as F
 
@@ -165,7 +164,7 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
     count = len(decoder_blocks(model))
     tokens = sum(batch.numel() for batch in batches)
     influences = []
-    for index, block, replay in iterate_blocks(model, batches, run):
+    for index, block, run_calibration in iterate_blocks(model, batches, run):
         cosines: list[float] = []
 
         def compare(
@@ -175,13 +174,13 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
             output: Any,
             cosines: list[float] = cosines,
         ) -> None:
-            entered = args[0] if args else kwargs["hidden_states"]  # [rows, T, hidden]
-            left = output[0] if isinstance(output, tuple) else output
-            cosines.append(F.cosine_similarity(entered.double(), left.double(), dim=-1).sum().item())
+            before = args[0] if args else kwargs["hidden_states"]  # [rows, T, hidden]
+            after = output[0] if isinstance(output, tuple) else output
+            cosines.append(F.cosine_similarity(before.double(), after.double(), dim=-1).sum().item())
 
         handle = block.register_forward_hook(compare, with_kwargs=True)
         try:
-            replay()
+            run_calibration()
         finally:
             handle.remove()
         influences.append(1 - sum(cosines) / tokens)
@@ -190,20 +189,20 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
 
 
 def answer_starts(lm: LM, run: Run) -> list[int]:
-    """Of each row of the calibration batches, one after another, the first position that the loss counts."""
+    """Returns for each row of the calibration batches, in order, the first position that the loss counts."""
     from winnow.data.corpus import documents
     from winnow.data.encoding import encode
 
-    found = encode(
+    rows = encode(
         documents(run.calibration, run.calibration.samples, run.seed), lm.tokenizer, run.calibration.max_length
     )
-    return [row.answer_start for row in sorted(found, key=lambda row: len(row.ids))]  # the order of the batches
+    return [row.answer_start for row in sorted(rows, key=lambda row: len(row.ids))]  # the order of the batches
 
 
-def least_missed(
+def drop_greedily(
     model: PreTrainedModel, batches: Sequence[torch.Tensor], starts: Sequence[int], count: int, run: Run
 ) -> list[int]:
-    """The `count` blocks to drop, greedily: each time the one without which the loss over `batches` is lowest."""
+    """Returns the `count` blocks to drop, chosen greedily: each time the block without which the loss is lowest."""
     from winnow.model.layers import decoder_blocks
 
     dropped: list[int] = []
@@ -223,38 +222,39 @@ def losses_without(
     dropped: Sequence[int],
     run: Run,
 ) -> dict[int, float]:
-    """The mean next-token loss without the blocks `dropped` and without one more, for each of the others by its index.
+    """Returns the mean next-token loss without the blocks `dropped` and one more, by the index of that one.
 
-    All candidates pass through the blocks side by side, so that each block comes to the device once.
+    All candidates pass through the blocks together, so that each block moves to the device once.
     """
     import torch
 
-    from winnow.method.blocks import block_inputs, compute_dtype, computing, outside_blocks
+    from winnow.method.blocks import block_inputs, block_on_device, cast_outside_blocks, compute_dtype
     from winnow.model.layers import decoder_blocks
 
     blocks, device, dtype = decoder_blocks(model), run.device, compute_dtype(model, run)
     home = next(model.parameters()).device
     with torch.no_grad():
-        whole, caught = block_inputs(model, blocks, [batch.to(home) for batch in batches], dtype)
-        without: dict[int, list[torch.Tensor]] = {}  # hidden states of each candidate, by batch
+        unpruned, extra_args = block_inputs(model, blocks, [batch.to(home) for batch in batches], dtype)
+        without: dict[int, list[torch.Tensor]] = {}  # hidden states for each candidate, by batch
         for index, block in enumerate(blocks):
             if index in dropped:
                 continue
-            with computing(block, device, dtype):
+            with block_on_device(block, device, dtype):
                 without = {
-                    candidate: _through(block, state, caught[index], device) for candidate, state in without.items()
+                    candidate: _through(block, state, extra_args[index], device) for candidate, state in without.items()
                 }
-                without[index], whole = whole, _through(block, whole, caught[index], device)
-        with outside_blocks(model, dtype):
+                without[index], unpruned = unpruned, _through(block, unpruned, extra_args[index], device)
+        with cast_outside_blocks(model, dtype):
             return {index: mean_loss(model, state, batches, starts, device) for index, state in sorted(without.items())}
 
 
 def _through(
-    block: nn.Module, states: Sequence[torch.Tensor], caught: Sequence[Caught], device: str
+    block: nn.Module, states: Sequence[torch.Tensor], extra_args: Sequence[ExtraArgs], device: str
 ) -> list[torch.Tensor]:
+    """Returns the block's outputs for `states`, on the device where `states` are."""
     from winnow.method.blocks import block_outputs
 
-    return [output.to(states[0].device) for output in block_outputs(block, states, caught, device)]
+    return [output.to(states[0].device) for output in block_outputs(block, states, extra_args, device)]
 
 
 def mean_loss(
@@ -264,7 +264,9 @@ def mean_loss(
     starts: Sequence[int],
     device: str,
 ) -> float:
-    """Of the tokens from each row's start on, when the last block puts out `hidden` [rows, T, hidden] for `batches`.
+    """Returns the mean loss of the tokens from each row's start on.
+
+    `hidden` [rows, T, hidden] are the outputs of the last block for `batches`.
 
     Raises:
         UserError: no row reaches its start.
@@ -281,8 +283,9 @@ def mean_loss(
     total, tokens = 0.0, 0
     try:
         for state, ids, start in zip(states, rows, starts, strict=True):
-            out = MoeModelOutputWithPast(last_hidden_state=norm(state.to(device)))  # the fields of all models
-            base.forward = lambda *args, out=out, **kwargs: out  # the model's own head, with its caps and scales
+            # this class has the fields of all model outputs
+            out = MoeModelOutputWithPast(last_hidden_state=norm(state.to(device)))
+            base.forward = lambda *args, out=out, **kwargs: out  # the model applies its own head, caps and scales
             logits = model(input_ids=ids.to(device)).logits[0, start - 1 : -1].float()
             total += F.cross_entropy(logits, ids[0, start:].to(device), reduction="sum").item()
             tokens += len(logits)

@@ -1,4 +1,4 @@
-"""Distillation: a student learns what a teacher makes of each token, which says more than the token that follows.
+"""Distillation trains a student on a teacher's distribution over each next token, which says more than the token itself.
 
 python compress.py method=[depth,distill] method.depth.share=0.3
 python compress.py method=[distill] method.distill.student={num_hidden_layers:3}
@@ -33,16 +33,16 @@ LOSSES = ("forward_kl", "reverse_kl", "jsd")
 
 @dataclass(frozen=True)
 class Distilling(Training):
-    """What all stages that distil share: the loss, the teacher's part in it, and the training of all of a student's weights.
+    """Base of the stages that distil: the loss, the teacher, and the training of all of a student's weights.
 
     Attributes:
-        loss: how far the student's distribution is from the teacher's.
-        beta: of the generalised Jensen-Shannon divergence; near 0 it is like forward KL, near 1 like reverse KL.
-        temperature: that both distributions are softened by.
-        alpha: share of the cross entropy with the text; the rest is the loss above.
-        hidden_weight: of the mean relative squared distance of hidden states, at the end and after evenly mapped layers.
-        teacher: `online`, asked at every step, or `cached`, asked once for each document and not loaded again.
-        samples: of the teacher's distribution at each position, that are cached.
+        loss: divergence of the student's distribution from the teacher's.
+        beta: parameter of the generalised Jensen-Shannon divergence; near 0 it is like forward KL, near 1 like reverse KL.
+        temperature: softens both distributions.
+        alpha: share of the cross entropy with the text; the rest is `loss`.
+        hidden_weight: weight of the mean relative squared distance of hidden states, at the end and after evenly mapped layers.
+        teacher: `online` runs it at every step; `cached` runs it once for each document and does not load it again.
+        samples: number of cached samples of the teacher's distribution at each position.
     """
 
     steps: int = knob(200, low=1, high=10_000_000, search=False)
@@ -74,29 +74,29 @@ class Distilling(Training):
 
     @property
     def divergence(self) -> Loss:
-        """Of logits [N, V] from the teacher's."""
+        """The loss function of the student's logits [N, V] and the teacher's."""
         from winnow.training import losses
 
         if self.loss == "jsd":
             return functools.partial(losses.jensen_shannon, temperature=self.temperature, beta=self.beta)
-        chosen = {"forward_kl": losses.forward_kl, "reverse_kl": losses.reverse_kl}[self.loss]
-        return functools.partial(chosen, temperature=self.temperature)
+        kl = {"forward_kl": losses.forward_kl, "reverse_kl": losses.reverse_kl}[self.loss]
+        return functools.partial(kl, temperature=self.temperature)
 
     def documents_for(self, lm: LM, teacher: LM, run: Run) -> list[Encoded]:
-        """The documents of one training: no more than its steps see, so that no target is computed in vain."""
-        from winnow.training.teacher import context
+        """Returns the documents of one training, no more than its steps read, so that no unused target is computed."""
+        from winnow.training.teacher import context_length
 
-        longest = min(self.max_length, context(teacher) or self.max_length)
-        rows = dataclasses.replace(self, max_length=longest).encoded(lm, run)
-        wanted, held = self.steps * self.tokens_per_batch, 0
+        longest = min(self.max_length, context_length(teacher) or self.max_length)
+        rows = dataclasses.replace(self, max_length=longest).encode_documents(lm, run)
+        tokens_needed, tokens = self.steps * self.tokens_per_batch, 0
         for count, row in enumerate(rows):
-            if held >= wanted and count >= 64 + self.held_out:
+            if tokens >= tokens_needed and count >= 64 + self.held_out:
                 return rows[: count + self.held_out]
-            held += len(row.ids)
+            tokens += len(row.ids)
         return rows
 
     def learn(self, model: Any, teacher: LM, rows: Sequence[Encoded], run: Run) -> dict[str, Any]:
-        """Trains all weights of `model` in place, pruned ones stay zero; returns the record of the training."""
+        """Trains all weights of `model` in place, except pruned ones, which stay zero; returns the record of the training."""
         import torch
 
         from winnow.hardware.compute import FLOAT32
@@ -106,11 +106,11 @@ class Distilling(Training):
 
         dtype, home = model.dtype, model.device
         if run.compute_dtype == FLOAT32:
-            teacher.compute_in(FLOAT32)
+            teacher.set_default_dtype(FLOAT32)
         cast_weights(model, torch.float32)
         student = Student(model.requires_grad_(True))
         objective = self._objective(student, teacher, rows, run)
-        with zeros.kept(model) as sparse_layers:
+        with zeros.keep_zeros(model) as sparse_layers:
             if sparse_layers:
                 run.log(f"the zeros of {sparse_layers} pruned matrices are kept")
             fitted = self.train(
@@ -129,34 +129,36 @@ class Distilling(Training):
     def _objective(self, student: Student, teacher: LM, rows: Sequence[Encoded], run: Run) -> Objective:
         from winnow.training.dist_env import local_device
         from winnow.training.objective import Distillation, SampledDistillation
-        from winnow.training.targets import Sampling, targets_of
-        from winnow.training.teacher import frozen
+        from winnow.training.targets import Sampling, load_or_compute_targets
+        from winnow.training.teacher import load_frozen
 
         def load() -> Student:
-            return frozen(teacher, local_device(run))
+            return load_frozen(teacher, local_device(run))
 
         if self.teacher == "cached":
             vocabulary = student.base.config.get_text_config().vocab_size
             sampling = Sampling(self.samples, self.temperature, run.seed)
-            targets = targets_of(teacher, rows, sampling, run.cache or run.folder, vocabulary, load, run.log)
+            targets = load_or_compute_targets(
+                teacher, rows, sampling, run.cache or run.folder, vocabulary, load, run.log
+            )
             teacher.release()
             return SampledDistillation(targets, self.temperature, self.alpha)
-        asked = load()
-        student.packs = student.packs and asked.packs  # both read the same rows
-        return Distillation(asked, self.divergence, self.alpha, self.hidden_weight)
+        loaded_teacher = load()
+        student.packs = student.packs and loaded_teacher.packs  # both read the same rows
+        return Distillation(loaded_teacher, self.divergence, self.alpha, self.hidden_weight)
 
     def training_work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
-        """What the training of a student of this plan costs, its teacher included."""
+        """Returns the cost of training a student of this layout, its teacher included."""
         from winnow.estimate.cost import StageCost
 
         parameters = sum(t.numel for t in plan.tensors.values())
-        trained = self.cost(plan, calibration, parameters, adapters=False)
+        training = self.cost(plan, calibration, parameters, adapters=False)
         base = plan.base or plan
-        reading = StageCost(
+        teaching = StageCost(
             flops=2 * self.steps * self.tokens_per_batch * sum(t.numel for t in base.tensors.values()),
             device_bytes=base.memory_bytes,
         )
-        return reading.then(trained) if self.teacher == "cached" else reading + trained
+        return teaching.then(training) if self.teacher == "cached" else teaching + training
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,8 @@ class Distill(Distilling):
 
     slot: ClassVar[Slot] = Slot.RECOVER
     matrices: ClassVar[tuple[str, ...] | None] = None
-    shown_after: ClassVar[tuple[str, ...]] = ("depth",)
-    shown_with: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4, "tokens_per_batch": 2048}
+    measured_after: ClassVar[tuple[str, ...]] = ("depth",)
+    measured_with: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4, "tokens_per_batch": 2048}
 
     teacher_path: str | None = None
     student: Any = None
@@ -207,12 +209,12 @@ class Distill(Distilling):
         if self.student is None:
             return plan
         from winnow.method.depth import check_alike
-        from winnow.method.student_init import check_blocks, smaller
+        from winnow.method.student_init import check_blocks, student_config
 
         check_blocks(plan.config, self.student)
         if "num_hidden_layers" in self.student:
             check_alike(plan.tensors.values(), plan.spec.name, "distill")
-        return plan.reshaped(smaller(plan.config, self.student, f"{self.option}.student"))
+        return plan.reshaped(student_config(plan.config, self.student, f"{self.option}.student"))
 
     def check(self, plan: ModelLayout, base: LM, run: Run) -> None:
         from winnow.training.teacher import check_pair, check_widths
@@ -227,24 +229,24 @@ class Distill(Distilling):
         return self.training_work(self.predict(plan), calibration)
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        from winnow.method.student_init import slice_student, smaller
+        from winnow.method.student_init import slice_student, student_config
 
         teacher = self._teacher(lm, run)
-        self._check_other(lm, teacher)
-        config = smaller(lm.model.config, self.student or {}, f"{self.option}.student")
+        self._check_differs(lm, teacher)
+        config = student_config(lm.model.config, self.student or {}, f"{self.option}.student")
         rows = self.documents_for(lm, teacher, run)
         model = slice_student(lm.model, config) if self.student else lm.model
         record = self.learn(model, teacher, rows, run)
         lm.manifest["_notes"] = {"training": record, "teacher": {"name": teacher.name, "sha256": teacher.sha256()}}
-        return lm.changed(model)
+        return lm.with_model(model)
 
     def _teacher(self, lm: LM, run: Run) -> LM:
-        """The teacher, not in memory yet.
+        """Returns the teacher without loading its weights.
 
         Raises:
-            UserError: there is none, or it is the student itself.
+            UserError: there is no teacher, or it is the student itself.
         """
-        from winnow.training.teacher import teacher_at
+        from winnow.training.teacher import open_teacher
 
         option = f"{self.option}.teacher_path"
         path = self.teacher_path or run.base or lm.path
@@ -252,10 +254,10 @@ class Distill(Distilling):
             raise UserError(
                 f"{option} is not set, and the model that the pipeline began with lies in no folder; give one"
             )
-        return teacher_at(str(path), lm, option)
+        return open_teacher(str(path), lm, option)
 
-    def _check_other(self, lm: LM, teacher: LM) -> None:
-        """Raises UserError if the student is the teacher itself, and would stay it."""
+    def _check_differs(self, lm: LM, teacher: LM) -> None:
+        """Raises UserError if the student is identical to the teacher."""
         if lm.path is not None and self.student is None and lm.sha256() == teacher.sha256():
             raise UserError(
                 f"method=[distill]: teacher and student are the same model, {teacher.path}, so there is nothing to learn; prune "

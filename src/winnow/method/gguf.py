@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp, quantized by llama.cpp itself.
+"""Writes GGUF files for llama.cpp, quantized by llama.cpp itself.
 
 python compress.py method=[gguf] method.gguf.type=Q4_K_M
 python compress.py method=[gguf] method.gguf.dense=F16            # converted only
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 
 
 @dataclass(frozen=True)
-class GGUF(Checked):
+class GGUF(BaseStage):
     """Writes `model-<type>.gguf`, with each tensor in the type that llama.cpp's mix of that name gives it.
 
     Quantized are the matrices of the blocks, the embedding and the head; vectors stay in single precision. A row that is no
@@ -65,13 +65,14 @@ class GGUF(Checked):
 
     def predict(self, plan: ModelLayout) -> ModelLayout:
         from winnow.model.gguf.architectures import family_of
-        from winnow.model.gguf.mix import Model, tensor_bytes, tensor_type
+        from winnow.model.gguf.mix import ModelShape, tensor_bytes, tensor_type
 
-        family, model = family_of(plan.config), Model.of(plan.config, plan.tensors)
+        family, model = family_of(plan.config), ModelShape.of(plan.config, plan.tensors)
         tensors = {}
         for name, t in plan.tensors.items():
-            size = tensor_bytes(tensor_type(self._stored, name, t.shape, model), t.shape)
-            tensors[name] = dataclasses.replace(t, disk_bytes=size, memory_bytes=size, entries=1)  # mapped as it is
+            size = tensor_bytes(tensor_type(self._file_type, name, t.shape, model), t.shape)
+            # in memory as on disk: the file is memory-mapped
+            tensors[name] = dataclasses.replace(t, disk_bytes=size, memory_bytes=size, entries=1)
         vocabulary = family.token_bytes * plan.config.vocab_size
         return dataclasses.replace(plan, tensors=tensors, other_bytes=plan.other_bytes + vocabulary, kind="gguf")
 
@@ -79,10 +80,9 @@ class GGUF(Checked):
         from winnow.estimate.cost import StageCost
 
         largest = max(t.numel for t in plan.tensors.values())
-        written = StageCost(
-            traffic_bytes=4 * plan.memory_bytes, host_bytes=8 * largest
-        )  # one tensor in single precision, twice
-        return StageCost.calibrated(plan, calibration).then(written) if self._calibrated else written
+        # main memory has one tensor in single precision twice
+        writing = StageCost(traffic_bytes=4 * plan.memory_bytes, host_bytes=8 * largest)
+        return StageCost.calibrated(plan, calibration).then(writing) if self._uses_calibration else writing
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method.imatrix import collect
@@ -92,15 +92,15 @@ class GGUF(Checked):
         architectures.family_of(lm.model.config)
         weights = dict(lm.model.named_parameters())
         for name, weight in weights.items():
-            mix.tensor_type(self._stored, name, tuple(weight.shape), mix.Model.of(lm.model.config, weights))
+            mix.tensor_type(self._file_type, name, tuple(weight.shape), mix.ModelShape.of(lm.model.config, weights))
 
         folder = run.folder / "gguf"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        target = folder / f"model-{self._stored}.gguf"
+        target = folder / f"model-{self._file_type}.gguf"
         notes: dict[str, Any] = {}
         importance = None
-        if self._calibrated:
+        if self._uses_calibration:
             importance, notes["calibration_sha256"] = collect(lm, run)
         notes |= self._write(lm, run, target, importance)
         notes["tensor_types"] = tensor_types(target)
@@ -116,18 +116,18 @@ class GGUF(Checked):
                 f"winnow feeds it those of transformers"
             )
         lm.manifest["_notes"] = notes
-        return lm.stored(folder)
+        return lm.with_files(folder)
 
     @property
-    def _calibrated(self) -> bool:
-        return self.imatrix and not self.dense and self.type != "Q8_0"  # which rounds to nearest
+    def _uses_calibration(self) -> bool:
+        return self.imatrix and not self.dense and self.type != "Q8_0"  # Q8_0 rounds to nearest
 
     @property
-    def _stored(self) -> str:
+    def _file_type(self) -> str:
         return self.dense or self.type
 
     def _write(self, lm: LM, run: Run, target: Path, importance: dict[str, Any] | None) -> dict[str, Any]:
-        """The file at `target`; returns what to note of its vocabulary."""
+        """Writes the file at `target` and returns notes about its vocabulary for the manifest."""
         import torch
 
         from winnow.model.gguf.export import exact_type, export

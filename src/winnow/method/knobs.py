@@ -1,4 +1,4 @@
-"""Knobs: what the fields of a stage may be. The search space is read from them, and settings out of range are refused by them."""
+"""Defines stages and their knobs, the configurable fields: knobs define the search space and refuse values out of range."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from winnow.core.errors import UserError
 from winnow.core.libraries import require
-from winnow.model.holders import ANY
+from winnow.model.matrix_kinds import ANY
 
 if TYPE_CHECKING:
     from winnow.core.types import Calibration, Slot
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Knob:
-    """What a stage's field may be: one of `choices`, or a number from `low` to `high`."""
+    """The allowed values of a stage's field: one of `choices`, or a number from `low` to `high`."""
 
     choices: tuple[Any, ...] = ()
     low: float | None = None
     high: float | None = None
     log: bool = False
-    search: bool = True  # False: checked, but not searched over
-    when: Mapping[str, Any] = field(default_factory=dict)  # searched over only if these other knobs have these values
-    search_range: tuple[float, float] | None = None  # narrower than what is allowed
-    searched: tuple[Any, ...] = ()  # of the choices, those to search over; all if none are named
+    search: bool = True  # False: values are checked, but not searched over
+    when: Mapping[str, Any] = field(default_factory=dict)  # searched over only if other knobs have these values
+    search_range: tuple[float, float] | None = None  # narrower than the allowed range
+    searched: tuple[Any, ...] = ()  # the choices to search over; all if empty
     integer: bool = False  # `knobs_of` reads it from the field's annotation
 
     def allows(self, value: Any) -> bool:
@@ -41,8 +41,8 @@ class Knob:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
     @property
-    def described(self) -> str:
-        """What it takes, for messages."""
+    def allowed_values(self) -> str:
+        """A description of the allowed values, for messages."""
         return f"whole numbers {self}" if self.integer and not self.choices else str(self)
 
     def __str__(self) -> str:
@@ -61,13 +61,13 @@ def knob(
     search_range: tuple[float, float] | None = None,
     searched: Sequence[Any] = (),
 ) -> Any:
-    """A dataclass field that says which values it takes; the search space is read from these."""
-    made = Knob(tuple(choices), low, high, log, search, dict(when or {}), search_range, tuple(searched))
-    return field(default=default, metadata={"knob": made})
+    """Returns a dataclass field with a `Knob`, from which the search space is read."""
+    definition = Knob(tuple(choices), low, high, log, search, dict(when or {}), search_range, tuple(searched))
+    return field(default=default, metadata={"knob": definition})
 
 
 def knobs_of(stage: type | Stage) -> dict[str, Knob]:
-    """The knobs of a stage's class, by field name, in the order of definition."""
+    """Returns the knobs of a stage's class by field name, in the order of definition."""
     if not dataclasses.is_dataclass(stage):
         raise TypeError(f"{stage} is not a dataclass")
     return {
@@ -78,12 +78,12 @@ def knobs_of(stage: type | Stage) -> dict[str, Knob]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, which true and false are not."""
+    """Returns whether a value is a number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def same(value: Any, other: Any) -> bool:
-    """Whether two values are equal and of one kind: 3.0 is 3, but true is not 1."""
+    """Returns whether two values are equal and of the same kind: 3.0 is 3, but true is not 1."""
     return (type(value) is type(other) or (is_number(value) and is_number(other))) and bool(value == other)
 
 
@@ -102,31 +102,30 @@ class Stage(Protocol):
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost: ...
 
 
-class Checked:
-    """Base of stages: a knob out of its range is an error at construction, before anything heavy happens."""
+class BaseStage:
+    """Base of stages: construction raises an error for a knob out of its range, before any costly work."""
 
-    known_as: ClassVar[str] = ""  # in conf/method, where that is not the name of the class in small letters
-    preload: ClassVar[tuple[str, ...]] = ()  # slow imports, which a search's fork server makes once for all trials
-    perplexity_bound: ClassVar[float] = 1.1  # at its defaults it keeps the embedded model within this ratio of its own
+    option_name: ClassVar[str] = ""  # name in conf/method, if it is not the lower-case name of the class
+    preload: ClassVar[tuple[str, ...]] = ()  # slow imports, which a search's fork server does once for all trials
+    perplexity_bound: ClassVar[float] = 1.1  # largest perplexity at the defaults, relative to the embedded model's own
     aggressive: ClassVar[Mapping[str, Any]] = {}  # the knobs that compress most, for docs/methods.md
-    eager_because: ClassVar[str | None] = None  # why what it makes cannot be decoded from CUDA graphs, after its name
-    ends_pipeline: ClassVar[bool] = False  # what it makes is a file that no further stage works on
-    matrices: ClassVar[tuple[str, ...] | None] = ANY  # held in which ways it works on them; None: on none by itself
-    shown_after: ClassVar[tuple[str, ...]] = ()  # the methods without which there is nothing to show of it there
-    shown_with: ClassVar[
-        Mapping[str, Any]
-    ] = {}  # and knobs that suit the embedded model, where the defaults are for others
+    # why its artifacts cannot be decoded from CUDA graphs; follows its name in messages
+    eager_reason: ClassVar[str | None] = None
+    ends_pipeline: ClassVar[bool] = False  # True: its result is a file that no further stage works on
+    matrices: ClassVar[tuple[str, ...] | None] = ANY  # kinds of matrices that it works on; None: not on matrices
+    measured_after: ClassVar[tuple[str, ...]] = ()  # methods before it when docs/methods.md measures it
+    measured_with: ClassVar[Mapping[str, Any]] = {}  # knobs for the embedded model there, if its defaults do not suit
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """The modules of optional libraries that the stage cannot do without."""
+        """The modules of optional libraries that the stage needs."""
         return ()
 
     def check(self, plan: ModelLayout, base: LM, run: Run) -> None:
-        """Refuses what `predict` cannot know; called before any stage of a pipeline begins.
+        """Checks what `predict` cannot know, before any stage of a pipeline begins.
 
         Args:
-            plan: of the model that the stages before this one will make of `base`.
+            plan: layout of the model that the stages before this one will make from `base`.
 
         Raises:
             MissingExtra: a library is not installed.
@@ -134,11 +133,11 @@ class Checked:
         require(*self.libraries)
 
     def predict(self, plan: ModelLayout) -> ModelLayout:
-        """What the stage makes of a model, from shapes alone; here: nothing that bytes would show."""
+        """Returns the layout after the stage, from shapes alone; by default it is unchanged."""
         return plan
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
-        """What applying it to a model of this plan costs; here: every weight is read and written once."""
+        """Returns the cost of the stage for a model of this layout; by default every weight is read and written once."""
         from winnow.estimate.cost import StageCost
 
         return StageCost.streamed(plan)
@@ -147,9 +146,9 @@ class Checked:
         for field_name, knob_ in knobs_of(type(self)).items():
             value = getattr(self, field_name)
             if not knob_.allows(value):
-                raise UserError(f"{self.option}.{field_name}={value} is out of range: it takes {knob_.described}")
+                raise UserError(f"{self.option}.{field_name}={value} is out of range: it takes {knob_.allowed_values}")
 
     @property
     def option(self) -> str:
-        """The key of its settings, for messages."""
-        return f"method.{self.known_as or type(self).__name__.lower()}"
+        """The config key of the stage, for messages."""
+        return f"method.{self.option_name or type(self).__name__.lower()}"

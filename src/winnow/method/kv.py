@@ -1,7 +1,7 @@
-"""A smaller cache of keys and values: quantized, or with a shorter sliding window; the weights stay as they are.
+"""Shrinks the KV cache: quantizes it, or shortens the sliding window; the weights stay unchanged.
 
-The settings are part of the artifact (`generation_config.json`, `config.json`), so whoever loads it and calls `generate`, as
-evaluation does, has that cache.
+The settings are part of the artifact (`generation_config.json`, `config.json`), so that `generate` on the loaded artifact, as in
+evaluation, uses that cache.
 
     python compress.py method=[kv] method.kv.bits=4
     python compress.py method=[gptq,kv] method.kv.bits=8
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ GROUPS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class KV(Checked):
+class KV(BaseStage):
     """Keeps keys and values in `bits` bits, or only those of the last `window` tokens.
 
     Keys and values are quantized in groups of `group_size` numbers of one token and head, each with a scale and a zero of 16
@@ -59,7 +59,7 @@ class KV(Checked):
     matrices: ClassVar[tuple[str, ...] | None] = None
     perplexity_bound: ClassVar[float] = 1.001  # not through the cache
     aggressive: ClassVar[dict[str, Any]] = {"bits": 2}
-    eager_because: ClassVar[str | None] = "keeps its own cache"
+    eager_reason: ClassVar[str | None] = "keeps its own cache"
 
     bits: int = knob(4, choices=(2, 4, 8, 16), searched=(2, 4, 8))
     group_size: int = knob(64, choices=GROUPS)
@@ -84,7 +84,7 @@ class KV(Checked):
         return StageCost()
 
     def __call__(self, lm: LM, run: Run) -> LM:
-        if lm.final:
+        if lm.has_final_files:
             return self._edit(lm)
         config = lm.model.config
         self._check(config)
@@ -93,14 +93,12 @@ class KV(Checked):
         if self.window:
             config.get_text_config(decoder=True).sliding_window = self.window
             for module in lm.model.modules():
-                if getattr(
-                    module, "sliding_window", None
-                ):  # attention layers took it from the configuration when built
+                if getattr(module, "sliding_window", None):  # attention layers copied it from the config when built
                     module.sliding_window = self.window
-        return lm.changed(lm.model)
+        return lm.with_model(lm.model)
 
     def _edit(self, lm: LM) -> LM:
-        """The same in a folder of final files, which lies in the run's scratch space."""
+        """Applies the settings to a folder of final files in the run's scratch space."""
         from transformers import AutoConfig, GenerationConfig
 
         assert lm.path is not None
@@ -123,45 +121,47 @@ class KV(Checked):
             settings = json.loads(file.read_text(encoding="utf-8"))
             settings.get("text_config", settings)["sliding_window"] = self.window
             file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        return lm.stored(folder)
+        return lm.with_files(folder)
 
     def _record(self, generation: GenerationConfig) -> None:
-        """Writes the cache down where `generate` looks for it."""
+        """Writes the cache settings where `generate` reads them."""
         generation.use_cache = True
         generation.cache_implementation = "quantized"
         generation.cache_config = {
             "backend": "hqq",
             "nbits": self.bits,
-            # 1: groups lie within one token, and stay the same when the cache is quantized again with more tokens
+            # 1: groups are within one token, and do not change when the cache is quantized again with more tokens
             "axis_key": 1,
             "axis_value": 1,
             "q_group_size": self.group_size,
             "residual_length": self.residual,
         }
-        generation._from_model_config = False  # not to be made anew from the model's configuration
+        generation._from_model_config = False  # prevents rebuilding it from the model's configuration
 
     def _check(self, config: PretrainedConfig) -> None:
-        """Raises UserError for what cannot be done to a model of this configuration."""
+        """Raises UserError for settings that do not suit a model of this configuration."""
         if self.bits == 16 and not self.window:
             raise UserError("method.kv.bits=16 with method.kv.window=0 changes nothing; set one of them")
         text = config.get_text_config(decoder=True)
-        kinds = _kinds_of_layers(text)
+        kinds = _attention_kinds(text)
         if self.window:
-            own = getattr(text, "sliding_window", None)
-            if "sliding_attention" not in kinds or not own:
+            model_window = getattr(text, "sliding_window", None)
+            if "sliding_attention" not in kinds or not model_window:
                 raise UserError(
                     f"method.kv.window={self.window}: {config.model_type} models of this configuration have no sliding window; "
                     f"set method.kv.window=0 and quantize the cache with method.kv.bits"
                 )
-            if self.window >= own:
-                raise UserError(f"method.kv.window={self.window} is not smaller than the model's own window of {own}")
+            if self.window >= model_window:
+                raise UserError(
+                    f"method.kv.window={self.window} is not smaller than the model's own window of {model_window}"
+                )
         if self.bits == 16:
             return
-        others = ", ".join(sorted(kinds - {"full_attention"}))
-        if others:
+        unsupported = ", ".join(sorted(kinds - {"full_attention"}))
+        if unsupported:
             raise UserError(
                 f"method.kv.bits={self.bits}: transformers quantizes the cache of full attention only, and this "
-                f"{config.model_type} has layers of {others}; set method.kv.bits=16 and, where there is a sliding window, "
+                f"{config.model_type} has layers of {unsupported}; set method.kv.bits=16 and, where there is a sliding window, "
                 f"a smaller method.kv.window"
             )
         shapes = _cached_shapes(text)
@@ -179,14 +179,15 @@ class KV(Checked):
             )
 
     def _fits(self, group_size: int, shapes: list[tuple[int, int]]) -> bool:
+        """Returns whether groups of this size suit caches of these shapes (heads, width)."""
         # hqq packs one number from each of 8 / bits equal parts of the groups into a byte, so their count must divide
         return all(
             width % group_size == 0 and heads * width // group_size % (8 // self.bits) == 0 for heads, width in shapes
         )
 
 
-def _kinds_of_layers(text: PretrainedConfig) -> set[str]:
-    """The kinds of attention of a decoder's layers, as transformers' caches tell them apart."""
+def _attention_kinds(text: PretrainedConfig) -> set[str]:
+    """Returns the kinds of attention of a decoder's layers, as transformers' caches distinguish them."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     kinds, _ = get_layer_types_and_kwargs(text)
@@ -194,11 +195,11 @@ def _kinds_of_layers(text: PretrainedConfig) -> set[str]:
 
 
 def _cached_shapes(text: PretrainedConfig) -> list[tuple[int, int]]:
-    """Heads and width of the keys and of the values of one token, as they are cached; none for models without attention."""
+    """Returns (heads, width) of one token's cached keys and values; an empty list for models without attention."""
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
         return []
-    if getattr(text, "kv_lora_rank", None):  # latent attention (DeepSeek) is cached unfolded
+    if getattr(text, "kv_lora_rank", None):  # latent attention (DeepSeek) is cached uncompressed
         return [(heads, text.qk_nope_head_dim + text.qk_rope_head_dim), (heads, text.v_head_dim)]
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return [(getattr(text, "num_key_value_heads", None) or heads, width)]

@@ -1,6 +1,6 @@
-"""LoRA recovery: low-rank updates that win back accuracy, merged into the weights.
+"""LoRA recovery trains low-rank updates that recover accuracy, and merges them into the weights.
 
-On a pruned model the update is masked while it trains and when it is merged, so that every zero stays exactly zero.
+On a pruned model the update is masked during training and merging, so that every zero stays exactly zero.
 
     python compress.py method=[wanda,lora] method.wanda.sparsity=0.6
     torchrun --nproc_per_node=2 train.py model=local model.path=FOLDER method=[lora] hardware=l40s_x2
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from winnow.estimate.layout import ModelLayout
 
 ALL = "all"
-_LEAST_NORM = 1e-30  # of a row: what a length of 0 is divided by
+_MIN_NORM = 1e-30  # lower bound of a row's length, which is a divisor
 
 
 @dataclass(frozen=True)
 class Adapting(Training):
-    """What stages that train low-rank updates share: their size, and the layers that get one."""
+    """Base of the stages that train low-rank updates: the size of the updates, and the layers that get one."""
 
     rank: int = knob(16, choices=(4, 8, 16, 32, 64, 128, 256), searched=(4, 8, 16, 32, 64))
     learning_rate: float = knob(1e-3, low=1e-6, high=1e-1, log=True, search_range=(3e-4, 5e-3))
@@ -53,25 +53,25 @@ class Adapting(Training):
     def libraries(self) -> tuple[str, ...]:
         return ("peft",)
 
-    def targeted(self, plan: ModelLayout) -> dict[str, tuple[int, ...]]:
-        """The shapes of the matrices that get an update, by the names of their layers.
+    def target_shapes(self, plan: ModelLayout) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the matrices that get an update, by the names of their layers.
 
         Raises:
             UserError: a target that is no linear layer of the model.
         """
         shapes = {name.removesuffix(".weight"): t.shape for name, t in plan.tensors.items() if t.linear}
-        unknown = [target for target in self.targets if not any(is_meant(name, (target,)) for name in shapes)]
+        unknown = [target for target in self.targets if not any(is_targeted(name, (target,)) for name in shapes)]
         if self.targets != ALL and unknown:
-            there = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))
+            available = ", ".join(sorted({name.rpartition(".")[2] for name in shapes}))
             raise UserError(
-                f"{self.option}.targets: {', '.join(unknown)} is no linear layer of the blocks; there are {there}; "
+                f"{self.option}.targets: {', '.join(unknown)} is no linear layer of the blocks; there are {available}; "
                 f"`all` takes them all"
             )
-        return {name: shape for name, shape in shapes.items() if is_meant(name, self.targets)}
+        return {name: shape for name, shape in shapes.items() if is_targeted(name, self.targets)}
 
-    def trained(self, plan: ModelLayout) -> int:
-        """Weights of the updates."""
-        return self.rank * sum(sum(shape) for shape in self.targeted(plan).values())
+    def trained_parameters(self, plan: ModelLayout) -> int:
+        """Returns the number of weights of the updates."""
+        return self.rank * sum(sum(shape) for shape in self.target_shapes(plan).values())
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,16 @@ class Lora(Adapting):
     """
 
     slot: ClassVar[Slot] = Slot.RECOVER
-    shown_after: ClassVar[tuple[str, ...]] = ("wanda",)
+    measured_after: ClassVar[tuple[str, ...]] = ("wanda",)
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.training.fit")
 
     def predict(self, plan: ModelLayout) -> ModelLayout:
-        self.targeted(plan)
+        self.target_shapes(plan)
         return plan
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         as_stored = self.precision_in(plan.compute_dtype) == "bf16-mixed" and plan.dtype == "bfloat16"
-        return self.cost(plan, calibration, self.trained(plan), frozen=as_stored, masked=plan.sparse)
+        return self.cost(plan, calibration, self.trained_parameters(plan), frozen=as_stored, masked=plan.sparse)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         import torch
@@ -111,73 +111,72 @@ class Lora(Adapting):
         from winnow.model.packing import cast_weights
 
         dtype = lm.model.dtype
-        rows = self.encoded(lm, run)
+        rows = self.encode_documents(lm, run)
         if self.precision_in(run.compute_dtype) == "32-true" or dtype != torch.bfloat16:
-            cast_weights(
-                lm.model, torch.float32
-            )  # else frozen weights stay as they are: products are in bfloat16 anyway
-        model = adapted(lm.model, self, run.seed)
+            # otherwise frozen weights keep their type: products are in bfloat16 anyway
+            cast_weights(lm.model, torch.float32)
+        model = add_adapters(lm.model, self, run.seed)
         mask_zeros(model)
         fitted = self.train(model, rows, run, learning_rate=self.learning_rate)
         merged = merge(model)
         lm.manifest["_notes"] = {"training": fitted.record()}
         cast_weights(merged, dtype)
-        return lm.changed(merged)
+        return lm.with_model(merged)
 
 
-def adapted(model: Any, settings: Adapting, seed: int) -> Any:
-    """`model` with fresh adapters in its linear layers, by PEFT; only they need a gradient."""
+def add_adapters(model: Any, settings: Adapting, seed: int) -> Any:
+    """Adds new PEFT adapters to the linear layers of `model`; only the adapters need a gradient."""
     import peft
     import torch
     from peft.utils import transformers_weight_conversion
 
     from winnow.model.layers import linears
 
-    wanted = [name for name in sorted(linears(model)) if is_meant(name, settings.targets)]
+    targets = [name for name in sorted(linears(model)) if is_targeted(name, settings.targets)]
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
-        target_modules=wanted,
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    # PEFT takes names such as experts.0.w1 for those of an older transformers, and would look for stacked experts instead
+    # PEFT mistakes names such as experts.0.w1 for those of an older transformers, and would look for stacked experts
     with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
-        made = peft.get_peft_model(model, config)
-    if lost := sorted(set(wanted) - set(layers(made.base_model.model))):
-        raise RuntimeError(f"PEFT gave no adapter to {', '.join(lost)}")
+        peft_model = peft.get_peft_model(model, config)
+    if missing := sorted(set(targets) - set(layers(peft_model.base_model.model))):
+        raise RuntimeError(f"PEFT gave no adapter to {', '.join(missing)}")
     if settings.dora:
-        _keep_rows_of_zeros(made)
-    return made
+        _keep_rows_of_zeros(peft_model)
+    return peft_model
 
 
 def rows_of_zeros(model: nn.Module) -> list[str]:
-    """The layers with DoRA that have a row of zeros: it has no direction, and PEFT divides by its length."""
-    found = {name: layer.lora_magnitude_vector["default"].weight for name, layer in layers(model).items()}
-    return [name for name, lengths in found.items() if (lengths == 0).any()]
+    """Returns the DoRA layers that have a row of zeros, which has no direction: PEFT divides by its length."""
+    row_lengths = {name: layer.lora_magnitude_vector["default"].weight for name, layer in layers(model).items()}
+    return [name for name, lengths in row_lengths.items() if (lengths == 0).any()]
 
 
 def _keep_rows_of_zeros(model: nn.Module) -> None:
-    """Lets PEFT's DoRA leave a row of zeros as it is, where it would make NaN of it."""
+    """Makes PEFT's DoRA leave a row of zeros unchanged; otherwise the row becomes NaN."""
     for layer in layers(model).values():
         vector = layer.lora_magnitude_vector["default"]
-        vector.get_weight_norm = functools.partial(_least_norm, vector.get_weight_norm)
+        vector.get_weight_norm = functools.partial(_clamped_norm, vector.get_weight_norm)
 
 
-def _least_norm(norm: Any, *arguments: Any, **named: Any) -> torch.Tensor:
-    found: torch.Tensor = norm(*arguments, **named)
-    return found.clamp(min=_LEAST_NORM)
+def _clamped_norm(norm: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    lengths: torch.Tensor = norm(*arguments, **keywords)
+    return lengths.clamp(min=_MIN_NORM)
 
 
-def is_meant(name: str, targets: str | Sequence[str]) -> bool:
-    """Whether a layer is one of `targets`, which give the last name or more of it."""
+def is_targeted(name: str, targets: str | Sequence[str]) -> bool:
+    """Returns whether a layer is one of `targets`, each of which is the end of a layer's dotted name."""
     return targets == ALL or any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT's layers with an adapter, by their name in the base model."""
+    """Returns PEFT's layers with an adapter, by their name in the base model."""
     from peft.tuners.lora import LoraLayer
 
     return {
@@ -188,13 +187,13 @@ def layers(model: nn.Module) -> dict[str, Any]:
 
 
 def norm_of_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Lengths [out] to divide the rows [out, in] by: a row of zeros stays one."""
-    norms: torch.Tensor = weight.norm(dim=1).clamp(min=_LEAST_NORM)
+    """Returns the lengths [out] of the rows [out, in], clamped so that dividing a row of zeros by its length keeps the zeros."""
+    norms: torch.Tensor = weight.norm(dim=1).clamp(min=_MIN_NORM)
     return norms
 
 
-def effective(layer: Any) -> torch.Tensor:
-    """The weight [out, in] that a layer with its adapter stands for: `W + mask * s B A`, rows scaled by DoRA."""
+def effective_weight(layer: Any) -> torch.Tensor:
+    """Returns the weight [out, in] of a layer with its adapter: `W + mask * s B A`, rows scaled by DoRA."""
     update = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight) * layer.scaling["default"]
     mask = getattr(layer, "winnow_mask", None)
     weight = layer.base_layer.weight + (update if mask is None else mask * update)
@@ -205,17 +204,17 @@ def effective(layer: Any) -> torch.Tensor:
 
 
 def mask_zeros(model: nn.Module) -> None:
-    """Makes every adapter over a pruned matrix train the update that will survive: `mask * (B A)`.
+    """Masks the update of every adapter on a pruned matrix, so that training sees what merging keeps: `mask * (B A)`.
 
-    The mask (1 where a weight may be other than zero) is kept with the layer; one with under 1 % of zeros counts as dense.
-    Costs one product of the update, rank * in * out multiplications, a forward pass.
+    The mask (1 where a weight may be nonzero) is stored with the layer; a matrix with under 1 % of zeros counts as dense.
+    Each forward pass costs one more product of the update, rank * in * out multiplications.
     """
     import types
 
     import torch.nn.functional as F
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return F.linear(x, effective(self).to(x.dtype), self.base_layer.bias)
+        return F.linear(x, effective_weight(self).to(x.dtype), self.base_layer.bias)
 
     for layer in layers(model).values():
         mask = layer.base_layer.weight != 0
@@ -225,12 +224,12 @@ def mask_zeros(model: nn.Module) -> None:
 
 
 def merge(model: Any) -> Any:
-    """The base model with the adapters in its weights, and without PEFT's layers."""
+    """Merges the adapters into the weights and returns the base model without PEFT's layers."""
     import torch
 
     with torch.no_grad():
         for layer in layers(model).values():
-            weight = effective(layer)
+            weight = effective_weight(layer)
             if hasattr(layer, "winnow_mask"):
                 weight = weight.masked_fill(~layer.winnow_mask, 0.0)  # a product with 0 may be -0
             layer.base_layer.weight.copy_(weight)

@@ -1,4 +1,4 @@
-"""Low-rank factorisation of the linear layers, W ~ B A, chosen by the activations that they see.
+"""Factorises the linear layers into low-rank products, W ~ B A, chosen by their calibration inputs.
 
 python compress.py method=[lowrank] method.lowrank.share=0.6
 python compress.py method=[lowrank,lora,gptq]
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LowRank(Checked):
+class LowRank(BaseStage):
     """Replaces each linear layer of the blocks by two narrower ones whose product comes nearest to its outputs.
 
     Of all matrices of rank r, B A = U U^T W loses least of W X, where U holds the r leading eigenvectors of the outputs'
@@ -61,14 +61,14 @@ class LowRank(Checked):
     multiple: int = knob(64, choices=(16, 32, 64, 128), search=False)
 
     def predict(self, plan: ModelLayout) -> ModelLayout:
-        from winnow.model.own_architectures import code_bytes, factorised
+        from winnow.model.own_architectures import code_bytes, factorised_architecture
 
-        config, _ = factorised(plan.config, self.ranks(plan.config))
-        grown = len(config.to_json_string()) - len(plan.config.to_json_string())
-        return dataclasses.replace(plan.reshaped(config), other_bytes=plan.other_bytes + code_bytes() + grown)
+        config, _ = factorised_architecture(plan.config, self.ranks(plan.config))
+        added = len(config.to_json_string()) - len(plan.config.to_json_string())
+        return dataclasses.replace(plan.reshaped(config), other_bytes=plan.other_bytes + code_bytes() + added)
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
-        from winnow.estimate.cost import StageCost, counted
+        from winnow.estimate.cost import StageCost, count_tokens
 
         ranks = self.ranks(plan.config)
         weights = {name: plan.tensors[f"{name}.weight"] for name in ranks}
@@ -77,9 +77,10 @@ class LowRank(Checked):
         solving = StageCost(
             flops=sum(2 * t.numel * sum(t.shape) + 10 * min(t.shape) ** 3 for t in plan.linears),
             device_bytes=max((24 * min(t.shape) ** 2 + 12 * t.numel for t in plan.linears), default=0),
-            host_bytes=self.share
-            * sum(t.memory_bytes for t in plan.linears),  # the factors, beside what they stand for
-            matmuls=2 * len(factors) * counted(calibration).shapes,  # of both, when a changed block is run
+            # the factors, while the original weights are still in memory
+            host_bytes=self.share * sum(t.memory_bytes for t in plan.linears),
+            # of both factors, in the forward of a changed block
+            matmuls=2 * len(factors) * count_tokens(calibration).shapes,
         )
         return StageCost.calibrated(plan, calibration) + StageCost.hessians(plan, calibration) + solving
 
@@ -90,23 +91,23 @@ class LowRank(Checked):
         from winnow.method.blocks import input_sums, iterate_blocks
         from winnow.model.layers import decoder_blocks, linears
         from winnow.model.modeling_lowrank import product_in_place_of
-        from winnow.model.own_architectures import factorised
-        from winnow.model.reshape import rebuilt
+        from winnow.model.own_architectures import factorised_architecture
+        from winnow.model.reshape import rebuild_model
 
         ranks = self.ranks(lm.model.config)
-        config, kind = factorised(lm.model.config, ranks)
+        config, kind = factorised_architecture(lm.model.config, ranks)
         names = {linear: name for name, linear in linears(lm.model).items()}
         batches, digest = calibration_batches(lm, run)
         count = len(decoder_blocks(lm.model))
-        for index, block, replay in iterate_blocks(lm.model, batches, run):
+        for index, block, run_calibration in iterate_blocks(lm.model, batches, run):
             moments = input_sums(
                 block,
-                replay,
+                run_calibration,
                 start=lambda linear: linear.weight.new_zeros(2 * [linear.in_features], dtype=torch.float32),
                 add=_add_moment,
             )
             for members, moment_ii in moments:
-                moment_ii = steadied(moment_ii)
+                moment_ii = regularized(moment_ii)
                 for linear in members:
                     name = names[linear]
                     product = product_in_place_of(linear, ranks[name])
@@ -118,38 +119,38 @@ class LowRank(Checked):
                     lm.model.set_submodule(name, product)
             run.log(f"lowrank: block {index + 1} of {count}")
         lm.manifest["_notes"] = {"calibration_sha256": digest}
-        return lm.changed(rebuilt(lm.model, config, kind))
+        return lm.with_model(rebuild_model(lm.model, config, kind))
 
     def ranks(self, config: PretrainedConfig) -> dict[str, int]:
-        """The rank of each linear layer of the blocks, by name.
+        """Returns the rank of each linear layer of the blocks, by name.
 
         Raises:
-            UserError: there is no factorised form of the architecture.
+            UserError: the architecture has no factorised form.
         """
         from winnow.model.layers import linears
         from winnow.model.own_architectures import FAMILIES
-        from winnow.model.spec import on_meta
+        from winnow.model.spec import build_on_meta
 
         if config.model_type not in FAMILIES:
             raise UserError(
                 f"method=[lowrank] factorises {', '.join(FAMILIES)}; not {config.model_type}: take method=[depth] or [width]"
             )
-        matrices = linears(on_meta(config))
+        matrices = linears(build_on_meta(config))
         return {name: self._rank(linear.in_features, linear.out_features) for name, linear in matrices.items()}
 
     def _rank(self, inputs: int, outputs: int) -> int:
         quarter = min(inputs, outputs) // 4
         multiple = min(self.multiple, 2 ** max(quarter.bit_length() - 1, 0))
-        most = self.share * inputs * outputs / (inputs + outputs)
-        return int(max(1, most // multiple) * multiple)
+        largest = self.share * inputs * outputs / (inputs + outputs)
+        return int(max(1, largest // multiple) * multiple)
 
 
 def _add_moment(total_ii: torch.Tensor, x_ti: torch.Tensor) -> None:
     total_ii.addmm_(x_ti.T, x_ti)
 
 
-def steadied(moment_ii: torch.Tensor) -> torch.Tensor:
-    """Moments [in, in] with as much noise added to every input as the median one carries: what texts not seen may hold."""
+def regularized(moment_ii: torch.Tensor) -> torch.Tensor:
+    """Adds the median diagonal entry to the diagonal of the moments [in, in], which stands for unseen texts."""
     import torch
 
     moment = moment_ii.double()
@@ -157,15 +158,15 @@ def steadied(moment_ii: torch.Tensor) -> torch.Tensor:
 
 
 def best_product(weight_oi: torch.Tensor, moment_ii: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B [out, rank] and A [rank, in] whose product P has the least mean of |W x - P x|^2.
+    """Returns B [out, rank] and A [rank, in] whose product P minimises the mean of |W x - P x|^2.
 
     Args:
         weight_oi: W [out, in].
         moment_ii: sum of x x^T over the inputs [in, in].
 
-    W x is projected on the leading eigenvectors of its second moments; of a tall matrix within its column space, Q R. Both
-    halves get the root of each direction's strength, as SVD-LLM splits its singular values: so a quantization of either
-    spends its steps where they count (on the embedded model, 4 bits cost 4 % of perplexity instead of 11 % unsplit).
+    W x is projected on the leading eigenvectors of its second moments, for a tall matrix within its column space (Q R). Both
+    factors get the root of each direction's strength, as SVD-LLM splits its singular values, so that quantizing either factor
+    loses less (on the embedded model, 4 bits cost 4 % of perplexity instead of 11 % unsplit).
     """
     import torch
 
@@ -175,7 +176,7 @@ def best_product(weight_oi: torch.Tensor, moment_ii: torch.Tensor, rank: int) ->
         basis, weight = torch.linalg.qr(weight)
     values, vectors = torch.linalg.eigh(weight @ moment @ weight.T)  # ascending
     strength, leading = values[-rank:].flip(-1), vectors[:, -rank:].flip(-1)
-    # of directions that calibration hardly sees, a weight must not become huge
+    # the clamp keeps weights small in directions that are rare in the calibration data
     root = (strength / strength.mean().clamp_min(1e-30)).clamp_min(1e-6) ** 0.25
     up = leading if basis is None else basis @ leading
     return up * root, (leading.T @ weight) / root[:, None]

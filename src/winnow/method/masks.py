@@ -1,4 +1,4 @@
-"""Which weights to zero: masks of the smallest scores, in rows, in matrices and in N:M patterns. The same on every run."""
+"""Makes masks of the smallest scores in rows, matrices and N:M patterns; the masks are deterministic."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def smallest(score_oi: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Mask [out, in] of the `sparsity` share of each row with the smallest scores, ties by position.
+    """Returns the mask [out, in] of the `sparsity` share of each row with the smallest scores, ties by position.
 
-    Where the share of a row is no whole number, rows differ by one, so that the matrix as a whole has it exactly.
+    If the share of a row is not a whole number, rows differ by one, so that the whole matrix has exactly that share.
     """
     rows, width = score_oi.shape[:-1].numel(), score_oi.shape[-1]
     ends = (torch.arange(rows + 1, dtype=torch.float64, device=score_oi.device) * (width * sparsity)).round().long()
@@ -19,12 +19,12 @@ def smallest(score_oi: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def smallest_of_all(score: torch.Tensor, share: float) -> torch.Tensor:
-    """Mask of the `share` of all scores that are smallest, ties by position."""
+    """Returns the mask of the `share` of all scores that are smallest, ties by position."""
     return smallest_count(score, round(score.numel() * share))
 
 
 def smallest_count(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask of the `count` smallest of all scores, ties by position."""
+    """Returns the mask of the `count` smallest of all scores, ties by position."""
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     flat = score.flatten().float()
@@ -36,12 +36,12 @@ def smallest_count(score: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def group_of(pattern: str) -> tuple[int, int]:
-    """N and M of the pattern "N:M"."""
+    """Returns N and M of the pattern "N:M"."""
     zeros, group = (int(part) for part in pattern.split(":"))
     return zeros, group
 
 
 def smallest_of_pattern(score_oi: torch.Tensor, pattern: str) -> torch.Tensor:
-    """Mask [out, in] of the N smallest scores of every M consecutive inputs, for `pattern` "N:M"."""
+    """Returns the mask [out, in] of the N smallest scores of every M consecutive inputs, for `pattern` "N:M"."""
     zeros, group = group_of(pattern)
     return smallest(score_oi.unflatten(-1, (-1, group)), zeros / group).flatten(-2)

@@ -1,4 +1,4 @@
-"""Bits per layer under a target for the average: more for the layers that the predictions hang on, fewer for the rest.
+"""Mixed-precision quantization chooses the bits of each layer by its effect on the predictions, under an average target.
 
 python compress.py method=[mixed] method.mixed.bits=2.5
 """
@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
-from winnow.model.holders import LINEAR
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
+from winnow.model.matrix_kinds import LINEAR
 
 if TYPE_CHECKING:
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout
 
-WIDTHS = (2, 3, 4, 8)  # that compressed-tensors packs; without 3 a searched recipe can lose to a uniform one
-GRID = 1 << 16  # the most steps that a budget is divided into; nearly all shapes need fewer, and are solved exactly
+WIDTHS = (2, 3, 4, 8)  # bits that compressed-tensors packs; without 3 a searched recipe can lose to a uniform one
+GRID = 1 << 16  # most steps that a budget is divided into; nearly all shapes need fewer, and are solved exactly
 
 
 @dataclass(frozen=True)
-class Mixed(Checked):
+class Mixed(BaseStage):
     """Gives each linear layer 2, 3, 4 or 8 bits so that the model's predictions move least at an average of `bits` bits.
 
     The average is over the linear weights of the blocks and is never exceeded; scales come on top, one of 16 bits a group at
@@ -78,22 +78,22 @@ class Mixed(Checked):
         _check_halves(run.calibration.samples)
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
-        from winnow.estimate.cost import StageCost, counted
+        from winnow.estimate.cost import StageCost, count_tokens
 
-        seen, spec = counted(calibration), plan.spec
+        data, spec = count_tokens(calibration), plan.spec
         linears = [t for t in plan.largest_block if t.linear]
         width = plan.memory_bytes / sum(t.numel for t in plan.tensors.values())
-        # all on half of the texts: two forwards, a backward to the inputs, a product for each width; then three forwards
+        # on half of the texts: two forwards, a backward to the inputs, a product for each width; then three forwards
         passes = StageCost.calibrated(plan, calibration, passes=(3 + len(WIDTHS) + 3) / 2)
-        held = StageCost(
-            host_bytes=seen.tokens / 2 * spec.hidden_size * width * (spec.layers - 1)  # the inputs of all blocks
+        buffers = StageCost(
+            host_bytes=data.tokens / 2 * spec.hidden_size * width * (spec.layers - 1)  # the inputs of all blocks
             + 16 * calibration.max_length * spec.vocab_size,  # logits of a text, their softmax and gradient
-            matmuls=2 * passes.matmuls + 3 * seen.shapes,  # backward, in the two halves, and the head's
+            matmuls=2 * passes.matmuls + 3 * data.shapes,  # of the backward in both halves, and of the head
             device_bytes=len(WIDTHS) * sum(t.memory_bytes for t in linears)
-            + 12 * max((t.numel for t in linears), default=0)  # one matrix while it is rounded
-            + 2 * seen.batch_tokens / 2 * width * (8 * spec.hidden_size + 4 * spec.intermediate_size),  # to go backward
+            + 12 * max((t.numel for t in linears), default=0)  # one matrix during rounding
+            + 2 * data.batch_tokens / 2 * width * (8 * spec.hidden_size + 4 * spec.intermediate_size),  # activations
         )
-        return (passes + held).then(StageCost.packed(plan))
+        return (passes + buffers).then(StageCost.packed(plan))
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.data.calibration import calibration_batches
@@ -104,26 +104,27 @@ class Mixed(Checked):
 
         batches, digest = calibration_batches(lm, run)
         _check_halves(sum(len(batch) for batch in batches))
-        scored, held_out = halves(batches)
+        scoring_half, comparison_half = halves(batches)
         layers = linears(lm.model)
         sizes: dict[str, int] = {}
         for name, linear in layers.items():
             sizes[unit_of(name)] = sizes.get(unit_of(name), 0) + linear.weight.numel()
-        recipe = allocate(self._scores(lm, run, scored, digest, list(sizes)), sizes, self.bits)
+        recipe = allocate(self._scores(lm, run, scoring_half, digest, list(sizes)), sizes, self.bits)
         average = sum(width * sizes[unit] for unit, width in recipe.items()) / sum(sizes.values())
 
         uniform = max(width for width in WIDTHS if width <= self.bits)
         widths = {name: recipe[unit_of(name)] for name in layers}
         recipes = [widths, dict.fromkeys(layers, uniform)]
-        ours, theirs = divergences(lm.model, held_out, recipes, self.group_size, run)
+        mixed_divergence, uniform_divergence = divergences(lm.model, comparison_half, recipes, self.group_size, run)
         run.log(
-            f"mixed: {average:.3f} bits, {ours:.4f} nats a token from the model's predictions; {uniform} bits, {theirs:.4f}"
+            f"mixed: {average:.3f} bits, {mixed_divergence:.4f} nats a token from the model's predictions; {uniform} bits, "
+            f"{uniform_divergence:.4f}"
         )
-        if ours > theirs:
+        if mixed_divergence > uniform_divergence:
             raise UserError(
-                f"method.mixed.bits={self.bits:g}: the recipe found is worse than {uniform} bits everywhere ({ours:.4f} against "
-                f"{theirs:.4f} nats a token); use method=[rtn] method.rtn.bits={uniform} "
-                f"method.rtn.group_size={self.group_size}, or raise calibration.samples"
+                f"method.mixed.bits={self.bits:g}: the recipe found is worse than {uniform} bits everywhere "
+                f"({mixed_divergence:.4f} against {uniform_divergence:.4f} nats a token); use method=[rtn] "
+                f"method.rtn.bits={uniform} method.rtn.group_size={self.group_size}, or raise calibration.samples"
             )
         attach_scheme(lm.model, widths, self.group_size)
         for name, linear in layers.items():
@@ -132,25 +133,25 @@ class Mixed(Checked):
             "calibration_sha256": digest,
             "average_bits": round(average, 4),
             "widths": recipe,
-            "divergence": {"mixed": ours, f"uniform_{uniform}": theirs},
+            "divergence": {"mixed": mixed_divergence, f"uniform_{uniform}": uniform_divergence},
         }
-        return lm.changed(lm.model)
+        return lm.with_model(lm.model)
 
     def _scores(
         self, lm: LM, run: Run, batches: list[Any], digest: str, units: list[str]
     ) -> dict[str, dict[int, float]]:
-        """By unit and width; of an earlier run with the same weights, calibration, group size and seed, if there was one."""
+        """Returns scores by unit and width, cached by weights, calibration, group size and seed."""
         import torch
 
         from winnow.method import calibration_statistics, sensitivity
 
         def score() -> dict[str, torch.Tensor]:
-            found = sensitivity.sensitivities(lm.model, batches, WIDTHS, self.group_size, run)
-            return {unit: torch.tensor(list(found[unit].values()), dtype=torch.float64) for unit in units}
+            scores = sensitivity.sensitivities(lm.model, batches, WIDTHS, self.group_size, run)
+            return {unit: torch.tensor(list(scores[unit].values()), dtype=torch.float64) for unit in units}
 
-        said = (digest, self.group_size, run.seed, WIDTHS)
-        found = calibration_statistics.cached_statistics(lm.model, run, "sensitivity", said, score)
-        return {unit: dict(zip(WIDTHS, found[unit].tolist(), strict=True)) for unit in units}
+        key_parts = (digest, self.group_size, run.seed, WIDTHS)
+        statistics = calibration_statistics.cached_statistics(lm.model, run, "sensitivity", key_parts, score)
+        return {unit: dict(zip(WIDTHS, statistics[unit].tolist(), strict=True)) for unit in units}
 
 
 def _check_halves(texts: int) -> None:
@@ -159,11 +160,11 @@ def _check_halves(texts: int) -> None:
 
 
 def allocate(scores: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], bits: float) -> dict[str, int]:
-    """The width of each unit with the least sum of scores, at no more than `bits` bits a weight on average.
+    """Returns the width of each unit that minimises the sum of scores, at no more than `bits` bits a weight on average.
 
-    Dynamic programming over the budget beyond the least width, in steps of the sizes' common divisor (the multiple-choice
-    knapsack problem; Kellerer, Pferschy and Pisinger 2004, section 11.5). Where that would be more than `GRID` steps, costs
-    are rounded up to coarser ones: still never above the budget.
+    It is dynamic programming over the budget beyond the least width, in steps of the sizes' common divisor (the
+    multiple-choice knapsack problem; Kellerer, Pferschy and Pisinger 2004, section 11.5). Where that gives more than `GRID`
+    steps, costs are rounded up to coarser steps, which still never exceeds the budget.
     """
     import numpy as np
 
@@ -171,18 +172,18 @@ def allocate(scores: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int]
     budget = math.floor(sum(sizes.values()) * (bits - least) + 1e-6)
     step = max(math.gcd(*sizes.values()), math.ceil(budget / GRID))
     room = budget // step
-    best = np.zeros(room + 1)  # the least sum of the units so far, by what they may cost
-    chosen = {}
+    best = np.zeros(room + 1)  # lowest sum of scores of the units so far, by the budget that they may use
+    choices = {}
     for unit, size in sizes.items():
         options = np.full((len(WIDTHS), room + 1), np.inf)
         for row, width in enumerate(WIDTHS):
             cost = math.ceil((width - least) * size / step)
             if cost <= room:
                 options[row, cost:] = best[: room + 1 - cost] + scores[unit][width]
-        chosen[unit] = options.argmin(0).astype(np.uint8)
+        choices[unit] = options.argmin(0).astype(np.uint8)
         best = options.min(0)
     widths: dict[str, int] = {}
     for unit in reversed(list(sizes)):
-        widths[unit] = WIDTHS[int(chosen[unit][room])]
+        widths[unit] = WIDTHS[int(choices[unit][room])]
         room -= math.ceil((widths[unit] - least) * sizes[unit] / step)
     return {unit: widths[unit] for unit in sizes}

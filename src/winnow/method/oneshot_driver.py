@@ -1,10 +1,10 @@
-"""llm-compressor's modifiers, run over a model that lies in main memory, one decoder block at a time on the device.
+"""Runs llm-compressor's modifiers on a model in main memory, one decoder block at a time on the device.
 
-The library's own entry point is not used: it reads the model's configuration from the hub once more, replaces the model's
-`save_pretrained`, takes any accelerator that it finds whatever the user chose, and rounds every norm of Gemma-like models to
-the precision of 1 + weight. The parts below it are (its session, its pipelines, its modifiers), so the work is the same.
+The library's own entry point is not used: it reads the model's configuration from the hub again, replaces the model's
+`save_pretrained`, uses any accelerator that it finds whatever the user chose, and rounds every norm of Gemma-like models to
+the precision of 1 + weight. The library's session, pipelines and modifiers are used, so the result is the same.
 
-Imported only where a model is compressed: the library alone takes seconds to import.
+This module is imported only to compress a model: the library alone takes seconds to import.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from winnow.model.lm import LM
 from winnow.model.packing import cast_weights, round_to_grid
 from winnow.model.quiet import quiet
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks on optional kernels, once an import
-# its own switch for silence, LLM_COMPRESSOR_LOG_DISABLED, leaves out a log level that GPTQ then fails to find
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hides remarks on optional kernels at import
+# LLM_COMPRESSOR_LOG_DISABLED would leave out a log level that GPTQ needs
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
 with quiet():
     import llmcompressor.pipelines.data_free.pipeline as data_free
@@ -46,9 +46,9 @@ with quiet():
 
 
 def oneshot(lm: LM, run: Run, name: str, recipe: Sequence[Modifier], batches: Sequence[torch.Tensor] = ()) -> None:
-    """Applies the modifiers of `recipe` together and leaves in the linear layers what their integers stand for.
+    """Applies the modifiers of `recipe` together; the linear layers then have the dequantized weights.
 
-    With `batches` [rows, T] of token ids, every block sees what the blocks before it put out after they were quantized.
+    With `batches` [rows, T] of token ids, every block receives the outputs of the quantized blocks before it.
 
     Raises:
         UserError: a layer's weights are not finite afterwards, its Hessian cannot be inverted, or its outputs are NaN.
@@ -56,23 +56,23 @@ def oneshot(lm: LM, run: Run, name: str, recipe: Sequence[Modifier], batches: Se
     model, blocks = lm.model, decoder_blocks(lm.model)
     stored = model.dtype
     computed = compute_dtype(model, run) if batches else stored
-    numbers = {block: index for index, block in enumerate(blocks)}
+    indices = {block: index for index, block in enumerate(blocks)}
     run.log(f"{name}: {len(blocks)} blocks; the library cannot go on in the middle: an interrupted run starts over")
 
-    def settle(modules: Sequence[nn.Module]) -> None:
-        _refuse_what_was_skipped(recipe, set(modules), name)
-        for block in (m for m in modules if m in numbers):
+    def finish_block(modules: Sequence[nn.Module]) -> None:
+        _check_none_skipped(recipe, set(modules), name)
+        for block in (m for m in modules if m in indices):
             with disable_offloading(), torch.no_grad():
-                _round_block(block, name, numbers[block], stored)
-            run.log(f"{name}: block {numbers[block] + 1} of {len(blocks)}")
+                _round_block(block, name, indices[block], stored)
+            run.log(f"{name}: block {indices[block] + 1} of {len(blocks)}")
 
-    # the batches are as they are wanted: no sampler, no collation, no padding and so no attention mask
+    # the batches are used unchanged: no sampler, no collation, no padding and so no attention mask
     rows: Any = [{"input_ids": batch} for batch in batches]
     loader = DataLoader(rows, batch_size=None) if batches else None
     arguments = DatasetArguments(sequential_targets=[type(blocks[0]).__name__])
-    cast_weights(model, computed)  # all of it, since the library moves blocks to the device as they are
-    with silent(), on_device(run.device), plain_norms(model), at_home_again(model), create_session() as session:
-        session.initialize(model=model, start=-1, recipe=[*recipe, _AfterBlock(act=settle)], calib_data=loader)
+    cast_weights(model, computed)  # the whole model, since the library moves blocks to the device without casting
+    with silent(), on_device(run.device), plain_norms(model), dispatch_removed(model), create_session() as session:
+        session.initialize(model=model, start=-1, recipe=[*recipe, _AfterBlock(act=finish_block)], calib_data=loader)
         pipeline = CalibrationPipeline.from_modifiers(session.lifecycle.recipe.modifiers)
         pipeline(model, loader, arguments)
         session.finalize()
@@ -83,7 +83,7 @@ def oneshot(lm: LM, run: Run, name: str, recipe: Sequence[Modifier], batches: Se
 
 
 class _AfterBlock(Modifier):
-    """Last in a recipe: calls `act` with the modules of each part of the model that the others are done with."""
+    """The last modifier of a recipe: calls `act` with the modules of each part of the model that the others have finished."""
 
     act: Callable[[Sequence[nn.Module]], None]
 
@@ -95,7 +95,7 @@ class _AfterBlock(Modifier):
 
 
 def _round_block(block: nn.Module, name: str, index: int, stored: torch.dtype) -> None:
-    """Puts the weights of a block on the grid of their scales, where GPTQ has put them already.
+    """Rounds the weights of a block to the grid of their scales; GPTQ's weights are on it already.
 
     Weights and scales are rounded to the type that they will be `stored` in.
     """
@@ -104,7 +104,7 @@ def _round_block(block: nn.Module, name: str, index: int, stored: torch.dtype) -
         if getattr(linear, "quantization_scheme", None) is None:
             continue
         weight, scale = linear.weight.data, linear.weight_scale.data
-        if not (weight.isfinite().all() and scale.isfinite().all()):  # integers would hide it
+        if not (weight.isfinite().all() and scale.isfinite().all()):  # integers would hide NaN
             raise UserError(
                 f"{name}: {path} of block {index} is not finite any more; calibrate on text that the model knows "
                 f"(calibration.source), or load it with model.dtype=float32"
@@ -115,9 +115,9 @@ def _round_block(block: nn.Module, name: str, index: int, stored: torch.dtype) -
         update_offload_parameter(linear, "weight", rounded.to(weight.dtype))
 
 
-def _refuse_what_was_skipped(recipe: Sequence[Modifier], done: set[nn.Module], name: str) -> None:
-    """Makes errors of what the library only warns of: GPTQ rounds to nearest where a Hessian is not positive definite, and
-    AWQ leaves out layers that put out NaN."""
+def _check_none_skipped(recipe: Sequence[Modifier], done: set[nn.Module], name: str) -> None:
+    """Raises UserError where the library only warns: GPTQ rounds to nearest if a Hessian is not positive definite, and AWQ
+    skips layers whose outputs are NaN."""
     for modifier in recipe:
         for path in getattr(modifier, "_rtn_fallback_module_names", []):
             raise UserError(
@@ -134,21 +134,21 @@ def _refuse_what_was_skipped(recipe: Sequence[Modifier], done: set[nn.Module], n
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Keeps the library's progress bars, messages and warnings off the screen."""
+    """Hides the library's progress bars, messages and warnings."""
     import tqdm.std
 
     bar = tqdm.std.tqdm.__init__
     tracing = logging.getLogger("torch.fx._symbolic_trace")
     level = tracing.level
 
-    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+    def hidden_bar(self: Any, *args: Any, **kwargs: Any) -> None:
         bar(self, *args, **{**kwargs, "disable": True})
 
     logger.disable("llmcompressor")
     logger.disable("compressed_tensors")
     tracing.setLevel(logging.ERROR)
     try:
-        with quiet(), mock.patch.object(tqdm.std.tqdm, "__init__", hidden):
+        with quiet(), mock.patch.object(tqdm.std.tqdm, "__init__", hidden_bar):
             yield
     finally:
         tracing.setLevel(level)
@@ -158,7 +158,7 @@ def silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_device(name: str) -> Iterator[None]:
-    """The library works on the device that the user chose, and pins memory only for an accelerator that is there."""
+    """Makes the library use the device that the user chose, and pin memory only if an accelerator is available."""
     device = torch.device(name)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -173,32 +173,32 @@ def on_device(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def at_home_again(model: nn.Module) -> Iterator[None]:
-    """Takes off what moves the weights of each module to the device and back; they are in main memory all the time."""
-    own = {module for module in model.modules() if "forward" in vars(module)}
+def dispatch_removed(model: nn.Module) -> Iterator[None]:
+    """Removes, on exit, the library's hooks that move each module's weights to the device; the weights stay in main memory."""
+    with_own_forward = {module for module in model.modules() if "forward" in vars(module)}
     try:
         yield
     finally:
         remove_dispatch(model)
-        for module in model.modules():  # a forward of their own is left to all; only quantized layers need one
-            if module not in own and getattr(module, "quantization_scheme", None) is None:
+        for module in model.modules():  # the library leaves a forward on every module; only quantized layers need it
+            if module not in with_own_forward and getattr(module, "quantization_scheme", None) is None:
                 vars(module).pop("forward", None)
 
 
 @contextlib.contextmanager
 def plain_norms(model: nn.Module) -> Iterator[None]:
-    """Meanwhile norms that multiply by 1 + weight (Gemma) multiply by their weight, so that scales can be folded into it.
+    """Replaces norms that multiply by 1 + weight (Gemma) by norms that multiply by their weight, to fold scales into it.
 
-    The library's stand-ins have 1 + weight in the model's type: every norm comes back rounded to that. Here they have it in
-    single precision, and a norm that no scale went into comes back as it was.
+    The library's replacements store 1 + weight in the model's type, which rounds every norm. Here they store it in single
+    precision, and a norm without folded scales gets its original weight back.
     """
     originals = dict(model.named_modules())
     with norm_calibration_context(model):
-        stand_ins = {n: m for n, m in model.named_modules() if isinstance(m, NormCalibrationModule)}
-        before = {n: originals[n].weight.data.clone() for n in stand_ins}  # type: ignore[operator]
-        for name, module in stand_ins.items():
+        replacements = {n: m for n, m in model.named_modules() if isinstance(m, NormCalibrationModule)}
+        before = {n: originals[n].weight.data.clone() for n in replacements}  # type: ignore[operator]
+        for name, module in replacements.items():
             module.weight.data = 1 + before[name].float()
         yield
-    for name, module in stand_ins.items():
+    for name, module in replacements.items():
         if torch.equal(module.weight.data, 1 + before[name].float()):
             originals[name].weight.data = before[name]

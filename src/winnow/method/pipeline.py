@@ -1,6 +1,6 @@
-"""A pipeline: stages applied in order, each recorded, and the result saved as one artifact.
+"""Runs a pipeline: applies its stages in order, records each, and saves the result as one artifact.
 
-The slots of the stages must not go down: prune < recover < quantize < adapt < cache < prompt, at most one of each.
+Stages must be in the order of their slots: prune < recover < quantize < adapt < cache < prompt, at most one of each.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 
 def check_order(stages: Mapping[str, Stage]) -> None:
-    """Refuses pipelines whose stages undo or cannot read one another.
+    """Refuses pipelines whose stages would undo, or cannot read, one another's result.
 
     Raises:
-        UserError: two stages of one slot, or a stage before one that must come earlier.
+        UserError: two stages have the same slot, or a stage comes before one that must precede it.
     """
-    named = list(stages.items())
-    for (first, before), (second, after) in itertools.pairwise(named):
+    items = list(stages.items())
+    for (first, before), (second, after) in itertools.pairwise(items):
         if before.slot == after.slot:
             raise UserError(
                 f"method=[{','.join(stages)}]: {first} and {second} are both {before.slot.name.lower()} methods; "
                 f"keep one of them"
             )
         if before.slot > after.slot:
-            right = ",".join(sorted(stages, key=lambda name: stages[name].slot))
+            ordered = ",".join(sorted(stages, key=lambda name: stages[name].slot))
             raise UserError(
                 f"method=[{','.join(stages)}]: {second} ({after.slot.name.lower()}) cannot come after {first} "
-                f"({before.slot.name.lower()}), whose weights it would have to change; write method=[{right}]"
+                f"({before.slot.name.lower()}), whose weights it would have to change; write method=[{ordered}]"
             )
         if getattr(before, "ends_pipeline", False):
             raise UserError(
@@ -58,15 +58,17 @@ def check_order(stages: Mapping[str, Stage]) -> None:
 
 
 def check_dense(lm: LM, config: PretrainedConfig, stages: Mapping[str, Stage] | None = None) -> None:
-    """Refuses a model that is quantized or has an adapter already, but for stages that leave its weights as they are.
+    """Refuses a model that is quantized or has an adapter already, unless all stages leave its weights unchanged.
 
     Raises:
-        UserError: its integers are no weights that a stage could work on, or not without the adapter.
+        UserError: a stage cannot work on its integers, or on its weights without the adapter.
     """
     slots = [stage.slot for stage in (stages or {}).values()]
     adapted = adapter.folder_of(lm.path) is not None
-    least = Slot.CACHE if adapted else Slot.ADAPT
-    if not is_finished(lm, config) or (slots and min(slots) >= least and not (adapted and max(slots) > Slot.CACHE)):
+    first_allowed = Slot.CACHE if adapted else Slot.ADAPT
+    if not is_finished(lm, config) or (
+        slots and min(slots) >= first_allowed and not (adapted and max(slots) > Slot.CACHE)
+    ):
         return
     base = lm.manifest.get("base", {}).get("name")
     raise UserError(
@@ -76,12 +78,12 @@ def check_dense(lm: LM, config: PretrainedConfig, stages: Mapping[str, Stage] | 
 
 
 def is_finished(lm: LM, config: PretrainedConfig) -> bool:
-    """Whether the weights are to stay as they are: they are quantized, or an adapter was trained for them."""
+    """Returns whether the weights must stay unchanged: they are quantized, or an adapter was trained for them."""
     return getattr(config, "quantization_config", None) is not None or adapter.folder_of(lm.path) is not None
 
 
-def copied(lm: LM, folder: Path) -> LM:
-    """The files of a finished model in `folder`, for stages that put something beside them: none of them is written anew."""
+def copy_files(lm: LM, folder: Path) -> LM:
+    """Copies the files of a finished model to `folder`, for stages that add files without changing these."""
     import shutil
 
     from huggingface_hub import snapshot_download
@@ -96,25 +98,25 @@ def copied(lm: LM, folder: Path) -> LM:
     for name, file in content_files(source).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, folder / name)
-    return lm.stored(folder)
+    return lm.with_files(folder)
 
 
-def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], None] = lambda made: None) -> LM:
-    """The model after all stages, in memory, with a record of each in its manifest; `after` sees it between two of them.
+def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after_stage: Callable[[LM], None] = lambda lm: None) -> LM:
+    """Applies all stages in memory and records each in the manifest; calls `after_stage` with the model between two stages.
 
-    A record says what the stage took: seconds, `energy_wh` and `co2_g` (at `run.carbon_g_per_kwh`) with their source. That of
-    a training has `training` too: its loss and held-out losses, steps, tokens per second. What a training that was cut off
-    took before its last resumption is not in it; `resumed_at_step` says where that was.
+    A record has the cost of the stage: seconds, `energy_wh` and `co2_g` (at `run.carbon_g_per_kwh`) with their source. The
+    record of a training also has `training`: its loss and held-out losses, steps, tokens per second. The cost of a resumed
+    training excludes what came before its last resumption, which was at `resumed_at_step`.
     """
     from winnow.hardware.energy import EnergyMeter
     from winnow.training import dist_env, torchrun
 
     for number, (name, stage) in enumerate(stages.items()):
         if number:
-            after(lm)
+            after_stage(lm)
         run.log(f"{name}: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(stage).items())}")  # type: ignore[call-overload]
         started = time.perf_counter()
-        before = _readied(stage, lm)
+        weights_before = _prepare(stage, lm)
         with EnergyMeter(run.carbon_g_per_kwh, run.device, run.devices) as energy:
             lm = (
                 torchrun.run_under_torchrun(name, stage, lm, run)
@@ -128,61 +130,61 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after: Callable[[LM], N
             "seed": run.seed,
             "computed_in": run.compute_dtype,
             "seconds": round(time.perf_counter() - started, 3),
-            **dist_env.together(energy, run).record(),
+            **dist_env.total_energy(energy, run).record(),
             **lm.manifest.pop("_notes", {}),
         }
-        if before and lm.path is None:  # what is files by now is of another format, or was checked where it was made
-            suitability.check_changed(name, before, lm.model)
+        if weights_before and lm.path is None:  # an LM on disk has another format, or was checked where it was written
+            suitability.check_changed(name, weights_before, lm.model)
             record |= _experts_without_tokens(name, lm, run)
         lm.manifest = {**lm.manifest, "stages": [*lm.manifest.get("stages", []), record]}
         run.log(f"{name}: done in {record['seconds']:.1f} s")
     return lm
 
 
-def _readied(stage: Stage, lm: LM) -> dict[str, torch.Tensor]:
-    """Brings the model into the form that a stage works on; some of its weights by name, if the stage has to change them."""
+def _prepare(stage: Stage, lm: LM) -> dict[str, torch.Tensor]:
+    """Converts the model to the form that a stage works on; returns sampled weights by name if the stage must change them."""
     from winnow.model import unfused
 
     if stage.slot > Slot.QUANTIZE:
         return {}
-    unfused.ready(lm.model, getattr(stage, "matrices", None))
-    unfused.count_tokens(lm.model)
+    unfused.prepare_for_stage(lm.model, getattr(stage, "matrices", None))
+    unfused.reset_token_counts(lm.model)
     return suitability.sample(lm.model)
 
 
 def _experts_without_tokens(name: str, lm: LM, run: Run) -> dict[str, Any]:
-    """For the record: the experts that the calibration has not reached, which were compressed without regard to inputs."""
-    from winnow.model.unfused import unreached
+    """Returns, for the record, the experts that calibration did not reach: they were compressed without regard to inputs."""
+    from winnow.model.unfused import unrouted_experts
 
-    without = unreached(lm.model)
-    if not without:
+    unrouted = unrouted_experts(lm.model)
+    if not unrouted:
         return {}
     run.log(
-        f"{name}: the calibration sent no token to {len(without)} experts ({', '.join(without[:3])}"
-        f"{', ...' if len(without) > 3 else ''}); raise calibration.samples, or take other text with calibration.source"
+        f"{name}: the calibration sent no token to {len(unrouted)} experts ({', '.join(unrouted[:3])}"
+        f"{', ...' if len(unrouted) > 3 else ''}); raise calibration.samples, or take other text with calibration.source"
     )
-    return {"experts_without_tokens": without}
+    return {"experts_without_tokens": unrouted}
 
 
 def origin(lm: LM) -> dict[str, Any]:
-    """Where a base model comes from, as far as is known: the hub, or a GGUF file (its hash, types, what it was turned into)."""
+    """Returns the known origin of a base model: the hub, or a GGUF file (its hash, its types, what it was converted to)."""
     if lm.path is not None and not Path(lm.path).is_dir():
         return {"origin": {"hub": lm.path}}
     return {name: value for name, value in lm.manifest.items() if name == "origin"}
 
 
 def check_finite(lm: LM) -> None:
-    """Raises UserError if a weight is NaN or infinite: every figure of what is made of it would be worthless."""
+    """Raises UserError if a weight is NaN or infinite: every metric of its compressed versions would be worthless."""
     for name, parameter in lm.model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"model.path={lm.path}: {name} holds NaN or infinity; the model is damaged, get it anew")
 
 
 def check(stages: Mapping[str, Stage], lm: LM, run: Run) -> None:
-    """Refuses, before the first stage begins, what a later one could not work on.
+    """Checks every stage against the model that it will receive, before the first stage begins.
 
     Raises:
-        UserError: a stage does not suit the model that those before it will make.
+        UserError: a stage does not suit the model that the stages before it will produce.
     """
     from winnow.estimate.layout import ModelLayout, dense_tensors, layout_of
 
@@ -199,39 +201,39 @@ def check(stages: Mapping[str, Stage], lm: LM, run: Run) -> None:
 
 
 def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
-    """Applies the stages and writes the artifact to `output`, whole or not at all; returns it as an LM on disk.
+    """Applies the stages and writes the artifact to `output`, completely or not at all; returns it as an LM on disk.
 
-    It goes on from what an earlier pipeline that began alike has left, where `run.stage_cache_bytes` allows to keep such
-    (`winnow.method.prefixes`). Then it is tried in the runtimes that there are for it; which of them serve it is added to
-    its manifest.
+    It continues from the cached result of an earlier pipeline with the same first stages (`winnow.method.prefixes`), if
+    `run.stage_cache_bytes` allows a cache. It then tries the artifact in the available runtimes and adds those that serve it
+    to the manifest.
 
     Raises:
         UserError: the model is quantized already, and a stage would change its weights; or it is damaged.
     """
     from winnow.training.dist_env import world
 
-    if not lm.manifest.get("base", {}).get("sha256"):  # not an artifact of another model: the base itself
+    if not lm.manifest.get("base", {}).get("sha256"):  # the model is a base model, not an artifact
         lm.manifest = {"base": {"name": lm.name, "sha256": lm.sha256(), **origin(lm)}, "stages": []}
     lm.manifest["calibration"] = dataclasses.asdict(run.calibration)
     run = dataclasses.replace(run, base=run.base or lm.path)
     if not run.stage_cache_bytes or world().size > 1:
-        return _made(lm, stages, run, output)
-    kept = prefixes.of(lm, stages, run)
-    with kept.longest() as begun:
-        if begun is None:
-            return _made(lm, stages, run, output, kept.keep)
-        done = len(begun.manifest["stages"]) - len(lm.manifest["stages"])
-        run.log(f"{', '.join(list(stages)[:done])}: made before, in {begun.path}")
+        return _compress(lm, stages, run, output)
+    cache = prefixes.prefix_cache(lm, stages, run)
+    with cache.longest_cached() as artifact:
+        if artifact is None:
+            return _compress(lm, stages, run, output, cache.store)
+        done = len(artifact.manifest["stages"]) - len(lm.manifest["stages"])
+        run.log(f"{', '.join(list(stages)[:done])}: made before, in {artifact.path}")
         lm.release()
         if done == len(stages):
-            return prefixes.linked(begun, output)
-        return _made(begun, dict(list(stages.items())[done:]), run, output, kept.keep)
+            return prefixes.link_artifact(artifact, output)
+        return _compress(artifact, dict(list(stages.items())[done:]), run, output, cache.store)
 
 
-def _made(
-    lm: LM, stages: Mapping[str, Stage], run: Run, output: Path, keep: Callable[[LM], None] = lambda made: None
+def _compress(
+    lm: LM, stages: Mapping[str, Stage], run: Run, output: Path, store: Callable[[LM], None] = lambda lm: None
 ) -> LM:
-    """See `compress`; `keep` is shown what lies between two stages, and the artifact."""
+    """Runs `compress` without reading the cache; calls `store` with the model between two stages and with the artifact."""
     from winnow.model import manifest
     from winnow.model.save import save
     from winnow.runtime.check import working_runtimes
@@ -243,14 +245,14 @@ def _made(
     check(stages, lm, run)
     if is_finished(lm, config):
         lm.release()
-        lm = copied(lm, run.folder / f"files-{world().rank}")
-    made = apply(lm, stages, run, keep)
+        lm = copy_files(lm, run.folder / f"files-{world().rank}")
+    result = apply(lm, stages, run, store)
     if not world().is_rank_zero:
-        return made
-    saved = save(made, output)
-    lm.release()  # so that there is one model in memory at a time
+        return result
+    saved = save(result, output)
+    lm.release()  # so that only one model is in memory at a time
     base = LM(run.base, loading=lm.loading) if run.base is not None else None
     saved.manifest |= working_runtimes(saved, run.device, run.log, base)
     manifest.write(output, saved.manifest)
-    keep(saved)
+    store(saved)
     return saved

@@ -1,11 +1,11 @@
-"""Artifacts of the beginnings of pipelines, kept so that the next pipeline that begins alike goes on from there.
+"""Caches the artifacts of a pipeline's first stages, so that the next pipeline with the same first stages continues from them.
 
-`[wanda,lora,gptq]` at 4 and at 3 bits prunes and recovers once. What was kept is found by what made it: the base model's
-content, the stages with all of their knobs, the seed, the calibration data, and the code, winnow's and the libraries'. An entry
-is an ordinary artifact, and going on from it is what `model.path=` of that artifact would do. The least recently used ones
-go first where there are more bytes than allowed.
+`[wanda,lora,gptq]` at 4 and at 3 bits prunes and recovers once. An entry's key covers all that its content depends on: the base
+model's content, the stages with all of their knobs, the seed, the calibration data, and the code of winnow and of the
+libraries. An entry is an ordinary artifact, and continuing from it equals `model.path=` of that artifact. The least recently
+used entries are removed when the cache exceeds its limit in bytes.
 
-Processes may share a folder of entries: one is moved into its place whole, and is locked while somebody reads it.
+Processes may share a folder of entries: an entry is written elsewhere, then renamed, and is locked while a process reads it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from winnow.model import adapter, manifest
 from winnow.model.lm import LM
 
 FOLDER = "prefixes"
-DISK_BYTES_PER_SECOND = 200e6  # what is made faster than a slow disk writes it is not worth keeping
+DISK_BYTES_PER_SECOND = 200e6  # an artifact that is computed faster than a slow disk writes it is not worth caching
 
 
 @dataclass(frozen=True)
-class Prefixes:
-    """What is kept of one pipeline on one base model.
+class PrefixCache:
+    """The cached artifacts of one pipeline on one base model.
 
     Attributes:
-        before: stages that the base model had behind it.
-        limit_bytes: of the folder, which all pipelines share.
+        limit_bytes: limit of the folder, which all pipelines share.
+        earlier_stages: number of stages that the base model's own manifest already lists.
     """
 
     folder: Path
@@ -51,84 +51,81 @@ class Prefixes:
     lm: LM
     stages: Mapping[str, Stage]
     run: Run
-    before: int
+    earlier_stages: int
 
     @contextlib.contextmanager
-    def longest(self) -> Iterator[LM | None]:
-        """The artifact of the most first stages from which the rest can go on, locked meanwhile."""
+    def longest_cached(self) -> Iterator[LM | None]:
+        """Yields the cached artifact of the longest prefix that the other stages can continue from, locked meanwhile."""
         for count in range(len(self.stages), 0, -1):
             entry = self.folder / self.key(count)
-            with _locked(entry, fcntl.LOCK_SH) as there:
-                if there and (begun := self._continued(entry, count)) is not None:
-                    os.utime(entry)  # recently used
-                    yield begun
+            with _lock(entry, fcntl.LOCK_SH) as is_locked:
+                if is_locked and (artifact := self._load(entry, count)) is not None:
+                    os.utime(entry)  # marks it as recently used
+                    yield artifact
                     return
         yield None
 
-    def _continued(self, entry: Path, count: int) -> LM | None:
-        """The artifact, if the stages after `count` do not change weights that are quantized; its records are marked.
+    def _load(self, entry: Path, count: int) -> LM | None:
+        """Returns the artifact with its stage records marked as reused; None if a later stage needs dense weights it lacks.
 
-        An artifact that somebody has changed shares its files with the entry, which is then of no use.
+        An artifact shares its files with its entry by hard links, so an entry whose files were changed is removed.
         """
-        rest = list(self.stages.values())[count:]
-        held = manifest.read(entry)
-        if held.get("files") != manifest.hashes(entry):
+        remaining = list(self.stages.values())[count:]
+        fields = manifest.read(entry)
+        if fields.get("files") != manifest.hashes(entry):
             shutil.rmtree(entry, ignore_errors=True)
             return None
-        dense = held.pop("dense")
-        if rest and rest[0].slot < Slot.CACHE and not dense:
+        dense = fields.pop("dense")
+        if remaining and remaining[0].slot < Slot.CACHE and not dense:
             return None
-        records = [dict(record, reused=True) for record in held["stages"][self.before :]]
-        held = {**held, "stages": [*held["stages"][: self.before], *records]}
-        return LM(entry, manifest=held, loading=self.lm.loading, name=self.lm.name)
+        records = [dict(record, reused=True) for record in fields["stages"][self.earlier_stages :]]
+        fields = {**fields, "stages": [*fields["stages"][: self.earlier_stages], *records]}
+        return LM(entry, manifest=fields, loading=self.lm.loading, name=self.lm.name)
 
-    def keep(self, made: LM) -> None:
-        """Keeps what the stages so far have made, in memory or as an artifact, if that is worth its bytes."""
+    def store(self, lm: LM) -> None:
+        """Caches the result of the stages so far, in memory or as an artifact, if that is worth its bytes."""
         from winnow.model.save import save
 
-        records = made.manifest["stages"][self.before :]
+        records = lm.manifest["stages"][self.earlier_stages :]
         entry = self.folder / self.key(len(records))
         seconds = sum(record["seconds"] for record in records if not record.get("reused"))
-        on_disk = made.path is not None and not made.final
-        dense = not made.final and is_dense(made)
-        size = _size(Path(str(made.path))) if on_disk else sum(p.nbytes for p in made.model.parameters())
+        on_disk = lm.path is not None and not lm.has_final_files
+        dense = not lm.has_final_files and is_dense(lm)
+        size = _size(Path(str(lm.path))) if on_disk else sum(p.nbytes for p in lm.model.parameters())
         if entry.is_dir() or size > self.limit_bytes or seconds < size / DISK_BYTES_PER_SECOND:
             return
         if not (on_disk or dense):
-            return  # saving would pack the weights that the next stage wants
+            return  # saving would pack the weights, which the next stage needs unpacked
         self._make_room(size)
         partial = self.folder / f".{entry.name}.{uuid.uuid4().hex[:8]}.partial"
         try:
             if on_disk:
-                shutil.copytree(str(made.path), partial, copy_function=_link)
+                shutil.copytree(str(lm.path), partial, copy_function=_link)
             else:
-                save(made, partial)
-            manifest.write(partial, {**made.manifest, **manifest.read(partial), "dense": dense})
+                save(lm, partial)
+            manifest.write(partial, {**lm.manifest, **manifest.read(partial), "dense": dense})
             partial.rename(entry)
-        except (
-            OSError,
-            UserError,
-        ):  # another process was faster, or the disk is full: the pipeline goes on all the same
+        except (OSError, UserError):  # another process was faster, or the disk is full: the pipeline continues uncached
             shutil.rmtree(partial, ignore_errors=True)
 
     def _make_room(self, size: int) -> None:
-        """Removes the least recently used entries that nobody reads, until `size` more bytes are within the limit."""
-        used = {path: path.stat().st_mtime for path in _entries(self.folder)}
-        sizes = {path: _size(path) for path in used}
+        """Removes the least recently used entries that no process reads, until `size` more bytes are within the limit."""
+        last_used = {path: path.stat().st_mtime for path in _entries(self.folder)}
+        sizes = {path: _size(path) for path in last_used}
         total = sum(sizes.values())
-        for path in sorted(used, key=lambda p: used[p]):
+        for path in sorted(last_used, key=lambda p: last_used[p]):
             if total + size <= self.limit_bytes:
                 return
-            with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
-                if mine:
+            with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as is_locked:
+                if is_locked:
                     shutil.rmtree(path, ignore_errors=True)
                     total -= sizes[path]
 
     def key(self, count: int) -> str:
-        """Of the first `count` stages: SHA-256 over all that decides what they make."""
+        """Returns the SHA-256 over all that the result of the first `count` stages depends on."""
         applied = list(self.stages.items())[:count]
         run = self.run
-        said = {
+        fields = {
             "base": [self.lm.sha256(), self.lm.loading.dtype, self.lm.loading.attention],
             "stages": [[name, type(stage).__qualname__, dataclasses.asdict(stage)] for name, stage in applied],  # type: ignore[call-overload]
             "models": [_content(value) for _, stage in applied for value in vars(stage).values()],
@@ -137,28 +134,28 @@ class Prefixes:
             "versions": manifest.versions(),
             "code": code_sha256("method", "training", "data", "model", "nano"),
         }
-        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def of(lm: LM, stages: Mapping[str, Stage], run: Run) -> Prefixes:
-    """What is kept of `stages` on `lm`; nothing where the run has no place that outlives it, or nobody knows the model."""
+def prefix_cache(lm: LM, stages: Mapping[str, Stage], run: Run) -> PrefixCache:
+    """Returns the cache for `stages` on `lm`; it stores nothing if the run has no cache folder or the model has no hash."""
     limit = run.stage_cache_bytes if lm.sha256() is not None and run.cache is not None else 0
-    before = len(lm.manifest.get("stages", []))
-    return Prefixes((run.cache or run.folder) / FOLDER, limit, lm, stages, run, before)
+    earlier_stages = len(lm.manifest.get("stages", []))
+    return PrefixCache((run.cache or run.folder) / FOLDER, limit, lm, stages, run, earlier_stages)
 
 
-def linked(made: LM, output: Path) -> LM:
-    """The same artifact at `output`, its files under a second name where the disk allows that."""
-    from winnow.core.files import whole_folder
+def link_artifact(artifact: LM, output: Path) -> LM:
+    """Puts the same artifact at `output`, with hard links to its files where the disk allows them."""
+    from winnow.core.files import atomic_folder
 
-    with whole_folder(output) as folder:
-        shutil.copytree(str(made.path), folder, dirs_exist_ok=True, copy_function=_link)
-        manifest.write(folder, made.manifest)
-    return LM(output, manifest=manifest.read(output), loading=made.loading, name=made.name)
+    with atomic_folder(output) as folder:
+        shutil.copytree(str(artifact.path), folder, dirs_exist_ok=True, copy_function=_link)
+        manifest.write(folder, artifact.manifest)
+    return LM(output, manifest=manifest.read(output), loading=artifact.loading, name=artifact.name)
 
 
 def is_dense(lm: LM) -> bool:
-    """Whether stages can go on working on the weights: they are plain numbers, without an adapter."""
+    """Returns whether further stages can change the weights: they are not quantized and have no adapter."""
     from winnow.model import packing
     from winnow.model.folder_checks import gguf_file
 
@@ -171,7 +168,7 @@ def is_dense(lm: LM) -> bool:
 
 @functools.cache
 def code_sha256(*folders: str) -> str:
-    """Of winnow's own modules in these folders of the package."""
+    """Returns the SHA-256 of winnow's own modules in these folders of the package."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for folder in folders:
@@ -184,7 +181,7 @@ def code_sha256(*folders: str) -> str:
 
 
 def _link(source: str, target: str) -> None:
-    """Another name of a file, or a copy where its disk is another one."""
+    """Hard-links a file, or copies it if the target is on another disk."""
     try:
         os.link(source, target)
     except OSError:
@@ -192,7 +189,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _content(value: Any) -> str | None:
-    """What a path stands for: a teacher, or calibration data, may change under the same name."""
+    """Returns the content hash of a path, None for other values: a teacher or calibration data may change in place."""
     if not isinstance(value, str) or not value:
         return None
     path = Path(value)
@@ -212,8 +209,8 @@ def _size(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def _locked(entry: Path, kind: int) -> Iterator[bool]:
-    """Whether the entry is there and was locked; the kernel lets go when its process dies."""
+def _lock(entry: Path, kind: int) -> Iterator[bool]:
+    """Locks an entry and yields whether it exists and was locked; the kernel releases the lock of a process that dies."""
     try:
         descriptor = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -222,9 +219,9 @@ def _locked(entry: Path, kind: int) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, kind)
-            held = (entry / manifest.NAME).is_file()  # not removed while we waited
+            acquired = (entry / manifest.NAME).is_file()  # False if it was removed while this process waited
         except BlockingIOError:
-            held = False
-        yield held
+            acquired = False
+        yield acquired
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""`pretrain`: train a model from its (usually random) weights on a stream of documents; it makes the embedded model.
+"""Trains a model from its (usually random) weights on a stream of documents; this made the embedded model.
 
 python train.py experiment=nano
 """
@@ -41,7 +41,7 @@ class Pretrain(Training):
     checkpoint_minutes: float = knob(3.0, low=0.001, high=1e6, search=False)
 
     @property
-    def documents(self) -> int:
+    def document_count(self) -> int:
         return self.stream + self.held_out
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
@@ -53,8 +53,8 @@ class Pretrain(Training):
 
         from winnow.model.packing import cast_weights
 
-        run.log(f"pretrain: drawing {self.documents:,} documents")
-        rows = self.encoded(lm, run)
+        run.log(f"pretrain: drawing {self.document_count:,} documents")
+        rows = self.encode_documents(lm, run)
         if self.precision_in(run.compute_dtype) != "bf16-true":
             cast_weights(lm.model, torch.float32)
         fitted = self.train(
@@ -68,4 +68,4 @@ class Pretrain(Training):
         )
         lm.manifest["_notes"] = {"training": fitted.record()}
         cast_weights(lm.model, getattr(torch, self.save_dtype))
-        return lm.changed(lm.model)
+        return lm.with_model(lm.model)

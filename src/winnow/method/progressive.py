@@ -1,4 +1,4 @@
-"""Pruning in rounds: a little is pruned, the model is distilled from what it was, and so on to the target.
+"""Progressive pruning prunes in rounds and distils from the original model after each, until the target is reached.
 
 python compress.py method=[progressive] method.progressive.amount=0.4
 python compress.py method=[progressive,rtn] method.progressive.pruner=wanda method.progressive.amount=0.7
@@ -20,7 +20,7 @@ from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
 from winnow.method.distill import Distilling
-from winnow.method.knobs import Checked, knob
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from winnow.estimate.layout import ModelLayout
 
 PRUNERS = ("depth", "width", "wanda", "magnitude")
-LEAST_SHARE = 0.02  # of the layers that a round of depth can drop
+LEAST_SHARE = 0.02  # smallest share of the layers that a round of depth pruning can drop
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Progressive(Distilling):
     """
 
     slot: ClassVar[Slot] = Slot.PRUNE
-    shown_with: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4, "tokens_per_batch": 2048, "steps": 100}
+    measured_with: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-4, "tokens_per_batch": 2048, "steps": 100}
 
     pruner: str = knob("depth", choices=PRUNERS)
     amount: float = knob(0.4, low=0.05, high=0.75, search_range=(0.1, 0.6))
@@ -63,42 +63,44 @@ class Progressive(Distilling):
 
     @property
     def matrices(self) -> tuple[str, ...] | None:  # type: ignore[override]
-        matrices: tuple[str, ...] | None = self._pruning(self.amount).matrices
+        matrices: tuple[str, ...] | None = self._pruner_at(self.amount).matrices
         return matrices
 
     def predict(self, plan: ModelLayout) -> ModelLayout:
-        made: ModelLayout = self._pruning(self.amount).predict(plan)
-        return made
+        pruned: ModelLayout = self._pruner_at(self.amount).predict(plan)
+        return pruned
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
-        first: Checked
-        first, *others = self.schedule(plan.config)
+        first: BaseStage
+        first, *later = self.schedule(plan.config)
         pruned = first.predict(plan)
-        a_round = first.work(plan, calibration).then(
+        first_round = first.work(plan, calibration).then(
             self.training_work(dataclasses.replace(pruned, base=plan), calibration)
         )
-        return a_round.times(1 + len(others))  # later ones are a little cheaper
+        return first_round.times(1 + len(later))  # later rounds are slightly cheaper
 
     def schedule(self, config: PretrainedConfig) -> list[Any]:
-        """The pruning of each round, for a model of this configuration.
+        """Returns the pruning stage of each round, for a model of this configuration.
 
         Raises:
             UserError: the pruner refuses the model.
         """
-        last = self._pruning(self.amount)
+        last = self._pruner_at(self.amount)
         if self.pruner == "depth":
-            sizes = _sizes(config.num_hidden_layers, last.kept(config.num_hidden_layers), self.rounds, 1, LEAST_SHARE)
+            sizes = _sizes(
+                config.num_hidden_layers, last.remaining_layers(config.num_hidden_layers), self.rounds, 1, LEAST_SHARE
+            )
         elif self.pruner == "width":
             sizes = _sizes(
-                config.intermediate_size, last.narrower(config).intermediate_size, self.rounds, last.multiple, 0.0
+                config.intermediate_size, last.narrow_config(config).intermediate_size, self.rounds, last.multiple, 0.0
             )
-        else:  # as many zeros of all weights
-            return [*(self._pruning(self.amount * done / self.rounds) for done in range(1, self.rounds)), last]
+        else:  # each round adds equally many zeros
+            return [*(self._pruner_at(self.amount * done / self.rounds) for done in range(1, self.rounds)), last]
         if len(sizes) == 2:
             return [last]
-        return [self._pruning(1 - after / before) for before, after in itertools.pairwise(sizes)]
+        return [self._pruner_at(1 - after / before) for before, after in itertools.pairwise(sizes)]
 
-    def _pruning(self, amount: float) -> Any:
+    def _pruner_at(self, amount: float) -> Any:
         from winnow.method.depth import Depth
         from winnow.method.prune import Magnitude, Wanda
         from winnow.method.width import Width
@@ -111,8 +113,8 @@ class Progressive(Distilling):
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.model.save import save
-        from winnow.model.unfused import ready
-        from winnow.training.teacher import teacher_at
+        from winnow.model.unfused import prepare_for_stage
+        from winnow.training.teacher import open_teacher
 
         path = lm.path or run.base
         if path is None:
@@ -120,28 +122,28 @@ class Progressive(Distilling):
                 "method=[progressive] needs a model in a folder or on the hub, which it can load as teacher"
             )
         stages = self.schedule(lm.model.config)
-        teacher = teacher_at(path, lm, "model.path")
+        teacher = open_teacher(path, lm, "model.path")
         rows = self.documents_for(lm, teacher, run)
         folder = run.folder / f"progressive-{self._fingerprint(teacher, run)}"
         done, records = 0, list[dict[str, Any]]()
         for number in range(1, len(stages) + 1):
-            if (_finished(folder, number) / "manifest.json").is_file():
+            if (_round_folder(folder, number) / "manifest.json").is_file():
                 done = number
         if done:
             run.log(f"progressive: going on after round {done} of {len(stages)}")
-            lm, records = _restored(lm, _finished(folder, done))
+            lm, records = _restore(lm, _round_folder(folder, done))
         for number, stage in enumerate(stages[done:], done + 1):
-            own = dataclasses.replace(run, folder=folder / f"round-{number}", cache=run.cache or run.folder)
-            own.folder.mkdir(parents=True, exist_ok=True)
-            ready(lm.model, self.matrices)  # a round that was kept came back as the architecture has it
+            round_run = dataclasses.replace(run, folder=folder / f"round-{number}", cache=run.cache or run.folder)
+            round_run.folder.mkdir(parents=True, exist_ok=True)
+            prepare_for_stage(lm.model, self.matrices)  # a restored model has the form of its architecture
             run.log(f"progressive: round {number} of {len(stages)}: {type(stage).__name__.lower()}")
-            lm = stage(lm, own)
-            pruned = lm.manifest.pop("_notes", {})
-            records.append({**pruned, "training": self.learn(lm.model, teacher, rows, own)})
+            lm = stage(lm, round_run)
+            notes = lm.manifest.pop("_notes", {})
+            records.append({**notes, "training": self.learn(lm.model, teacher, rows, round_run)})
             lm.manifest["_rounds"] = records
-            save(lm, _finished(folder, number))
+            save(lm, _round_folder(folder, number))
             del lm.manifest["_rounds"]
-            for old in (own.folder, _finished(folder, number - 1)):
+            for old in (round_run.folder, _round_folder(folder, number - 1)):
                 shutil.rmtree(old, ignore_errors=True)
         lm.manifest["_notes"] = {"rounds": records}
         return lm
@@ -150,31 +152,31 @@ class Progressive(Distilling):
         from winnow.data.corpus import content
 
         data = [dataclasses.asdict(run.calibration), content(run.calibration)]
-        known = [dataclasses.asdict(self), teacher.sha256(), run.seed, data]
-        return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()[:12]
+        fields = [dataclasses.asdict(self), teacher.sha256(), run.seed, data]
+        return hashlib.sha256(json.dumps(fields, default=str).encode()).hexdigest()[:12]
 
 
-def _sizes(whole: int, goal: int, rounds: int, multiple: int, least_share: float) -> list[int]:
-    """From `whole` to `goal` in at most `rounds` even steps of multiples, none of which takes less than a share of what is left."""
+def _sizes(size: int, goal: int, rounds: int, multiple: int, least_share: float) -> list[int]:
+    """Returns sizes from `size` to `goal` in at most `rounds` even steps of multiples, each of at least `least_share`."""
     for count in range(rounds, 1, -1):
         sizes = [
-            whole,
-            *(goal + multiple * round((whole - goal) * left / count / multiple) for left in range(count)[::-1]),
+            size,
+            *(goal + multiple * round((size - goal) * to_go / count / multiple) for to_go in range(count)[::-1]),
         ]
         if all(after < before and 1 - after / before >= least_share for before, after in itertools.pairwise(sizes)):
             return sizes
-    return [whole, goal]
+    return [size, goal]
 
 
-def _finished(folder: Path, number: int) -> Path:
-    """Where the model lies after a round; by such a name it is kept when a run fails, as a training's checkpoint is."""
+def _round_folder(folder: Path, number: int) -> Path:
+    """Returns the folder of the model after a round; a failed run keeps files named `.ckpt`, as a training's checkpoint."""
     return folder / f"round-{number}.ckpt"
 
 
-def _restored(lm: LM, folder: Path) -> tuple[LM, list[dict[str, Any]]]:
-    """The lineage of `lm` with the model of a finished round, and the records of the rounds so far."""
+def _restore(lm: LM, folder: Path) -> tuple[LM, list[dict[str, Any]]]:
+    """Returns the lineage of `lm` with the model of a finished round, and the records of the rounds so far."""
     from winnow.model.pretrained import pretrained
 
-    found = pretrained(str(folder), **{**dataclasses.asdict(lm.loading), "dtype": "auto", "device": "cpu"})
-    records = found.manifest["_rounds"]
-    return lm.changed(found.model), records
+    loaded = pretrained(str(folder), **{**dataclasses.asdict(lm.loading), "dtype": "auto", "device": "cpu"})
+    records = loaded.manifest["_rounds"]
+    return lm.with_model(loaded.model), records

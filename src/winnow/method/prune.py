@@ -1,8 +1,8 @@
-"""Pruning single weights: by magnitude, and by magnitude times activation (Wanda; Sun et al. 2023, arXiv:2306.11695).
+"""Prunes single weights by magnitude, or by magnitude times activation (Wanda; Sun et al. 2023, arXiv:2306.11695).
 
-Patterns: unstructured at any sparsity, or N:M (N zeros of every M consecutive inputs), which sparse kernels can use. The saved
-weights are dense tensors with zeros in them: smaller only together with a method or a server that makes use of the zeros.
-Layers may be pruned alike, or each as much as it bears (`winnow.method.allocation`).
+The pattern is unstructured at any sparsity, or N:M (N zeros of every M consecutive inputs), which sparse kernels can use. The
+saved weights are dense tensors with zeros: smaller only together with a method or a server that uses the zeros. All layers may
+have the same sparsity, or each its own (`winnow.method.allocation`).
 
     python compress.py method=[wanda] method.wanda.sparsity=0.5
     python compress.py method=[wanda] method.wanda.pattern=2:4
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ ALLOCATIONS = ("uniform", "global", "owl")
 
 
 @dataclass(frozen=True)
-class Pruning(Checked):
-    """What all methods that prune single weights share: how many, in which pattern, and how many of which layer."""
+class Pruning(BaseStage):
+    """Base of the methods that prune single weights: their sparsity, its pattern, and its allocation to layers."""
 
     slot: ClassVar[Slot] = Slot.PRUNE
     aggressive: ClassVar[Mapping[str, Any]] = {"sparsity": 0.7, "allocation": "owl"}
@@ -65,7 +65,7 @@ class Pruning(Checked):
             )
 
     def predict(self, plan: ModelLayout) -> ModelLayout:
-        """As before, since zeros are stored like other weights."""
+        """Returns a layout of the same sizes: zeros are stored like other weights."""
         if self.pattern != "unstructured":
             group = int(self.pattern.split(":")[1])
             for name, t in plan.tensors.items():
@@ -77,7 +77,7 @@ class Pruning(Checked):
         return dataclasses.replace(plan, sparse=True)
 
     def mask(self, score_oi: torch.Tensor, sparsity: float, by_row: bool) -> torch.Tensor:
-        """The weights to zero: of each group, of each row, or of the whole matrix those with the smallest scores."""
+        """Returns the mask of the weights to zero: those with the smallest scores in each group, each row, or the matrix."""
         from winnow.method.masks import smallest, smallest_of_all, smallest_of_pattern
 
         if self.pattern != "unstructured":
@@ -87,7 +87,10 @@ class Pruning(Checked):
     def sparsities(
         self, lm: LM, run: Run, batches: Sequence[torch.Tensor] | None, digest: str | None
     ) -> dict[str, float]:
-        """The share of each linear layer, by name. `batches` (of that digest) to see inputs with; None ranks by magnitude alone."""
+        """Returns the sparsity of each linear layer by name.
+
+        Scores use the inputs on `batches`, whose hash is `digest`; without batches they are magnitudes.
+        """
         from winnow.method import allocation, calibration_statistics
         from winnow.model.layers import decoder_blocks, linears
 
@@ -105,24 +108,24 @@ class Pruning(Checked):
                     for linear, score in block.items()
                 }
 
-            # without data they are counted as fast as looked up
+            # without calibration data, counting is as fast as the cache
             counts = (
                 count()
                 if digest is None
                 else calibration_statistics.cached_statistics(lm.model, run, "scores", (digest,), count)
             )
-            ordered = {name: counts[name] for name in names.values() if name in counts}  # as kept they are in another
+            ordered = {name: counts[name] for name in names.values() if name in counts}  # the cache has another order
             return allocation.global_threshold(ordered, self.sparsity)
-        found = calibration_statistics.cached_statistics(
+        outliers = calibration_statistics.cached_statistics(
             lm.model, run, "outliers", (digest, self.owl_m), lambda: self._outliers(lm, run, batches)
         )
         blocks = [[m for m in block.modules() if m in names] for block in decoder_blocks(lm.model)]
         sizes = [sum(linear.weight.numel() for linear in block) for block in blocks]
-        spread = allocation.owl(found["blocks"].tolist(), sizes, self.sparsity, self.owl_lambda)
-        return {names[linear]: share for block, share in zip(blocks, spread, strict=True) for linear in block}
+        shares = allocation.owl(outliers["blocks"].tolist(), sizes, self.sparsity, self.owl_lambda)
+        return {names[linear]: share for block, share in zip(blocks, shares, strict=True) for linear in block}
 
     def _outliers(self, lm: LM, run: Run, batches: Sequence[torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """The share of outliers of each block [blocks]."""
+        """Returns the share of outliers in each block [blocks]."""
         import torch
 
         from winnow.method import allocation
@@ -134,19 +137,18 @@ class Pruning(Checked):
     def _scores(
         self, lm: LM, run: Run, batches: Sequence[torch.Tensor] | None
     ) -> Iterator[dict[nn.Linear, torch.Tensor]]:
-        """Block by block of the unpruned model, |weight|, times the norms of its inputs if there are batches."""
-
+        """Yields for each block of the unpruned model |weight|, times the norms of its inputs if there are batches."""
         from winnow.method.blocks import iterate_blocks
         from winnow.model.layers import decoder_blocks, linears_in
 
         blocks = decoder_blocks(lm.model)
         if batches is None:
             for block in blocks:
-                found = linears_in(block).values()
-                yield {linear: linear.weight.data.to(run.device).abs() for linear in found}
+                layers = linears_in(block).values()
+                yield {linear: linear.weight.data.to(run.device).abs() for linear in layers}
             return
-        for index, block, replay in iterate_blocks(lm.model, batches, run):
-            groups = input_norms(block, replay)
+        for index, block, run_calibration in iterate_blocks(lm.model, batches, run):
+            groups = input_norms(block, run_calibration)
             yield {m: m.weight.data.abs().float() * norm_i for members, norm_i in groups for m in members}
             run.log(f"{self.name}: allocation, block {index + 1} of {len(blocks)}")
 
@@ -173,7 +175,6 @@ class Magnitude(Pruning):
         return StageCost.calibrated(plan, calibration).then(ranked) if self.allocation == "owl" else ranked
 
     def __call__(self, lm: LM, run: Run) -> LM:
-
         from winnow.data.calibration import calibration_batches
         from winnow.model.layers import decoder_blocks, linears, linears_in
 
@@ -188,18 +189,18 @@ class Magnitude(Pruning):
                 linear.weight.data.masked_fill_(mask.to(linear.weight.device), 0)
             run.log(f"{self.name}: block {index + 1} of {len(blocks)}")
         lm.manifest["_notes"] = notes(blocks, digest)
-        return lm.changed(lm.model)
+        return lm.with_model(lm.model)
 
 
 @dataclass(frozen=True)
 class CalibratedPruning(Pruning):
-    """A walk over the blocks in which each linear layer is pruned by what its inputs were, after the pruned blocks before."""
+    """Base of the methods that prune block by block: each linear layer by its inputs, which come from pruned blocks."""
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         from winnow.estimate.cost import StageCost
 
-        walks = 1 if self.allocation == "uniform" else 2
-        return StageCost.calibrated(plan, calibration, passes=2 * walks) + StageCost.sorted(plan)
+        iterations = 1 if self.allocation == "uniform" else 2
+        return StageCost.calibrated(plan, calibration, passes=2 * iterations) + StageCost.sorted(plan)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.data.calibration import calibration_batches
@@ -214,16 +215,17 @@ class CalibratedPruning(Pruning):
             checkpoint.state["sparsities"] = self.sparsities(lm, run, batches, digest)
         sparsities = checkpoint.state["sparsities"]
         blocks = decoder_blocks(lm.model)
-        for index, block, replay in iterate_blocks(lm.model, batches, run, checkpoint):
-            self.prune_block(block, replay, {linear: (name, sparsities[name]) for linear, name in names.items()})
+        for index, block, run_calibration in iterate_blocks(lm.model, batches, run, checkpoint):
+            layers = {linear: (name, sparsities[name]) for linear, name in names.items()}
+            self.prune_block(block, run_calibration, layers)
             run.log(f"{self.name}: block {index + 1} of {len(blocks)}")
         lm.manifest["_notes"] = notes(blocks, digest)
-        return lm.changed(lm.model)
+        return lm.with_model(lm.model)
 
     def prune_block(
-        self, block: nn.Module, replay: Callable[[], None], layers: Mapping[nn.Linear, tuple[str, float]]
+        self, block: nn.Module, run_calibration: Callable[[], None], layers: Mapping[nn.Linear, tuple[str, float]]
     ) -> None:
-        """Prunes the linear layers of a block on the device, in place; `layers` has the name and the sparsity of each."""
+        """Prunes the linear layers of a block on the device in place; `layers` has the name and sparsity of each layer."""
         raise NotImplementedError
 
 
@@ -245,17 +247,20 @@ class Wanda(CalibratedPruning):
     perplexity_bound: ClassVar[float] = 1.02  # measured: 1.004
 
     def prune_block(
-        self, block: nn.Module, replay: Callable[[], None], layers: Mapping[nn.Linear, tuple[str, float]]
+        self, block: nn.Module, run_calibration: Callable[[], None], layers: Mapping[nn.Linear, tuple[str, float]]
     ) -> None:
-        for members, norm_i in input_norms(block, replay):
+        for members, norm_i in input_norms(block, run_calibration):
             for linear in members:
                 score = linear.weight.data.abs().float() * norm_i
                 mask = self.mask(score, layers[linear][1], by_row=True)  # compared within each output, section 3
                 linear.weight.data.masked_fill_(mask, 0)
 
 
-def input_norms(block: nn.Module, replay: Callable[[], None]) -> list[tuple[list[nn.Linear], torch.Tensor]]:
-    """The L2 norm of each input feature [in] of a block's linear layers over all tokens; ones where no token came by."""
+def input_norms(block: nn.Module, run_calibration: Callable[[], None]) -> list[tuple[list[nn.Linear], torch.Tensor]]:
+    """Returns the L2 norms [in] of the inputs of a block's linear layers over all tokens; ones for layers without tokens.
+
+    Layers that read the same tensor share one entry.
+    """
     import torch
 
     from winnow.method.blocks import input_sums
@@ -266,12 +271,12 @@ def input_norms(block: nn.Module, replay: Callable[[], None]) -> list[tuple[list
     def add(sum_i: torch.Tensor, x_ti: torch.Tensor) -> None:
         sum_i += x_ti.square().sum(0)
 
-    sums = input_sums(block, replay, start, add)
+    sums = input_sums(block, run_calibration, start, add)
     return [(members, sum_i.sqrt() if sum_i.any() else torch.ones_like(sum_i)) for members, sum_i in sums]
 
 
 def notes(blocks: nn.ModuleList, calibration_sha256: str | None) -> dict[str, Any]:
-    """For the manifest: the calibration data, and the share of zeros in the linear layers of each block."""
+    """Returns the manifest notes: the calibration hash, and the share of zeros in the linear layers of each block."""
     from winnow.model.layers import linears_in
 
     shares = []
@@ -279,5 +284,5 @@ def notes(blocks: nn.ModuleList, calibration_sha256: str | None) -> dict[str, An
         weights = [m.weight for m in linears_in(block).values()]
         zeros = sum(int((weight == 0).sum()) for weight in weights)
         shares.append(round(zeros / sum(weight.numel() for weight in weights), 4))
-    known = {"calibration_sha256": calibration_sha256} if calibration_sha256 else {}
-    return {**known, "block_sparsities": shares}
+    calibration = {"calibration_sha256": calibration_sha256} if calibration_sha256 else {}
+    return {**calibration, "block_sparsities": shares}

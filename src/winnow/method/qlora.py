@@ -1,4 +1,4 @@
-"""QLoRA: low-rank updates on top of weights that stay quantized; the adapter lies beside them in the artifact.
+"""QLoRA trains low-rank updates on quantized, frozen weights; the artifact has the adapter beside the weights.
 
 python compress.py method=[wanda,qlora]
 python compress.py method=[qlora] model=local model.path=NF4_ARTIFACT
@@ -16,8 +16,8 @@ from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
 from winnow.method.knobs import knob
 from winnow.method.lora import Adapting
-from winnow.model.holders import LINEAR, TRANSPOSED
 from winnow.model.lm import LM
+from winnow.model.matrix_kinds import LINEAR, TRANSPOSED
 
 if TYPE_CHECKING:
     import torch
@@ -79,11 +79,11 @@ class QLoRA(Adapting):
             return dataclasses.replace(plan.in_16_bits(), layout="", tensors=dense_tensors(plan.in_16_bits().config))
         base = self._quantized(plan)
         tensors, names = dict(base.tensors), 0
-        for name, shape in self.targeted(plan).items():
+        for name, shape in self.target_shapes(plan).items():
             weights = self.rank * sum(shape)
             magnitudes = shape[0] if self.dora else 0
             size = 2 * weights + 4 * magnitudes
-            # loaded in single precision; PEFT names each tensor in full
+            # adapters load in single precision; 160 bytes: PEFT's full names of the tensors
             tensors[f"adapter.{name}"] = TensorLayout(
                 (weights + magnitudes,), size + 160, 4 * (weights + magnitudes), entries=3 if self.dora else 2
             )
@@ -93,7 +93,7 @@ class QLoRA(Adapting):
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         from winnow.method.bnb import NF4
 
-        training = self.cost(self._quantized(plan), calibration, self.trained(plan), frozen=True)
+        training = self.cost(self._quantized(plan), calibration, self.trained_parameters(plan), frozen=True)
         return NF4().work(plan, calibration).then(training) if is_dense(plan) else training
 
     def _quantized(self, plan: ModelLayout) -> ModelLayout:
@@ -103,36 +103,36 @@ class QLoRA(Adapting):
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method import bnb
-        from winnow.method.lora import adapted, rows_of_zeros
+        from winnow.method.lora import add_adapters, rows_of_zeros
         from winnow.model import adapter
         from winnow.model.save import attach_adapter
 
-        adapter.check_alone(lm.model, lm.path or lm.name, "qlora")
+        adapter.check_no_adapter(lm.model, lm.path or lm.name, "qlora")
         if getattr(lm.model.config, "quantization_config", None) is None:
             lm = bnb.NF4()(lm, run)
         bnb.keep_packing(lm.model)
-        model = adapted(lm.model, self, run.seed)
-        without = rows_of_zeros(model) if self.dora else []
-        if without and not self.merge:  # whoever loads the adapter with PEFT would get NaN
+        model = add_adapters(lm.model, self, run.seed)
+        with_zero_rows = rows_of_zeros(model) if self.dora else []
+        if with_zero_rows and not self.merge:  # loading the adapter with PEFT would give NaN
             raise UserError(
-                f"method.qlora.dora=true cannot be saved beside a row of zeros, which {without[0]} has; set "
+                f"method.qlora.dora=true cannot be saved beside a row of zeros, which {with_zero_rows[0]} has; set "
                 f"method.qlora.dora=false, or method.qlora.merge=true"
             )
-        with self.computing(model, run):
+        with self.cast_frozen(model, run):
             adapter.check_gradients(model, "qlora")
-            fitted = self.train(model, self.encoded(lm, run), run, learning_rate=self.learning_rate)
+            fitted = self.train(model, self.encode_documents(lm, run), run, learning_rate=self.learning_rate)
         lm.manifest["_notes"] = {"training": fitted.record()}
         adapter.round_matrices(model, lm.model.dtype)
-        return lm.changed(merged(model)) if self.merge else attach_adapter(lm, model)
+        return lm.with_model(merge_adapter(model)) if self.merge else attach_adapter(lm, model)
 
 
 def is_dense(plan: ModelLayout) -> bool:
-    """Whether the linear weights are stored with 16 bits or more each."""
+    """Returns whether the linear weights are stored with 16 bits or more each."""
     return all(t.disk_bytes >= 2 * t.numel for t in plan.linears)
 
 
-def merged(model: Any) -> Any:
-    """The dense model with the adapter in its weights, in the type that it computes in."""
+def merge_adapter(model: Any) -> Any:
+    """Merges the adapter into the weights and returns the dense model, in the type that it computes in."""
     import torch
 
     from winnow.method.lora import layers
@@ -140,7 +140,7 @@ def merged(model: Any) -> Any:
     from winnow.model.quiet import quiet
 
     with torch.no_grad(), quiet():
-        weights = {name: _sum(layer) for name, layer in layers(model).items()}
+        weights = {name: _merged_weight(layer) for name, layer in layers(model).items()}
         dense = model.unload().dequantize()
         for name, linear in linears(dense).items():
             if name in weights:
@@ -148,8 +148,8 @@ def merged(model: Any) -> Any:
     return dense.eval()
 
 
-def _sum(layer: Any) -> torch.Tensor:
-    """`W + s B A` of a layer, rows scaled by DoRA, rounded to the type that the model computes in."""
+def _merged_weight(layer: Any) -> torch.Tensor:
+    """Returns `W + s B A` of a layer, rows scaled by DoRA, rounded to the type that the model computes in."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     from winnow.method.lora import norm_of_rows

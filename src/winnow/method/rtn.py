@@ -1,4 +1,4 @@
-"""Round to nearest: the plainest weight quantization, and the one every other must beat.
+"""Rounds weights to nearest: the simplest weight quantization, and the baseline for all others.
 
 python compress.py method=[rtn] method.rtn.bits=4 method.rtn.group_size=64
 """
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
-from winnow.model.holders import EXPERT, LINEAR
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
+from winnow.model.matrix_kinds import EXPERT, LINEAR
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RTN(Checked):
+class RTN(BaseStage):
     """Symmetric integers with one scale a group of `group_size` weights, packed at exactly `bits` bits each.
 
     The scale spans the group's largest magnitude, so there is nothing to calibrate. Costs `bits + 16 / group_size` bits a
@@ -63,12 +63,12 @@ class RTN(Checked):
         attach_scheme(lm.model, self.bits, self.group_size)
         for linear in linears(lm.model).values():
             quantize_linear(linear, rtn_scale(linear.weight.data, self.bits, self.group_size))
-        return lm.changed(lm.model)
+        return lm.with_model(lm.model)
 
 
 def rtn_scale(weight_oi: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """Scales [out, groups] of weights [out, in]: the largest magnitude of a group over half the integer range."""
+    """Returns scales [out, groups] of weights [out, in]: a group's largest magnitude over half the integer range."""
     groups = weight_oi.unflatten(-1, (-1, group_size))
     half_range = (2**bits - 1) / 2
     scale: torch.Tensor = groups.abs().amax(-1) / half_range
-    return scale.clamp_min(1e-8)  # a group of zeros (pruned) keeps a scale that does not divide by zero
+    return scale.clamp_min(1e-8)  # for a group of zeros (pruned), avoids a division by zero

@@ -1,4 +1,4 @@
-"""Soft prompts: a few trained embeddings before every text win back accuracy, and no weight is touched.
+"""Trains a soft prompt: a few embeddings before every text that recover accuracy without changing a weight.
 
 python compress.py method=[rtn,soft_prompt]
 python compress.py method=[soft_prompt] model=local model.path=QUANTIZED_ARTIFACT method.soft_prompt.tokens=32
@@ -47,11 +47,11 @@ class SoftPrompt(Training):
 
     slot: ClassVar[Slot] = Slot.PROMPT
     matrices: ClassVar[tuple[str, ...] | None] = None
-    known_as: ClassVar[str] = "soft_prompt"
+    option_name: ClassVar[str] = "soft_prompt"
     preload: ClassVar[tuple[str, ...]] = ("peft", "winnow.training.fit")
     perplexity_bound: ClassVar[float] = 1.5
     leaves_adapter: ClassVar[bool] = True
-    eager_because: ClassVar[str | None] = "puts its prompt before the text in Python"
+    eager_reason: ClassVar[str | None] = "puts its prompt before the text in Python"
 
     tokens: int = knob(16, choices=(4, 8, 16, 32, 64, 128), searched=(8, 16, 32))
     learning_rate: float = knob(3e-2, low=1e-6, high=1.0, log=True, search_range=(3e-3, 3e-1))
@@ -78,13 +78,13 @@ class SoftPrompt(Training):
         return dataclasses.replace(plan, tensors=tensors, other_bytes=plan.other_bytes + CONFIG_BYTES)
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
-        from winnow.estimate.cost import counted
+        from winnow.estimate.cost import count_tokens
 
-        seen = counted(calibration)
-        length = max(1.0, seen.tokens / max(1, seen.samples))
-        read = round(self.tokens_per_batch * (1 + self.tokens / length))  # a prompt with every document
+        data = count_tokens(calibration)
+        length = max(1.0, data.tokens / max(1, data.samples))
+        tokens_read = round(self.tokens_per_batch * (1 + self.tokens / length))  # a prompt with every document
         numbers = self.tokens * plan.spec.hidden_size
-        return self.cost(plan, calibration, numbers, tokens_per_batch=read, frozen=True)
+        return self.cost(plan, calibration, numbers, tokens_per_batch=tokens_read, frozen=True)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.method.bnb import keep_packing
@@ -93,21 +93,21 @@ class SoftPrompt(Training):
         from winnow.training.dist_env import local_device
         from winnow.training.prompted import PromptedStudent
 
-        adapter.check_alone(lm.model, lm.path or lm.name, "soft_prompt")
-        rows = dataclasses.replace(self, max_length=self._longest(lm.model.config)).encoded(lm, run)
+        adapter.check_no_adapter(lm.model, lm.path or lm.name, "soft_prompt")
+        rows = dataclasses.replace(self, max_length=self._longest(lm.model.config)).encode_documents(lm, run)
         keep_packing(lm.model)
-        model = prompted(lm, self, run.seed).to(local_device(run))
-        with self.computing(model, run):
+        model = add_prompt(lm, self, run.seed).to(local_device(run))
+        with self.cast_frozen(model, run):
             adapter.check_gradients(model, "soft_prompt")
             fitted = self.train(model, rows, run, learning_rate=self.learning_rate, student=PromptedStudent(model))
         lm.manifest["_notes"] = {"training": fitted.record()}
         return attach_adapter(lm, model)
 
     def _longest(self, config: PretrainedConfig) -> int:
-        """Tokens of a text that fits behind the prompt.
+        """Returns the number of tokens of a text that fit behind the prompt.
 
         Raises:
-            UserError: hardly any.
+            UserError: fewer than 8 tokens fit.
         """
         context = context_of(config)
         longest = min(self.max_length, (context or self.max_length + self.tokens) - self.tokens)
@@ -118,12 +118,12 @@ class SoftPrompt(Training):
         return longest
 
 
-def prompted(lm: LM, settings: SoftPrompt, seed: int) -> Any:
-    """The model behind a fresh prompt, which alone needs a gradient."""
+def add_prompt(lm: LM, settings: SoftPrompt, seed: int) -> Any:
+    """Returns the model with a new prompt; only the prompt needs a gradient."""
     import peft
     import torch
 
-    from winnow.model.adapter import served
+    from winnow.model.adapter import support_padded_prompts
 
     base: Any = lm.model
     embedding, text = base.get_input_embeddings(), base.config.get_text_config()
@@ -134,21 +134,21 @@ def prompted(lm: LM, settings: SoftPrompt, seed: int) -> Any:
         num_layers=text.num_hidden_layers,
         num_attention_heads=getattr(text, "num_attention_heads", None) or 1,
         num_transformer_submodules=1,
-        prompt_tuning_init="RANDOM",  # replaced below: PEFT would note the tokenizer's path on this machine
+        prompt_tuning_init="RANDOM",  # replaced below; "TEXT" would make PEFT save the tokenizer's local path
     )
     model = peft.get_peft_model(base, config)
     with torch.no_grad():
-        # through the layer, not of its weight: some scale what they give (Gemma)
-        start_ph = embedding(first_ids(lm, settings, seed).to(embedding.weight.device)).float()
+        # calls the layer instead of indexing its weight, as some layers scale their output (Gemma)
+        start_ph = embedding(initial_ids(lm, settings, seed).to(embedding.weight.device)).float()
         model.prompt_encoder["default"].embedding.weight.copy_(start_ph)
-    return served(model)
+    return support_padded_prompts(model)
 
 
-def first_ids(lm: LM, settings: SoftPrompt, seed: int) -> torch.Tensor:
-    """The tokens whose embeddings the prompt starts from.
+def initial_ids(lm: LM, settings: SoftPrompt, seed: int) -> torch.Tensor:
+    """Returns the tokens whose embeddings initialise the prompt.
 
     Raises:
-        UserError: a text without tokens.
+        UserError: the text has no tokens.
     """
     import torch
 

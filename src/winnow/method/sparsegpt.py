@@ -1,4 +1,4 @@
-"""SparseGPT: pruning that makes up for each zero with the weights that are left (Frantar and Alistarh 2023, arXiv:2301.00774).
+"""SparseGPT prunes weights and compensates with the remaining weights (Frantar and Alistarh 2023, arXiv:2301.00774).
 
 python compress.py method=[sparsegpt] method.sparsegpt.sparsity=0.6
 python compress.py method=[sparsegpt] method.sparsegpt.pattern=2:4
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout
 
-ATTEMPTS = 4  # at a damping ten times the last
+ATTEMPTS = 4  # each multiplies the damping by ten
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class SparseGPT(CalibratedPruning):
         from winnow.estimate.cost import StageCost
 
         passes = 2 if self.allocation == "uniform" else 3
-        seen = StageCost.calibrated(plan, calibration, passes) + StageCost.hessians(plan, calibration)
-        return seen + StageCost.solved(plan)
+        reading = StageCost.calibrated(plan, calibration, passes) + StageCost.hessians(plan, calibration)
+        return reading + StageCost.solved(plan)
 
     def prune_block(
-        self, block: nn.Module, replay: Callable[[], None], layers: Mapping[nn.Linear, tuple[str, float]]
+        self, block: nn.Module, run_calibration: Callable[[], None], layers: Mapping[nn.Linear, tuple[str, float]]
     ) -> None:
         from winnow.method.blocks import input_sums
 
-        groups = input_sums(block, replay, _no_hessian, _add_to_hessian)
-        while groups:  # each Hessian goes when its layers are done
+        groups = input_sums(block, run_calibration, _zero_hessian, _add_to_hessian)
+        while groups:  # frees each Hessian when its layers are done
             members, hessian_ii = groups.pop()
             dead_i = hessian_ii.diagonal() == 0
             factor_ii = inverse_factor(hessian_ii, self.damping, layers[members[0]][0])
@@ -71,25 +71,25 @@ class SparseGPT(CalibratedPruning):
                 weight.copy_(pruned)
 
 
-def _no_hessian(linear: nn.Linear) -> torch.Tensor:
+def _zero_hessian(linear: nn.Linear) -> torch.Tensor:
     import torch
 
     return torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
 
 
 def _add_to_hessian(hessian_ii: torch.Tensor, x_ti: torch.Tensor) -> None:
-    """Section 3.1: H = X X^T. Its scale cancels out of masks and updates."""
+    """Adds x x^T to the Hessian H = X X^T (section 3.1), whose scale cancels out of masks and updates."""
     hessian_ii.addmm_(x_ti.T, x_ti)
 
 
 def inverse_factor(hessian_ii: torch.Tensor, damping: float, name: str) -> torch.Tensor:
-    """The upper triangular U with U^T U = the inverse of the damped Hessian (section 3.3, as in GPTQ).
+    """Returns the upper triangular U with U^T U = the inverse of the damped Hessian (section 3.3, as in GPTQ).
 
     Row j of U is, up to the factor U_jj, the row j of the inverse for the columns from j on. Inputs that are always zero are
-    taken for independent of all others. A Hessian that cannot be inverted is tried again with more damping.
+    treated as independent of all others. If a Hessian cannot be inverted, the damping is raised.
 
     Raises:
-        UserError: it still cannot; names the layer.
+        UserError: the Hessian cannot be inverted at the largest damping; the message names the layer.
     """
     import torch
 
@@ -103,8 +103,8 @@ def inverse_factor(hessian_ii: torch.Tensor, damping: float, name: str) -> torch
             continue
         factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
         if not failed and factor.isfinite().all():
-            found: torch.Tensor = factor
-            return found
+            upper: torch.Tensor = factor
+            return upper
     raise UserError(
         f"method.sparsegpt: the Hessian of the inputs of {name} cannot be inverted, even with damping={damping * 10**attempt:g}; "
         f"give more data (calibration.samples), or take method=[wanda]"
@@ -119,10 +119,10 @@ def prune_columns(
     pattern: str,
     block_size: int,
 ) -> torch.Tensor:
-    """Algorithm 1: the pruned weights [out, in], each exactly 0 or updated for the zeros before it in its row.
+    """Returns the pruned weights [out, in] of algorithm 1, each exactly 0 or updated for the zeros before it in its row.
 
-    A mask is chosen for `block_size` columns at once over all rows, or for one group of a pattern, by the error eq. 3 of
-    removing a weight after the updates so far. Inputs that are always zero (`dead_i`) go first.
+    A mask is chosen for `block_size` columns at once over all rows, or for one group of a pattern, by the error (eq. 3)
+    of removing a weight after the updates so far. Inputs that are always zero (`dead_i`) are pruned first.
     """
     import torch
 
@@ -133,9 +133,9 @@ def prune_columns(
     error_i = factor_ii.diagonal().square()  # [H^-1]_jj when only the columns from j on are left
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
-        block, factor = weight_oi[:, start:end], factor_ii[start:end, start:end]  # a view: changed in place
+        block, factor = weight_oi[:, start:end], factor_ii[start:end, start:end]  # views, changed in place
         score = (block.square() / error_i[start:end]).masked_fill(dead_i[start:end], 0)
-        if pattern == "unstructured":  # shares of blocks are rounded so that those of the matrix add up
+        if pattern == "unstructured":  # counts are rounded so that they add up to the share of the matrix
             count = round(rows * end * sparsity) - round(rows * start * sparsity)
             mask = smallest_count(score, count)
         else:

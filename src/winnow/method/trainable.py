@@ -1,4 +1,4 @@
-"""What the stages that train have in common: their settings, and the way from a model to a trained one."""
+"""Provides the base of the stages that train: their settings, documents, cost and training run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.core.types import Calibration
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
 from winnow.model.spec import context_of
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Training(Checked):
-    """Settings of a training.
+class Training(BaseStage):
+    """Base of the stages that train, with the settings of a training.
 
     Attributes:
         steps: optimizer steps, each of about `tokens_per_batch` tokens over all devices.
-        tokens_per_device: that lie on a device at a time; 0: found once by doubling under the memory limit.
-        max_length: longer documents are cut; at most the model's context.
-        precision: `32-true`, or `bf16-mixed`: products in bfloat16; `auto`: what the device computes fastest.
-        held_out: documents to validate on.
-        patience: looks at their loss, of ten, without progress after which training ends; 0: never.
-        checkpoint_minutes: between checkpoints, from which the same command goes on.
+        tokens_per_device: tokens on a device at a time; 0: determined once by doubling under the memory limit.
+        max_length: documents are cut to this many tokens, at most the model's context.
+        precision: `32-true`, or `bf16-mixed` (products in bfloat16); `auto`: the fastest on the device.
+        held_out: number of documents to validate on.
+        patience: stop after this many of the ten validation checks without improvement; 0: never.
+        checkpoint_minutes: minutes between checkpoints, from which the same command resumes.
     """
 
     preload: ClassVar[tuple[str, ...]] = ("winnow.training.fit",)
@@ -49,33 +49,33 @@ class Training(Checked):
     checkpoint_minutes: float = knob(10.0, low=0.001, high=1e6, search=False)
 
     def precision_in(self, dtype: str) -> str:
-        """What `precision` comes to where products are fastest in `dtype`."""
+        """Returns the precision to train in on a device where products are fastest in `dtype`."""
         from winnow.hardware.compute import training_precision
 
         return training_precision(dtype) if self.precision == "auto" else self.precision
 
-    def computing(self, model: Any, run: Run) -> contextlib.AbstractContextManager[None]:
-        """Meanwhile what is frozen in `model` is in single precision where the training is."""
+    def cast_frozen(self, model: Any, run: Run) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which frozen weights of `model` are in single precision if the training is."""
         import torch
 
-        from winnow.model.packing import computed_in
+        from winnow.model.packing import compute_in_dtype
 
         single = self.precision_in(run.compute_dtype) == "32-true"
-        return computed_in(model, torch.float32) if single else contextlib.nullcontext()
+        return compute_in_dtype(model, torch.float32) if single else contextlib.nullcontext()
 
     @property
-    def documents(self) -> int:
-        """To draw: four times what the steps need at 64 tokens each, so that a document is seldom seen twice."""
+    def document_count(self) -> int:
+        """Number of documents to draw: four times the need of the steps at 64 tokens each, so that few are read twice."""
         return max(64, self.steps * self.tokens_per_batch // 16) + self.held_out
 
     def cost(
         self, plan: ModelLayout, calibration: Calibration, trained: int, *, tokens_per_batch: int = 0, **how: bool
     ) -> StageCost:
-        """What these steps on a model of this plan cost, of which `trained` parameters get a gradient.
+        """Returns the cost of these steps on a model of this layout, with `trained` parameters that need a gradient.
 
         Args:
-            tokens_per_batch: where more is read than the documents.
-            how: as for `Work.trained`.
+            tokens_per_batch: overrides the setting where more than the documents is read.
+            how: keyword arguments of `StageCost.trained`.
         """
         from winnow.estimate.cost import StageCost
 
@@ -85,27 +85,27 @@ class Training(Checked):
             self.steps,
             tokens_per_batch or self.tokens_per_batch,
             trained,
-            self.documents,
+            self.document_count,
             self.precision_in(plan.compute_dtype) != "32-true",
             device_tokens=self.tokens_per_device,
             **how,
         )
 
-    def encoded(self, lm: LM, run: Run, calibration: Calibration | None = None) -> list[Encoded]:
-        """The documents to train on, cut to what the model can read; how many were cut is said."""
+    def encode_documents(self, lm: LM, run: Run, calibration: Calibration | None = None) -> list[Encoded]:
+        """Returns the documents to train on, cut to the model's context; logs how many were cut."""
         from winnow.data.corpus import documents
         from winnow.data.encoding import encode
 
         context = context_of(lm.model.config)
         longest = min(self.max_length, context or self.max_length)
-        rows = encode(documents(calibration or run.calibration, self.documents, run.seed), lm.tokenizer, longest)
+        rows = encode(documents(calibration or run.calibration, self.document_count, run.seed), lm.tokenizer, longest)
         cut = sum(1 for row in rows if row.cut)
         if cut:
             run.log(f"{cut:,} of {len(rows):,} documents are longer than {longest} tokens and were cut")
         return rows
 
     def _settings(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with; where it is made, and how often, does not matter."""
+        """Returns the settings that a checkpoint must match; how often it is saved and the batch on a device are free."""
         free = ("checkpoint_minutes", "tokens_per_device")
         return {f"{self.option}.{k}": v for k, v in dataclasses.asdict(self).items() if k not in free}
 
@@ -122,13 +122,13 @@ class Training(Checked):
         objective: Objective | None = None,
         student: Student | None = None,
     ) -> Fitted:
-        """Trains what needs a gradient in `model`, in place."""
-        from winnow.hardware.compute import BFLOAT16, slow_here
+        """Trains the parameters of `model` that need a gradient, in place."""
+        from winnow.hardware.compute import BFLOAT16, slow_dtype_warning
         from winnow.training.fit import Batching, fit
         from winnow.training.module import Schedule
 
         precision = self.precision_in(run.compute_dtype)
-        slow = slow_here(BFLOAT16, run.device) if precision.startswith("bf16") else ""
+        slow = slow_dtype_warning(BFLOAT16, run.device) if precision.startswith("bf16") else ""
         if slow:
             run.log(f"{self.option}.precision={self.precision}: {slow}")
         schedule = Schedule(learning_rate, self.steps, warmup, weight_decay=weight_decay, optimizer=optimizer)
@@ -144,6 +144,6 @@ class Training(Checked):
             checkpoint_minutes=self.checkpoint_minutes,
             settings=self._settings(),
         )
-        held = "" if fitted.held_out_loss is None else f", held out {fitted.held_out_loss:.4f}"
-        run.log(f"loss {fitted.loss:.4f} over the last tenth of {fitted.steps} steps{held}")
+        held_out = "" if fitted.held_out_loss is None else f", held out {fitted.held_out_loss:.4f}"
+        run.log(f"loss {fitted.loss:.4f} over the last tenth of {fitted.steps} steps{held_out}")
         return fitted

@@ -1,4 +1,4 @@
-"""Width pruning: MLP channels, attention heads and hidden dimensions are left out; the artifact is an ordinary, narrower model.
+"""Width pruning removes MLP channels, attention heads and hidden dimensions; the artifact is an ordinary, narrower model.
 
 python compress.py method=[width] method.width.mlp=0.5
 python compress.py method=[width,lora] method.width.hidden=0.75 method.width.heads=0.5
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import Checked, knob
+from winnow.method.knobs import BaseStage, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 
 
 @dataclass(frozen=True)
-class Width(Checked):
+class Width(BaseStage):
     """Keeps the MLP channels, heads and hidden dimensions with the strongest activations, as many in every layer.
 
     Each layer chooses its own channels and heads; the hidden dimensions are the same for the whole model. `mlp` and `hidden`
@@ -72,64 +72,63 @@ class Width(Checked):
     multiple: int = knob(64, choices=(16, 32, 64, 128, 256), search=False)
 
     def predict(self, plan: ModelLayout) -> ModelLayout:
-        from winnow.model.spec import on_meta
+        from winnow.model.spec import build_on_meta
 
-        layers_of(on_meta(plan.config))  # refuses other structures
-        return plan.reshaped(self.narrower(plan.config))
+        layers_of(build_on_meta(plan.config))  # raises UserError for other structures
+        return plan.reshaped(self.narrow_config(plan.config))
 
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         from winnow.estimate.cost import StageCost
 
-        sliced = StageCost(
-            host_bytes=sum(t.memory_bytes for t in plan.linears)
-        )  # beside the weights that they are slices of
+        # the slices, while the original weights are still in memory
+        sliced = StageCost(host_bytes=sum(t.memory_bytes for t in plan.linears))
         return StageCost.calibrated(plan, calibration).then(sliced)
 
     def __call__(self, lm: LM, run: Run) -> LM:
         from winnow.data.calibration import calibration_batches
-        from winnow.method.importance import kept_importances
-        from winnow.model.reshape import rebuilt
+        from winnow.method.importance import cached_importances
+        from winnow.model.reshape import rebuild_model
 
-        old, new = lm.model.config, self.narrower(lm.model.config)
+        old, new = lm.model.config, self.narrow_config(lm.model.config)
         layers = layers_of(lm.model)
         changes = [f"{name} {getattr(old, name)} -> {getattr(new, name)}" for name in WIDTHS]
         run.log(f"width: {', '.join(changes)}")
         batches, digest = calibration_batches(lm, run)
-        found = kept_importances(lm.model, old.num_attention_heads, batches, digest, run)
-        hidden = strongest(found.hidden, new.hidden_size)
-        for layer, channels, heads in zip(layers, found.channels, found.heads, strict=True):
+        units = cached_importances(lm.model, old.num_attention_heads, batches, digest, run)
+        hidden = strongest(units.hidden, new.hidden_size)
+        for layer, channels, heads in zip(layers, units.channels, units.heads, strict=True):
             queries, keys = strongest_heads(
                 heads, old.num_key_value_heads, new.num_attention_heads, new.num_key_value_heads
             )
             narrow_block(layer, hidden, strongest(channels, new.intermediate_size), queries, keys, new.head_dim)
         if new.hidden_size < old.hidden_size:
-            narrow_stream(lm.model, hidden, found.energy)
+            narrow_stream(lm.model, hidden, units.energy)
         lm.manifest["_notes"] = {"calibration_sha256": digest, **{name: getattr(new, name) for name in WIDTHS}}
-        return lm.changed(rebuilt(lm.model, new))
+        return lm.with_model(rebuild_model(lm.model, new))
 
-    def narrower(self, config: PretrainedConfig) -> PretrainedConfig:
-        """The configuration with the widths that are kept.
+    def narrow_config(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Returns the configuration with the reduced widths.
 
         Raises:
-            UserError: no widths near those asked for are multiples, or are accepted by the architecture.
+            UserError: no widths near the requested ones are multiples, or accepted by the architecture.
         """
-        from winnow.model.reshape import edited
+        from winnow.model.reshape import edit_config
 
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         channels = self._sizes(config.intermediate_size, "mlp")
         nearest = min(channels, key=lambda size: (abs(size / config.intermediate_size - self.mlp), size))
         widths = self._sizes(config.hidden_size, "hidden")
-        spreads = [(heads, kv_heads)]
+        head_counts = [(heads, kv_heads)]  # query heads, key/value heads
         if self.heads < 1:  # each key/value head keeps the same number of query heads
             per_kv = range(1, heads // kv_heads + 1)
-            spreads = [(kept * each, kept) for kept in range(1, kv_heads + 1) for each in per_kv][:-1]
+            head_counts = [(kv * queries, kv) for kv in range(1, kv_heads + 1) for queries in per_kv][:-1]
         distance = {
             (h, q, kv): abs(h / config.hidden_size - self.hidden) + abs(q / heads - self.heads)
-            for h, (q, kv) in itertools.product(widths, spreads)
+            for h, (q, kv) in itertools.product(widths, head_counts)
         }
         for h, q, kv in sorted(distance, key=lambda sizes: (distance[sizes], sizes)):
             try:
-                return edited(
+                return edit_config(
                     config,
                     intermediate_size=nearest,
                     hidden_size=h,
@@ -137,7 +136,7 @@ class Width(Checked):
                     num_key_value_heads=kv,
                     head_dim=head_dim(config),
                 )
-            except ValueError:  # Llama and Gemma want a hidden size that their heads divide
+            except ValueError:  # Llama and Gemma need a hidden size that their heads divide
                 continue
         raise UserError(
             f"method.width.heads={self.heads}, method.width.hidden={self.hidden}: {type(config).__name__} takes no hidden size "
@@ -146,7 +145,7 @@ class Width(Checked):
         )
 
     def _sizes(self, size: int, name: str) -> list[int]:
-        """The sizes that may be kept: all of it, or the multiples below it."""
+        """Returns the sizes to choose from: `size` itself, or the multiples below it."""
         share = getattr(self, name)
         if share == 1:
             return [size]
@@ -160,27 +159,27 @@ class Width(Checked):
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Of one head, which narrower models must be told: it is no longer what the other sizes imply."""
+    """Returns the width of one head; a narrower model's config must state it, as its other sizes no longer imply it."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def layers_of(model: nn.Module) -> list[Any]:
-    """The decoder blocks, if each is made of nothing but plain attention, a gated MLP, and norms.
+    """Returns the decoder blocks, if each consists only of plain attention, a gated MLP, and norms.
 
     Raises:
-        UserError: a block has other parts, whose width would not be changed with the rest.
+        UserError: a block has other parts, whose width would not change with the rest.
     """
     from winnow.method.importance import norms_of
     from winnow.model.layers import decoder_blocks
 
     blocks = decoder_blocks(model)
     config: Any = model.config
-    known = {f"self_attn.{name}" for name in ATTENTION} | {f"mlp.{name}" for name in MLP}
+    required = {f"self_attn.{name}" for name in ATTENTION} | {f"mlp.{name}" for name in MLP}
     for block in blocks:
         parts = {name.rpartition(".")[0] for name, _ in block.named_parameters()}
         norms = {name for name, _ in norms_of(block, config.hidden_size)}
         per_head = {f"self_attn.{name}" for name in ("q_norm", "k_norm")}
-        other = parts - known - norms - per_head | (known - parts)
+        other = parts - required - norms - per_head | (required - parts)
         other |= {
             name for name in per_head & parts if block.get_parameter(f"{name}.weight").numel() != head_dim(config)
         }
@@ -193,25 +192,27 @@ def layers_of(model: nn.Module) -> list[Any]:
 
 
 def strongest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """The indices of the `count` highest scores, ascending; of equal ones the first."""
+    """Returns the indices of the `count` highest scores, ascending; among equal scores the first ones win."""
     return score.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def strongest_heads(score: torch.Tensor, kv_heads: int, kept: int, kv_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The query heads and key/value heads to keep, as many query heads with each key/value head.
+def strongest_heads(
+    score: torch.Tensor, kv_heads: int, new_heads: int, new_kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the query heads and key/value heads to keep, with equally many query heads for each key/value head.
 
-    Within each group of query heads the strongest, then of the groups those whose kept heads are strongest together.
+    It picks the strongest query heads within each group, then the groups whose picked heads have the largest sum.
     """
-    groups = score.view(kv_heads, -1)  # [key/value heads, query heads of each]
-    in_group = groups.argsort(dim=-1, descending=True, stable=True)[:, : kept // kv_kept].sort(-1).values
-    keys = strongest(groups.gather(-1, in_group).sum(-1), kv_kept)
+    groups = score.view(kv_heads, -1)  # [key/value heads, query heads for each]
+    in_group = groups.argsort(dim=-1, descending=True, stable=True)[:, : new_heads // new_kv_heads].sort(-1).values
+    keys = strongest(groups.gather(-1, in_group).sum(-1), new_kv_heads)
     return (keys[:, None] * groups.shape[1] + in_group[keys]).flatten(), keys
 
 
 def narrow_block(
     block: Any, hidden: torch.Tensor, channels: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, head_dim: int
 ) -> None:
-    """Slices the matrices of a block in place to the dimensions, channels and heads that are kept."""
+    """Slices the matrices of a block in place to the given dimensions, channels and heads."""
     import torch
 
     queries, keys = ((heads[:, None] * head_dim + torch.arange(head_dim)).flatten() for heads in (queries, keys))
@@ -231,32 +232,32 @@ def narrow_block(
 
 
 def narrow_stream(model: PreTrainedModel, hidden: torch.Tensor, energy: Mapping[nn.Module, torch.Tensor]) -> None:
-    """Slices what reads and writes the hidden states outside the matrices, in place: embeddings, head and norms.
+    """Slices embeddings, head and norms in place to the given hidden dimensions.
 
-    A norm over the n of N dimensions that are kept divides by another mean square: N / n times the share of the energy that
-    they hold. The norm's gain makes up for it. Gemma scales its embeddings by the root of the hidden size: the embeddings
-    make up for that, and where the head shares their weights, the last norm for them.
+    A norm over n of N dimensions divides by another mean square: N / n times the share of the energy in those n dimensions.
+    The norm's gain compensates for it. Gemma scales its embeddings by the root of the hidden size: the embeddings compensate
+    for that, and where the head shares their weights, the last norm compensates for the embeddings.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    size, kept = embeddings.weight.shape[1], len(hidden)
-    scale = math.sqrt(size / kept) if hasattr(embeddings, "embed_scale") else 1.0
+    size, new_size = embeddings.weight.shape[1], len(hidden)
+    scale = math.sqrt(size / new_size) if hasattr(embeddings, "embed_scale") else 1.0
     tied = head.weight is embeddings.weight
     embeddings.weight.data = embeddings.weight.data[:, hidden] * scale
     if not tied:
         head.weight.data = head.weight.data[:, hidden]
     for norm, share in energy.items():
-        gain = math.sqrt(share[hidden].sum().item() * size / kept)
+        gain = math.sqrt(share[hidden].sum().item() * size / new_size)
         if tied and norm is model.base_model.norm:
             gain /= scale
-        norm.weight.data = regained(norm, gain)[hidden]
+        norm.weight.data = scaled_norm_weight(norm, gain)[hidden]
 
 
-def regained(norm: Any, gain: float) -> torch.Tensor:
-    """The weight of a norm that puts out `gain` times as much; Gemma's stores its weight less one."""
+def scaled_norm_weight(norm: Any, gain: float) -> torch.Tensor:
+    """Returns the weight that multiplies the norm's output by `gain`; Gemma stores its weight minus one."""
     import torch
 
     weight: torch.Tensor = norm.weight.data
     ones = torch.ones_like(weight, dtype=torch.float32)
-    missing = (norm(ones) - weight.float()).mean().round()  # what a norm makes of ones is its whole weight
-    new: torch.Tensor = (weight.float() + missing) * gain - missing
+    offset = (norm(ones) - weight.float()).mean().round()  # on ones, a norm returns its full weight
+    new: torch.Tensor = (weight.float() + offset) * gain - offset
     return new.to(weight.dtype)

@@ -1,6 +1,6 @@
-"""Adapters beside a model's files: the folder `adapter/` of an artifact, in PEFT's own format.
+"""Loads, writes and checks adapters, which lie in the folder `adapter/` of an artifact in PEFT's own format.
 
-The base keeps its own files, quantized or not. Whoever has transformers and PEFT loads both in two lines:
+The base model keeps its own files, quantized or not. transformers and PEFT load both in two lines:
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     model = PeftModel.from_pretrained(model, folder + "/adapter")
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 NAME = ADAPTER
 CONFIG, WEIGHTS, _ = ADAPTER_FILES
-CONFIG_BYTES = 1300  # of its configuration, without the names of layers
+CONFIG_BYTES = 1300  # size of the adapter's configuration without layer names
 
 
 def folder_of(path: str | Path | None) -> Path | None:
-    """The adapter's folder of an artifact; None where it has none, and for what is no folder."""
+    """Returns the adapter folder of an artifact; None if it has none or `path` is not a folder."""
     folder = Path(path) / NAME if path is not None else None
     return folder if folder is not None and folder.is_dir() else None
 
@@ -35,59 +35,61 @@ def folder_of(path: str | Path | None) -> Path | None:
 def require_peft() -> None:
     """Raises MissingExtra if PEFT is not installed."""
     require("peft")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it remarks on optional kernels
+    # PEFT imports bitsandbytes, which warns about optional kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def is_adapted(model: Any) -> bool:
+    """Returns whether a model is wrapped by PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def base_model(model: Any) -> Any:
-    """The model itself, without PEFT's wrapping; the layers of an adapter stay in it."""
+    """Returns the model without PEFT's wrapper; the adapter's layers stay in it."""
     return model.get_base_model() if is_adapted(model) else model
 
 
 def virtual_tokens(model: Any) -> int:
-    """Tokens of a soft prompt, which take part of the context."""
+    """Returns the number of soft prompt tokens, which take up part of the context."""
     if not is_adapted(model) or not model.active_peft_config.is_prompt_learning:
         return 0
     return int(model.active_peft_config.num_virtual_tokens)
 
 
 def load(model: Any, folder: Path) -> Any:
-    """`model` with the adapter that lies in `folder`, in evaluation mode.
+    """Returns `model` with the adapter in `folder`, in evaluation mode.
 
     Raises:
-        Unservable: its tensors are not those that its configuration asks for; PEFT itself only warns.
+        Unservable: the tensors do not match the adapter's configuration; PEFT itself only warns.
     """
     require_peft()
     from peft import PeftModel, get_peft_model_state_dict
 
     adapted: Any = PeftModel.from_pretrained(model, str(folder), ignore_mismatched_sizes=True)
     check_adapter(folder / WEIGHTS, get_peft_model_state_dict(adapted), str(folder.parent))
-    return served(adapted.eval())
+    return support_padded_prompts(adapted.eval())
 
 
-def served(model: Any) -> Any:
-    """`model`, answering padded prompts as it answers each alone.
+def support_padded_prompts(model: Any) -> Any:
+    """Patches `generate` of a model with a soft prompt so that padded prompts get the same answers as unpadded ones.
 
-    PEFT drops the positions that `generate` has counted, so that behind a soft prompt the padding would push text away from it.
+    PEFT drops the position ids that `generate` computes, so that padding would move the text away from the soft prompt.
     """
     import types
 
     if virtual_tokens(model):
-        model.generate = types.MethodType(_generate, model)
+        model.generate = types.MethodType(_generate_after_soft_prompt, model)
     return model
 
 
-def _generate(
+def _generate_after_soft_prompt(
     self: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     max_length: int | None = None,
     **settings: Any,
 ) -> torch.Tensor:
-    """`generate` of the base with the soft prompt before `input_ids` [B, T]; returns these and the answers, as ever."""
+    """Calls `generate` of the base model with the soft prompt before `input_ids` [B, T]; returns `input_ids` and the answers."""
     import torch
 
     rows = input_ids.shape[0]
@@ -107,14 +109,14 @@ def _generate(
 
 
 def round_matrices(model: Any, dtype: torch.dtype) -> None:
-    """Rounds the matrices of an adapter to what `write` stores; they stay in single precision, as PEFT loads them."""
+    """Rounds an adapter's matrices to the values that `write` stores; they stay in single precision, as PEFT loads them."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.ndim == 2:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 def write(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes the adapter of `model`, the matrices of LoRA in `dtype`, without a word about this machine."""
+    """Writes the adapter of `model`, with LoRA's matrices in `dtype` and without paths of this machine."""
     if model.active_peft_config.is_prompt_learning:
         tensors = None
     else:
@@ -124,64 +126,65 @@ def write(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
             if "lora_" in name
         }
     model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card
     settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = ".."
-    if isinstance(settings.get("target_modules"), list):  # a set in memory, whose order changes with the process
+    if isinstance(settings.get("target_modules"), list):  # PEFT holds a set, whose order differs between processes
         settings["target_modules"].sort()
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def without_adapter(model: Any) -> Any:
-    """The base model without the layers of its adapter, which are spent."""
+    """Returns the base model without the adapter's layers, which are discarded."""
     return model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
 
 
 def check(folder: Path) -> None:
-    """Refuses an artifact whose adapter is not whole.
+    """Raises an error if an artifact's adapter is incomplete.
 
     Raises:
         UserError: a file is missing.
         MissingExtra: PEFT is not installed.
     """
-    lost = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if lost:
-        raise UserError(f"model.path={folder.parent} is incomplete: {NAME}/{lost[0]} is missing; copy the model again")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"model.path={folder.parent} is incomplete: {NAME}/{missing[0]} is missing; copy the model again"
+        )
     require_peft()
 
 
 def check_gradients(model: Any, method: str) -> None:
-    """A forward and a backward pass over a few tokens: kernels without a gradient would train nothing, in silence.
+    """Runs a forward and a backward pass over a few tokens, because kernels without a gradient would silently train nothing.
 
     Raises:
-        UserError: a part of the adapter that gets none.
+        UserError: a part of the adapter gets no gradient.
     """
     import torch
 
     base = base_model(model)
     ids = torch.arange(5, 21, device=base.device)[None] % base.config.get_text_config().vocab_size
-    trained = {
-        name: p for name, p in model.named_parameters() if p.requires_grad and "lora_A" not in name
-    }  # A's is 0 while B is 0
+    # the gradient of A is 0 while B is 0
+    trained_parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_A" not in n}
     error = ""
     try:
         logits = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] : -1].float()
         torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).backward()
-    except (RuntimeError, NotImplementedError) as found:
-        error = str(found).splitlines()[0]
-    without = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+    except (RuntimeError, NotImplementedError) as failure:
+        error = str(failure).splitlines()[0]
+    untrained = [name for name, p in trained_parameters.items() if p.grad is None or not p.grad.any()]
     model.zero_grad(set_to_none=True)
-    if error or without:
+    if error or untrained:
         quantized = getattr(getattr(base.config, "quantization_config", None), "quant_method", None)
         raise UserError(
-            f"method=[...,{method}]: no gradient reaches {without[0] if without else 'the adapter'} through the layers of "
+            f"method=[...,{method}]: no gradient reaches {untrained[0] if untrained else 'the adapter'} through the layers of "
             f"this model{f' (quantized by {quantized})' if quantized else ''}{f': {error}' if error else ''}; "
             f"take method=[nf4,{method}]"
         )
 
 
-def check_alone(model: Any, name: str, method: str) -> None:
-    """Raises UserError if the model has an adapter already: PEFT's formats hold one kind beside a base."""
+def check_no_adapter(model: Any, name: str, method: str) -> None:
+    """Raises UserError if the model already has an adapter: PEFT's format stores one adapter per base model."""
     if is_adapted(model):
         raise UserError(
             f"method=[...,{method}]: {name} has an adapter already; merge it (method.qlora.merge=true when it is "

@@ -1,7 +1,7 @@
-"""Which files of a folder are the model: those that loading reads, and nothing that happens to lie beside them.
+"""Lists the files of a folder that belong to the model, which are those that loading reads.
 
-Folders that people have hold optimizer states of a training, the same weights in another format, git's own files. Whatever sizes,
-hashes, copies or checks a model takes its files from here.
+Users' folders also hold optimizer states, the same weights in another format, or git's files. All code that sizes, hashes, copies
+or checks a model takes its files from this module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
-# by which transformers knows a configuration, a tokenizer and its chat templates, and code that comes with a model
+# names by which transformers finds a configuration, a tokenizer with its chat templates, and a model's own code
 _SETTINGS = ("config.json", "generation_config.json", "prompt.json", "quantization_config.json")
 _TOKENIZER = (
     "tokenizer*",
@@ -33,27 +33,27 @@ _TOKENIZER = (
     "*.jinja",
 )
 _CODE = ("*.py",)
-# of a model on the hub, what to get: those, and the weights that loading prefers
+# files to download from the hub: those above, and the weights that loading prefers
 ON_THE_HUB = (*_SETTINGS, *_TOKENIZER, *_CODE, "*.safetensors", INDEX, f"{ADAPTER}/*")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights, as transformers chooses among them; those that an index names may be missing.
+    """Returns the weight files, chosen as transformers does; files that an index names may be missing.
 
     Raises:
         UserError: the index is damaged.
     """
-    for whole, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
-        if (folder / whole).is_file():
-            return [folder / whole]  # an index beside it is not looked at
+    for single_file, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
+        if (folder / single_file).is_file():
+            return [folder / single_file]  # an index in the same folder is ignored
         if (folder / index).is_file():
-            return [folder / name for name in _shards(folder / index)]
-        if whole == WEIGHTS and (ggufs := sorted(folder.glob("*.gguf"))):
+            return [folder / name for name in _shard_names(folder / index)]
+        if single_file == WEIGHTS and (ggufs := sorted(folder.glob("*.gguf"))):
             return ggufs
     return []
 
 
-def _shards(index: Path) -> list[str]:
+def _shard_names(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -63,25 +63,26 @@ def _shards(index: Path) -> list[str]:
 
 
 def content_files(folder: Path) -> dict[str, Path]:
-    """All files that are part of the model, by their names relative to the folder: weights, settings, tokenizer, adapter, code."""
-    found = [file for file in weight_files(folder) if file.is_file()]
+    """Returns all files of the model by their names relative to the folder: weights, settings, tokenizer, adapter, code."""
+    files = [file for file in weight_files(folder) if file.is_file()]
     indexes = [index for index in (INDEX, PICKLED_INDEX) if (folder / index).is_file()]
-    if found and found[0].name not in (WEIGHTS, PICKLED):
-        found += [folder / name for name in indexes]
+    if files and files[0].name not in (WEIGHTS, PICKLED):
+        files += [folder / name for name in indexes]
     for pattern in (*_SETTINGS, *_TOKENIZER, *_CODE):
-        found += folder.glob(pattern)
+        files += folder.glob(pattern)
     for place in (folder, folder / ADAPTER):
         if (place / ADAPTER_FILES[0]).is_file():
-            found += [place / name for name in ADAPTER_FILES]
-    return {path.relative_to(folder).as_posix(): path for path in sorted(set(found)) if path.is_file()}
+            files += [place / name for name in ADAPTER_FILES]
+    return {path.relative_to(folder).as_posix(): path for path in sorted(set(files)) if path.is_file()}
 
 
 def is_weights(name: str) -> bool:
+    """Returns whether a file of this name holds weights."""
     return name.endswith(WEIGHT_SUFFIXES)
 
 
 def decides_weights(name: str) -> bool:
-    """Whether a file of this name says what the network is, and not only how it is talked to."""
+    """Returns whether a file of this name defines the network itself, rather than its tokenizer or generation settings."""
     return (
         is_weights(name)
         or Path(name).name in ("config.json", INDEX, PICKLED_INDEX, ADAPTER_FILES[0])
@@ -90,10 +91,12 @@ def decides_weights(name: str) -> bool:
 
 
 def header_of(file: Path) -> dict[str, Any]:
-    """Of a safetensors file: each tensor's `dtype`, `shape` and `data_offsets`, by name (format: 8 bytes of length, JSON, data).
+    """Returns each tensor's `dtype`, `shape` and `data_offsets` in a safetensors file, by name.
+
+    The format is 8 bytes with the header's length, the header as JSON, and the data.
 
     Raises:
-        ValueError: it is no safetensors file, or shorter than its header says.
+        ValueError: the file is not a safetensors file, or is shorter than its header says.
     """
     size = file.stat().st_size
     with file.open("rb") as data:

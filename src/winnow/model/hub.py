@@ -1,4 +1,4 @@
-"""The Hugging Face hub where there may be no network."""
+"""Handles the Hugging Face hub on machines that may have no network."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """The hub's libraries in offline mode where its name does not resolve: else they try for half a minute."""
+    """Puts the hub's libraries into offline mode if its host name does not resolve; otherwise they retry for half a minute."""
     import huggingface_hub.constants as hub
 
-    # datasets keeps a switch of its own; it is only there to be set if something has imported it
+    # datasets has its own switch, which exists only once datasets is imported
     modules: list[Any] = [hub, *([sys.modules["datasets.config"]] if "datasets.config" in sys.modules else [])]
     before = [module.HF_HUB_OFFLINE for module in modules]
     proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))

@@ -1,15 +1,16 @@
-"""Importing this module imports transformers' models and generation, without optional packages that winnow has no use for.
+"""Imports transformers' models and generation without optional packages that winnow does not use.
 
-transformers imports what happens to be installed. These packages are half of its time, and winnow uses none of them there:
+transformers imports every optional package that is installed. These take half of its import time, and winnow needs
+none of them there:
 
-- scikit-learn (lm-eval needs it), for a curve that assisted generation draws;
+- scikit-learn (lm-eval needs it), for a curve in assisted generation;
 - scipy, for the losses of object detection;
-- boto3 (the Ray launcher needs it), for accelerate's questions about Amazon SageMaker;
-- torch's compiler, which hqq (the extra `kv`) asks for when it defines layers that the quantized cache does not have.
+- boto3 (the Ray launcher needs it), for accelerate's support of Amazon SageMaker;
+- torch's compiler, which hqq (the extra `kv`) uses for layers that the quantized cache does not need.
 
-It comes before anything else that imports `transformers.generation`: on the preload list of a fork server, and where a command
-first needs a model, its configuration or its tokenizer. The packages can be imported as usual afterwards. hqq's layers run
-uncompiled in such a process, which is what they do by default.
+The module must be imported before any other import of `transformers.generation`: it is on the preload list of the fork server, and
+is imported when a command first needs a model, a configuration or a tokenizer. The packages can be imported as usual afterwards.
+hqq's layers run uncompiled in such a process, which is their default.
 """
 # ruff: noqa: F401
 
@@ -23,10 +24,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def _hidden(*packages: str) -> Iterator[None]:
-    """Meanwhile these packages are not found by an import, except those that are imported already."""
+    """Hides packages from imports inside the block, except those that are already imported."""
     hidden = [name for name in packages if name not in sys.modules]
     for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]  # Python's own mark of a module that is not to be found
+        sys.modules[name] = None  # type: ignore[assignment]  # Python raises ModuleNotFoundError for this value
     try:
         yield
     finally:
@@ -35,27 +36,27 @@ def _hidden(*packages: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Meanwhile `torch.compile` gives functions back as they are: it imports the compiler even where that is switched off."""
+def _without_compile() -> Iterator[None]:
+    """Makes `torch.compile` return functions unchanged inside the block: it imports the compiler even when that is disabled."""
     import torch
 
-    def compiled(function: Any = None, **settings: Any) -> Any:
+    def return_function(function: Any = None, **settings: Any) -> Any:
         return function if function is not None else lambda function: function
 
-    before: Any = torch.compile
-    torch.compile = compiled  # type: ignore[assignment]
+    original: Any = torch.compile
+    torch.compile = return_function  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.compile = before
+        torch.compile = original
 
 
-def _answered(package: str) -> bool:
-    """Whether transformers was asked for the package before: it keeps the answer, and would import what was there."""
-    asked = getattr(sys.modules.get("transformers.utils.import_utils"), f"is_{package}_available", None)
-    return asked is not None and asked.cache_info().currsize > 0
+def _has_cached_check(package: str) -> bool:
+    """Returns whether transformers has already checked for a package: it caches the result, and would import a package it found."""
+    check = getattr(sys.modules.get("transformers.utils.import_utils"), f"is_{package}_available", None)
+    return check is not None and check.cache_info().currsize > 0
 
 
-with _hidden("boto3", *(x for x in ("scipy", "sklearn") if not _answered(x))), _uncompiled():
+with _hidden("boto3", *(x for x in ("scipy", "sklearn") if not _has_cached_check(x))), _without_compile():
     import transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama

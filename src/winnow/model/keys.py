@@ -1,4 +1,4 @@
-"""Whether the tensors of a file are those that the model asks for: transformers and PEFT draw at random what is missing."""
+"""Checks that a file's tensors match the model, because transformers and PEFT initialise missing tensors at random."""
 
 from __future__ import annotations
 
@@ -10,56 +10,59 @@ from winnow.core.errors import Unservable
 from winnow.model.folder import header_of
 
 
-def check_keys(found: Mapping[str, Any], path: str, what: str = "weights") -> None:
-    """Refuses weights that are not those of the model.
+def check_keys(problems: Mapping[str, Any], path: str, description: str = "weights") -> None:
+    """Raises an error if loaded weights do not match the model.
 
     Args:
-        found: `missing_keys` and `unexpected_keys`, names of tensors, and `mismatched_keys`: the name of each tensor with its
+        problems: `missing_keys` and `unexpected_keys`, names of tensors, and `mismatched_keys`: the name of each tensor with its
             shape in the file and in the model.
-        what: they are, for the message.
+        description: what the weights are called in the message.
 
     Raises:
-        Unservable: some are missing, too many, or of another shape.
+        Unservable: tensors are missing, unexpected, or of another shape.
     """
-    missing, unexpected = (sorted(map(str, found.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected"))
+    missing, unexpected = (sorted(map(str, problems.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected"))
     mismatched = sorted(
-        f"{name} {tuple(there)} for {tuple(wanted)}" for name, there, wanted in found.get("mismatched_keys") or ()
+        f"{name} {tuple(file_shape)} for {tuple(model_shape)}"
+        for name, file_shape, model_shape in problems.get("mismatched_keys") or ()
     )
-    wrong = [
+    differences = [
         f"{problem}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched))
         if names
     ]
-    if not wrong:
+    if not differences:
         return
     prefix = _common_prefix(unexpected, missing)
     way_out = f"take `{prefix}` off their names" if prefix else "copy the model again, or correct its configuration"
     raise Unservable(
-        f"model.path={path}: its {what} are not those of its configuration ({'; '.join(wrong)}); {way_out}"
+        f"model.path={path}: its {description} are not those of its configuration ({'; '.join(differences)}); {way_out}"
     )
 
 
-def check_adapter(file: Path, wanted: Mapping[str, Any], path: str) -> None:
-    """Refuses a file of an adapter that does not hold the tensors `wanted`, by name.
+def check_adapter(file: Path, expected: Mapping[str, Any], path: str) -> None:
+    """Raises an error if an adapter's file does not hold the `expected` tensors, given by name.
 
     Raises:
         Unservable: see `check_keys`.
     """
-    held = {name: tuple(entry["shape"]) for name, entry in header_of(file).items()}
-    both = held.keys() & wanted.keys()
-    found = {
-        "missing_keys": wanted.keys() - held.keys(),
-        "unexpected_keys": held.keys() - wanted.keys(),
-        "mismatched_keys": [(n, held[n], wanted[n].shape) for n in both if held[n] != tuple(wanted[n].shape)],
+    file_shapes = {name: tuple(entry["shape"]) for name, entry in header_of(file).items()}
+    common_names = file_shapes.keys() & expected.keys()
+    problems = {
+        "missing_keys": expected.keys() - file_shapes.keys(),
+        "unexpected_keys": file_shapes.keys() - expected.keys(),
+        "mismatched_keys": [
+            (n, file_shapes[n], expected[n].shape) for n in common_names if file_shapes[n] != tuple(expected[n].shape)
+        ],
     }
-    check_keys(found, path, "adapter's weights")
+    check_keys(problems, path, "adapter's weights")
 
 
 def _common_prefix(unexpected: Sequence[str], missing: Sequence[str]) -> str:
-    """What stands before all names of tensors: a wrapper's, such as `_orig_mod.` of a compiled model."""
+    """Returns the prefix that a wrapper added to all tensor names, such as `_orig_mod.` of a compiled model; else ""."""
     for name in missing:
-        for other in unexpected[:1]:
-            prefix = other.removesuffix(name)
-            if prefix and other.endswith(name) and all(key.startswith(prefix) for key in unexpected):
+        for unexpected_name in unexpected[:1]:
+            prefix = unexpected_name.removesuffix(name)
+            if prefix and unexpected_name.endswith(name) and all(key.startswith(prefix) for key in unexpected):
                 return prefix
     return ""

@@ -1,4 +1,4 @@
-"""A causal language model in memory, on disk, or both."""
+"""Defines `LM`, a causal language model in memory, on disk, or both."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 class LM:
-    """A causal language model in memory, on disk, or both; either is made from the other on first use.
+    """A causal language model in memory, on disk, or both; a model on disk is loaded on first use.
 
     Attributes:
-        path: the folder or hub id it was loaded from or saved to; None for a model that only exists in memory.
-        manifest: where it comes from; written beside the weights when it is saved.
+        path: the folder or hub id that it was loaded from or saved to; None for a model that exists only in memory.
+        manifest: its origin, written next to the weights when it is saved.
+        has_final_files: whether `path` holds the exact files that saving copies.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class LM:
         self.manifest: dict[str, Any] = dict(manifest or {})
         self.loading = loading or Loading()
         self.name = name or (Path(self.path).name if self.path else "model")
-        self.final = False  # True: `path` holds the very files to save
+        self.has_final_files = False
         self._model = model
         self._tokenizer = tokenizer
 
@@ -61,34 +62,34 @@ class LM:
         return self._tokenizer
 
     def config(self) -> PretrainedConfig:
-        """The configuration, the caller's own to change: of the model in memory, else from its folder or the hub."""
+        """Returns a copy of the configuration, from the folder or the hub if there is a path, else from the model in memory."""
         from winnow.model.load import load_config
 
         return load_config(self.path, self.loading) if self.path else copy.deepcopy(self.model.config)
 
     def sha256(self) -> str | None:
-        """What the model is known by: of all its files, as they are now; a hub model's commit; None for one in memory only."""
+        """Returns the model's identity: the hash of its files, or the commit of a hub model; None if it is only in memory."""
         from winnow.model.load import identity
 
         return identity(self.path, self.loading) if self.path else None
 
-    def compute_in(self, dtype: str) -> None:
-        """Lets the weights come into memory in `dtype`, unless they are there already or `model.dtype` names a type."""
+    def set_default_dtype(self, dtype: str) -> None:
+        """Makes the weights load in `dtype`, unless they are in memory already or `model.dtype` names a type."""
         if self._model is None and self.loading.dtype == "auto":
             self.loading = dataclasses.replace(self.loading, dtype=dtype)
 
     def release(self) -> None:
-        """Lets go of the model in memory; it is read from `path` again when it is next asked for."""
+        """Frees the model in memory; the next access loads it from `path` again."""
         if self.path is not None:
             self._model = None
 
-    def changed(self, model: PreTrainedModel) -> LM:
-        """The same lineage with other weights in memory, not on disk yet."""
+    def with_model(self, model: PreTrainedModel) -> LM:
+        """Returns an LM with the same manifest and the weights of `model`, which are in memory only."""
         return LM(model=model, tokenizer=self.tokenizer, manifest=self.manifest, loading=self.loading, name=self.name)
 
-    def stored(self, folder: str | Path) -> LM:
-        """The same lineage with its weights as files in `folder`, in the form in which they will be saved."""
+    def with_files(self, folder: str | Path) -> LM:
+        """Returns an LM with the same manifest whose weights are files in `folder`, in the form in which they are saved."""
         tokenizer, manifest = self.tokenizer, self.manifest
         lm = LM(folder, tokenizer=tokenizer, manifest=manifest, loading=self.loading, name=self.name)
-        lm.final = True
+        lm.has_final_files = True
         return lm

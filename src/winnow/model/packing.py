@@ -1,7 +1,7 @@
-"""Group-wise integer weights in the `pack-quantized` format of compressed-tensors, which transformers and vLLM load.
+"""Stores group-wise integer weights in the `pack-quantized` format of compressed-tensors, which transformers and vLLM load.
 
-A method chooses scales and attaches them with `quantize_linear`; the weights in memory become exactly what the packed file
-will hold, so a model scores the same before it is saved and after it is loaded. `pack` turns them into integers when saved.
+A method chooses scales and attaches them with `quantize_linear`. The weights in memory then equal those in the packed file, so
+that a model scores the same before it is saved and after it is loaded. `pack` turns them into integers when the model is saved.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from winnow.model.layers import linears
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GROUP_SIZES = (32, 64, 128)  # that methods offer
-_NOT_READ_BACK = {"GPTBigCodeForCausalLM"}
-ROWS = 128  # of a matrix at a time: rounding and packing take several times the memory of what they work on
+GROUP_SIZES = (32, 64, 128)  # group sizes that methods offer
+_NOT_LOADABLE = {"GPTBigCodeForCausalLM"}
+ROWS = 128  # rows per step: rounding and packing take several times the memory of their input
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
@@ -33,7 +33,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def set_product_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Lets bitsandbytes' 4-bit layers multiply in `dtype`, whatever their configuration says; their weights stay as they are."""
+    """Sets the compute dtype of bitsandbytes' 4-bit layers, which overrides their configuration; the weights do not change."""
     module: Any
     for module in model.modules():
         if getattr(module, "compute_type_is_set", None) is not None:
@@ -41,10 +41,12 @@ def set_product_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Meanwhile frozen weights that are not quantized are in `dtype`, and products with quantized ones; then all is as before."""
+def compute_in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Casts frozen unquantized weights and the compute dtype of quantized layers to `dtype` inside the block."""
     frozen = [(p, p.data) for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    products: list[tuple[Any, Any]] = [(m, m.compute_dtype) for m in model.modules() if hasattr(m, "compute_dtype")]
+    quantized_layers: list[tuple[Any, Any]] = [
+        (m, m.compute_dtype) for m in model.modules() if hasattr(m, "compute_dtype")
+    ]
     try:
         for parameter, data in frozen:
             parameter.data = data.to(dtype)
@@ -53,13 +55,13 @@ def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for parameter, data in frozen:
             parameter.data = data.to(parameter.device)
-        for module, before in products:
-            module.compute_dtype = before
+        for module, original_dtype in quantized_layers:
+            module.compute_dtype = original_dtype
 
 
-def check_read_back(architecture: str) -> None:
-    """Raises UserError for an architecture whose packed layers transformers does not load."""
-    if architecture in _NOT_READ_BACK:
+def check_loadable(architecture: str) -> None:
+    """Raises UserError for an architecture whose packed layers transformers cannot load."""
+    if architecture in _NOT_LOADABLE:
         raise UserError(
             f"transformers looks for weights in the packed layers of {architecture} and cannot load it; take method=[nf4] or [int8]"
         )
@@ -67,15 +69,15 @@ def check_read_back(architecture: str) -> None:
 
 def check_groups(model: nn.Module, group_size: int) -> None:
     """Raises UserError if `group_size` does not divide the width of a linear layer of the blocks, or none can be packed."""
-    check_read_back(type(model).__name__)
+    check_loadable(type(model).__name__)
     widths = {name: linear.in_features for name, linear in linears(model).items()}
     for name, width in widths.items():
         if width % group_size:
-            raise ill_fitting(group_size, name, width, widths.values())
+            raise group_size_error(group_size, name, width, widths.values())
 
 
-def ill_fitting(group_size: int, name: str, width: int, widths: Iterable[int]) -> UserError:
-    """The refusal of a group size that does not divide the width of layer `name`; names the nearest that divides all widths."""
+def group_size_error(group_size: int, name: str, width: int, widths: Iterable[int]) -> UserError:
+    """Returns the error for a group size that does not divide the width of layer `name`; it names the nearest valid size."""
     common = math.gcd(*widths)
     fitting = [size for size in GROUP_SIZES if common % size == 0]
     nearest = min(fitting, key=lambda size: abs(size - group_size), default=None)
@@ -87,7 +89,7 @@ def attach_scheme(model: PreTrainedModel, bits: int | Mapping[str, int], group_s
     """Declares symmetric groups along the input dimension for every linear layer of the blocks.
 
     Args:
-        bits: of every layer, or of each by its name: then each width is a group of the configuration that names its layers.
+        bits: the bit width of all layers, or of each layer by name; each width then is one group of the configuration.
 
     Raises:
         UserError: `group_size` does not divide the width of a layer.
@@ -113,20 +115,21 @@ def attach_scheme(model: PreTrainedModel, bits: int | Mapping[str, int], group_s
     ignored = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in matrices]
     config = QuantizationConfig(config_groups=groups, ignore=ignored, format="pack-quantized")
     apply_quantization_config(model, config, show_progress=False)
-    model.apply(disable_quantization)  # the weights hold quantized values themselves; no work is left for the forward
+    # the weights already hold quantized values, so that the forward pass has nothing to quantize
+    model.apply(disable_quantization)
 
 
 def round_to_grid(weight_oi: torch.Tensor, scale: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The integers (or 8-bit floats) that weights round to on the grid of `scale`, and what these stand for.
+    """Returns the integers (or 8-bit floats) that weights round to on the grid of `scale`, and their dequantized values.
 
-    The scale may be one a group [out, groups], a row [out, 1] or a block [rows, columns]; `args` says which.
+    The scales may be per group [out, groups], per row [out, 1] or per block [rows, columns], as `args` says.
     """
     from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 
     integers, values = [], []
-    height = args.block_structure[0] if args.block_structure else 1  # rows of weights that share one of scales
+    height = args.block_structure[0] if args.block_structure else 1  # rows of weights that share a row of scales
     for rows, scales in zip(weight_oi.split(ROWS), scale.float().split(ROWS // height), strict=True):
-        # in single precision: quotients and products in bfloat16 are off by up to half a step of an 8-bit grid
+        # single precision: in bfloat16, quotients and products are off by up to half a step of an 8-bit grid
         integers.append(quantize(rows.float(), scales, None, args, dtype=args.pytorch_dtype()))
         values.append(dequantize(integers[-1], scales, None, args, dtype=torch.float32).to(weight_oi.dtype))
     return torch.cat(integers), torch.cat(values)
@@ -144,27 +147,28 @@ def quantize_linear(linear: Any, scale_og: torch.Tensor) -> None:
 
 
 def is_packable(model: nn.Module) -> bool:
+    """Returns whether a layer of the model has a quantization scheme."""
     return any(getattr(module, "quantization_scheme", None) is not None for module in model.modules())
 
 
 def pack(model: PreTrainedModel) -> Any:
-    """Packs the weights in place; returns the compressor whose `update_config(folder)` must follow `save_pretrained`.
+    """Packs the weights in place; returns the compressor whose `update_config(folder)` must be called after `save_pretrained`.
 
-    Layers without `integers` hold values on the grid of their scale, from which the integers are found again. They are stored
-    as they are: the library's own compressors would round the values once more, in the model's type.
+    Layers without `integers` hold values on the grid of their scale, from which the integers are computed again. The integers are
+    stored without the library's own compressors, which would round the values once more, in the model's dtype.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from compressed_tensors.quantization import QuantizationStatus
     from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
 
-    compressor = ModelCompressor.from_pretrained_model(model)  # it also finds the format of each layer
+    compressor = ModelCompressor.from_pretrained_model(model)  # also sets the format of each layer
     linear: Any
     for linear in linears(model).values():
         scheme = linear.quantization_scheme
         tensors = get_direct_state_dict(linear)
         weight = tensors.pop("weight")
-        tensors.pop("weight_zero_point", None)  # symmetric
+        tensors.pop("weight_zero_point", None)  # quantization is symmetric
         integers = vars(linear).pop("integers", None)
         if integers is None:
             integers, _ = round_to_grid(weight.data, linear.weight_scale.data, scheme.weights)

@@ -1,4 +1,4 @@
-"""A model by folder, hub id or GGUF file."""
+"""Opens a model by folder, hub id or GGUF file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def pretrained(
     weights: bool = True,
     dequantize: bool = True,
 ) -> LM:
-    """A model by folder, hub id or GGUF file, not in memory yet; a folder is checked at once.
+    """Opens a model by folder, hub id or GGUF file, without loading it into memory; a folder is checked at once.
 
-    A GGUF file, or a folder that holds one and no configuration, is read into a folder of the cache, and that is loaded
-    (`winnow.model.gguf.dequantized`); without `dequantize` it stays as it is, for llama.cpp to serve. Without `weights` only the
-    configuration will be read, and a folder need not hold more.
+    A GGUF file, or a folder with a GGUF file and no configuration, is converted to a folder in the cache, and that is loaded
+    (`winnow.model.gguf.dequantized`); without `dequantize` the file stays as it is, for llama.cpp. Without `weights` only the
+    configuration is used, and the folder may hold nothing else.
 
     Raises:
-        UserError: no path, or a folder that holds no complete model (see `check_folder`), or a file that cannot be read.
+        UserError: there is no path, the folder holds no complete model (see `check_folder`), or the file cannot be read.
     """
     if not path:
         raise UserError("model.path is not set; give a folder, a hub id or a GGUF file: model=local model.path=...")
@@ -46,7 +46,7 @@ def pretrained(
         folder = dequantized.folder_of(file, dequantize and weights)
     if folder.is_dir():
         check_folder(folder, loading, weights)
-        return LM(folder, manifest=manifest.checked(folder), loading=loading, name=name or folder.resolve().name)
+        return LM(folder, manifest=manifest.read_verified(folder), loading=loading, name=name or folder.resolve().name)
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or path.endswith("/"):
         raise UserError(f"model.path={path}: no such folder or file")
     return LM(path, loading=loading, name=name or path.split("/")[-1])

@@ -1,4 +1,4 @@
-"""Loading without remarks and progress bars of the libraries."""
+"""Silences the loading libraries."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from unittest import mock
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides progress bars and remarks of the loading libraries."""
+    """Hides progress bars, log messages and warnings of the loading libraries inside the block."""
     import tqdm.std
     import transformers.utils.logging as tl
     from transformers.utils import logging as hf_logging
 
-    bars, level = tl.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    bars_enabled, level = tl.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     noisy = logging.getLogger("bitsandbytes.autograd._functions")
     noisy.setLevel(logging.ERROR)
-    bar = tqdm.std.tqdm.__init__
+    original_init = tqdm.std.tqdm.__init__
 
-    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:  # compressed-tensors has no switch for its bars
-        bar(self, *args, **{**kwargs, "disable": True})
+    def init_disabled(
+        self: Any, *args: Any, **kwargs: Any
+    ) -> None:  # compressed-tensors has no switch for its progress bars
+        original_init(self, *args, **{**kwargs, "disable": True})
 
     try:
-        with warnings.catch_warnings(), mock.patch.object(tqdm.std.tqdm, "__init__", hidden):
+        with warnings.catch_warnings(), mock.patch.object(tqdm.std.tqdm, "__init__", init_disabled):
             warnings.simplefilter("ignore")
             yield
     finally:
         hf_logging.set_verbosity(level)
-        if bars:
+        if bars_enabled:
             hf_logging.enable_progress_bar()

@@ -1,7 +1,7 @@
-"""Models of other shapes: a changed configuration, and the very model that transformers will make of it when it is loaded.
+"""Rebuilds a model with other shapes from a changed configuration, as transformers will load it.
 
-Structured compression changes tensors in place, describes the result by a configuration, and lets transformers put both
-together again: so that what a module keeps besides its weights (scales, head counts, rotary tables) is never out of date.
+Structured compression changes tensors in place, describes the result by a configuration, and lets transformers build the model
+from both. The other values that modules hold (scales, head counts, rotary tables) are then always up to date.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def edited(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
-    """A copy of a configuration with other values.
+def edit_config(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
+    """Returns a copy of a configuration with changed values.
 
     Raises:
-        ValueError: transformers does not take them together.
+        ValueError: transformers rejects the combination of values.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -31,21 +31,21 @@ def edited(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
     return new
 
 
-def rebuilt(model: PreTrainedModel, config: PretrainedConfig, kind: Any = None) -> PreTrainedModel:
-    """The tensors of `model` as a model of `config`, as loading it will make it; they are shared, not copied.
+def rebuild_model(model: PreTrainedModel, config: PretrainedConfig, kind: Any = None) -> PreTrainedModel:
+    """Returns a model of `config` with the tensors of `model`, which are shared, not copied.
 
     Args:
-        model: whose tensors have the names and shapes of the new configuration already.
-        kind: its class, where it is another one.
+        model: its tensors already have the names and shapes of the new configuration.
+        kind: the class of the new model, if it differs.
 
     Raises:
-        RuntimeError: the tensors are not those of the configuration.
+        RuntimeError: the tensors do not match the configuration.
     """
     from winnow.model.quiet import quiet
 
     tensors = model.state_dict()
     with quiet():
-        new, found = (kind or type(model)).from_pretrained(
+        new, loading_info = (kind or type(model)).from_pretrained(
             None,
             config=config,
             state_dict=tensors,
@@ -53,8 +53,8 @@ def rebuilt(model: PreTrainedModel, config: PretrainedConfig, kind: Any = None) 
             attn_implementation=model.config._attn_implementation,
             output_loading_info=True,
         )
-    wrong = {problem: sorted(map(str, names)) for problem, names in found.items() if names}
-    if wrong:
-        raise RuntimeError(f"the tensors do not fit the new configuration: {wrong}")
+    mismatches = {problem: sorted(map(str, names)) for problem, names in loading_info.items() if names}
+    if mismatches:
+        raise RuntimeError(f"the tensors do not fit the new configuration: {mismatches}")
     new.generation_config = model.generation_config
     return new.to(model.device).eval()  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Writes an artifact: a Hugging Face folder plus `manifest.json`, whole or not at all."""
+"""Writes an artifact, a Hugging Face folder with `manifest.json`, atomically."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from winnow.core.files import whole_folder
+from winnow.core.files import atomic_folder
 from winnow.model import manifest as manifests
 from winnow.model.lm import LM
 
 
 def save(lm: LM, output: Path) -> LM:
-    """Saves weights, tokenizer and manifest to `output`; returns the LM that lies there, not in memory.
+    """Saves weights, tokenizer and manifest to `output`; returns an LM for that folder, not loaded into memory.
 
-    The model in memory is spent: packing its weights is done in place.
+    The model in memory must not be used afterwards: its weights are packed in place.
     """
-    with whole_folder(output) as scratch:
-        if lm.final:
+    with atomic_folder(output) as scratch:
+        if lm.has_final_files:
             assert lm.path is not None
             shutil.copytree(lm.path, scratch, dirs_exist_ok=True)
         else:
@@ -27,7 +27,7 @@ def save(lm: LM, output: Path) -> LM:
             **lm.manifest,
             "stages": lm.manifest.get("stages", []),
             "versions": manifests.versions(),
-            **manifests.described(scratch),
+            **manifests.describe_files(scratch),
         }
         manifests.write(scratch, manifest)
     return LM(output, manifest=manifest, loading=lm.loading, name=lm.name)
@@ -55,11 +55,11 @@ def _write_weights(lm: LM, folder: Path) -> None:
 
 
 def attach_adapter(lm: LM, model: Any) -> LM:
-    """The same lineage with the adapter of `model`: in memory, or beside the files where `lm` is final files."""
+    """Returns an LM with the adapter of `model`: in memory, or written next to the files if `lm` has final files."""
     from winnow.model.adapter import NAME, base_model, write
 
-    if not lm.final:
-        return lm.changed(model)
+    if not lm.has_final_files:
+        return lm.with_model(model)
     assert lm.path is not None
     write(model, Path(lm.path) / NAME, base_model(model).dtype)
-    return lm.stored(lm.path)
+    return lm.with_files(lm.path)

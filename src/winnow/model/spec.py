@@ -1,7 +1,7 @@
-"""What a model is and what it needs, from its configuration alone: the model is built on the meta device, no weight is read.
+"""Counts a model's parameters and memory from its configuration alone, on the meta device and without reading weights.
 
-Parameters are counted on the real modules, so that no table of architectures can be out of date. Bytes and cache sizes follow from
-shapes and are exact for the formats named; memory to run and to train are estimates (`SOURCE`), good to some 20%.
+Parameters are counted on the real modules, so that there is no table of architectures to keep up to date. Weight and cache sizes
+follow from shapes and are exact for the formats named; memory to run and to train are estimates (`SOURCE`), accurate to some 20%.
 
     python -c "from winnow.model.spec import spec; print(spec('path/or/config'))"
 """
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-SOURCE = "estimated"  # the label of memory_to_run and memory_to_train among measured figures
+SOURCE = "estimated"  # source of memory_to_run and memory_to_train, next to measured figures
 WIDTHS = (2, 3, 4, 8, 16, 32)
-UNLIMITED = 2048  # the context that forecasts reckon with where a model sets none
+UNLIMITED = 2048  # context length assumed in forecasts for a model without a limit
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SCALE_BITS = 16  # one scale a group; symmetric, so no zero point
+_SCALE_BITS = 16  # one scale per group; symmetric, so no zero point
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Counts of a causal LM; sizes in bytes.
+    """Parameter counts and shapes of a causal LM, with sizes in bytes.
 
     Attributes:
-        parameters: all of them, tied ones once.
-        embedding_parameters: the token embedding and, where it is not tied to it, the output head.
-        linear_parameters: matrices of the decoder's blocks, which weight quantization narrows.
-        context: the longest sequence that the model takes; `UNLIMITED` where its attention sets none (ALiBi).
-        dtype: of the cache, and of what is not quantized.
-        group_size: of the quantized sizes.
-        size_bytes: of the weights at each bit width; below 16 bits only the linear weights are narrowed, with a 16-bit
-            scale a group, and the rest stays at 16 bits.
-        cache_windows: for each layer that keeps keys and values, the positions that it keeps at most (0: all).
-        kv_cache_bytes_per_token: over all those layers at `dtype`, before a window is full.
-        lora_width: sum of inputs and outputs of the linear matrices: LoRA's parameters for each unit of rank.
+        parameters: number of all parameters; tied ones count once.
+        embedding_parameters: those of the token embedding and of an output head that is not tied to it.
+        linear_parameters: those of the matrices in the decoder blocks, which weight quantization works on.
+        context: the longest sequence that the model takes; `UNLIMITED` if its attention sets no limit (ALiBi).
+        dtype: the type of the KV cache and of unquantized weights.
+        group_size: weights that share a scale, in the quantized sizes.
+        size_bytes: size of the weights at each bit width; below 16 bits only the linear weights are quantized, with a 16-bit
+            scale per group, and the rest stays at 16 bits.
+        cache_windows: for each layer with a KV cache, the maximum number of cached positions (0: all).
+        kv_cache_bytes_per_token: bytes over all those layers at `dtype`, before a window is full.
+        lora_width: sum of inputs and outputs of the linear matrices: LoRA's parameters per unit of rank.
     """
 
     name: str
@@ -68,24 +68,24 @@ class ModelSpec:
     lora_width: int
 
     def kv_cache_bytes(self, context: int, batch: int = 1, bits: float | None = None) -> int:
-        """Bytes of keys and values of `batch` sequences of `context` tokens; `bits` of a quantized cache, else `dtype`."""
+        """Returns the bytes of the KV cache of `batch` sequences of `context` tokens, quantized to `bits` or else in `dtype`."""
         if not self.cache_windows:
             return 0
-        a_layer = self.kv_cache_bytes_per_token / len(self.cache_windows)
-        kept = sum(min(context, window) if window else context for window in self.cache_windows)
+        layer_bytes = self.kv_cache_bytes_per_token / len(self.cache_windows)
+        cached_positions = sum(min(context, window) if window else context for window in self.cache_windows)
         share = bits / (8 * _DTYPE_BYTES[self.dtype]) if bits else 1
-        return math.ceil(batch * kept * a_layer * share)
+        return math.ceil(batch * cached_positions * layer_bytes * share)
 
     def memory_to_run(self, bits: int = 16, context: int | None = None, batch: int = 1) -> int:
-        """Weights, full cache, and the activations of one layer while the prompt is read, in bytes: an estimate.
+        """Estimates the bytes of weights, a full KV cache, and the activations of one layer during prefill.
 
-        Assumes attention that does not materialise its matrix, and logits of the last position only, in float32.
+        The estimate assumes attention without a materialised matrix, and float32 logits of the last position only.
         """
         context = context or self.context
         return self.size_bytes[bits] + self.kv_cache_bytes(context, batch) + self.activation_bytes(context, batch)
 
     def activation_bytes(self, context: int, batch: int = 1) -> int:
-        """Of one layer while a prompt of `context` tokens is read, and the logits of its last position: an estimate."""
+        """Estimates the bytes of one layer's activations during prefill of `context` tokens, and of the last position's logits."""
         widest = 4 * self.hidden_size + self.heads * self.head_dim + 3 * self.intermediate_size
         return batch * context * widest * _DTYPE_BYTES[self.dtype] + 4 * batch * self.vocab_size
 
@@ -98,11 +98,11 @@ class ModelSpec:
         rank: int = 16,
         checkpointing: bool = True,
     ) -> int:
-        """Weights, gradients, AdamW's states, activations and logits, in bytes: an estimate.
+        """Estimates the bytes of weights, gradients, AdamW's states, activations and logits.
 
         A trained parameter takes 16 bytes: itself, its gradient and two moments in float32, or the same sum in mixed
-        precision (Rajbhandari et al. 2020, "ZeRO", section 3.1). LoRA keeps the base at `bits` and trains `rank` times
-        `lora_width`. With checkpointing a layer keeps its input alone, and one layer at a time all of what it computes
+        precision (Rajbhandari et al. 2020, "ZeRO", section 3.1). LoRA keeps the base model at `bits` and trains `rank` times
+        `lora_width` parameters. With checkpointing, each layer stores its input only, and one layer at a time all activations
         (Korthikanti et al. 2022, "Reducing Activation Recomputation", section 5; without the attention matrix).
         """
         context = context or self.context
@@ -112,21 +112,21 @@ class ModelSpec:
             states = self.size_bytes[bits] + 16 * rank * self.lora_width
         width = _DTYPE_BYTES[self.dtype]
         inputs = self.hidden_size * width
-        # two norms with their inputs, query, attention's output and keys and values, gate, up, their activation and product
+        # two norms and their inputs, queries, attention output, keys, values, gate, up, their activation and product
         attention = 2 * self.heads * self.head_dim + 2 * self.kv_heads * self.head_dim
-        whole_layer = (4 * self.hidden_size + attention + 4 * self.intermediate_size) * width
-        kept = self.layers * inputs + whole_layer if checkpointing else self.layers * whole_layer
-        logits = self.vocab_size * (width + 4 + 4)  # as computed, in float32 for the loss, and their gradient
-        return states + batch * context * (kept + logits)
+        layer_activations = (4 * self.hidden_size + attention + 4 * self.intermediate_size) * width
+        activations = self.layers * inputs + layer_activations if checkpointing else self.layers * layer_activations
+        logits = self.vocab_size * (width + 4 + 4)  # the logits in `dtype`, in float32 for the loss, and their gradient
+        return states + batch * context * (activations + logits)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `json.dump`."""
+        """Returns the fields as values that `json.dump` accepts."""
         plain = dataclasses.asdict(self)
         plain["size_bytes"] = {str(bits): size for bits, size in self.size_bytes.items()}
         return plain
 
     def __str__(self) -> str:
-        """A table for people."""
+        """Returns a table for people."""
         windows = sorted({w for w in self.cache_windows if w})
         rows = [
             ("parameters", f"{self.parameters:,}"),
@@ -153,31 +153,31 @@ class ModelSpec:
 
 
 def gib(size: float) -> str:
-    """A size for people, in GiB, or MiB where that is less than a tenth of one."""
+    """Formats a size in GiB, or in MiB below a tenth of a GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: str | None = None) -> ModelSpec:
-    """The counts of the model that a configuration describes.
+    """Returns the spec of the model that a configuration describes.
 
     Args:
-        config: of transformers, or the folder or hub id of one. Of a multimodal model all parameters count, and the
-            text decoder is what is described.
+        config: a configuration of transformers, or its folder or hub id. For a multimodal model all parameters count, and
+            the other fields describe the text decoder.
         group_size: weights that share a scale, in the sizes below 16 bits.
-        dtype: of the cache and of what is not quantized; by default that of the configuration, else bfloat16.
+        dtype: type of the KV cache and of unquantized weights; by default that of the configuration, else bfloat16.
 
     Raises:
-        ValueError: transformers knows no causal LM for the configuration.
-        UserError: it is not a stack of decoder blocks with attention.
+        ValueError: transformers has no causal LM for the configuration.
+        UserError: the model is not a stack of decoder blocks with attention.
     """
     from transformers import AutoConfig
 
     from winnow.model.own_architectures import register
 
     register()
-    whole = AutoConfig.from_pretrained(config) if isinstance(config, str | Path) else config
-    model = on_meta(whole)
-    text = whole.get_text_config(decoder=True)
+    full_config = AutoConfig.from_pretrained(config) if isinstance(config, str | Path) else config
+    model = build_on_meta(full_config)
+    text = full_config.get_text_config(decoder=True)
     dtype = dtype or str(getattr(text, "dtype", None) or "bfloat16").removeprefix("torch.")
     if dtype not in _DTYPE_BYTES:
         raise ValueError(f"dtype={dtype} is not one of {', '.join(_DTYPE_BYTES)}")
@@ -185,7 +185,7 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
     shapes = _block_matrices(model, text.num_hidden_layers)
     linear = sum(math.prod(shape) for shape in shapes)
     groups = sum(math.prod(shape[:-1]) * math.ceil(shape[-1] / group_size) for shape in shapes)
-    embeddings = {id(w): w.numel() for w in _embeddings(model)}
+    embeddings = {id(w): w.numel() for w in _embedding_weights(model)}
     total = sum(p.numel() for p in model.parameters())
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
@@ -213,7 +213,7 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
         context=context_of(text) or UNLIMITED,
         dtype=dtype,
         group_size=group_size,
-        size_bytes={bits: _size(total, linear, groups, bits) for bits in WIDTHS},
+        size_bytes={bits: _quantized_bytes(total, linear, groups, bits) for bits in WIDTHS},
         cache_windows=windows,
         kv_cache_bytes_per_token=len(windows) * (key + value) * _DTYPE_BYTES[dtype],
         lora_width=sum(math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in shapes),
@@ -221,14 +221,14 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
 
 
 def context_of(config: PretrainedConfig) -> int | None:
-    """The longest sequence that a model takes, or None where its attention sets none."""
+    """Returns the longest sequence that a model takes, or None if its attention sets no limit."""
     text = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "max_seq_len")  # as most call it; MPT
+    names = ("max_position_embeddings", "max_seq_len")  # the common name; the name in MPT
     return next((value for name in names if (value := getattr(text, name, None))), None)
 
 
-def on_meta(config: PretrainedConfig) -> nn.Module:
-    """The model that a configuration describes, without weights; not quantized whatever the configuration says."""
+def build_on_meta(config: PretrainedConfig) -> nn.Module:
+    """Builds the unquantized model of a configuration on the meta device, without weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -236,8 +236,8 @@ def on_meta(config: PretrainedConfig) -> nn.Module:
 
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # counts are of the model, not of one way to store it
-    # code that came with the configuration runs already
+        del config.quantization_config  # counts do not depend on how the weights are stored
+    # the configuration's own code already runs
     trusted = type(config).__module__.startswith("transformers_modules.")
     with quiet(), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)  # type: ignore[no-untyped-call]
@@ -245,34 +245,34 @@ def on_meta(config: PretrainedConfig) -> nn.Module:
 
 
 def _block_matrices(model: nn.Module, layers: int) -> list[tuple[int, ...]]:
-    """Shapes of the matrices [..., out, in] in the decoder's blocks: linear weights, and experts stacked in three axes."""
+    """Returns the shapes [..., out, in] of the matrices in the decoder blocks: linear weights, and experts stacked in 3D."""
     from torch import nn
 
-    stacks = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers}
+    block_lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers}
     # the vision tower of a multimodal model may have as many layers
-    senses = ("vision", "visual", "audio")
-    blocks = next((m for n, m in stacks.items() if not any(sense in n for sense in senses)), None)
+    other_modalities = ("vision", "visual", "audio")
+    blocks = next((m for n, m in block_lists.items() if not any(modality in n for modality in other_modalities)), None)
     if blocks is None:
         raise UserError(f"{type(model).__name__} has no list of {layers} decoder blocks")
-    holders = [m for m in blocks.modules() if not isinstance(m, nn.Conv1d)]
-    return [tuple(p.shape) for m in holders for p in m.parameters(recurse=False) if p.ndim >= 2]
+    modules = [m for m in blocks.modules() if not isinstance(m, nn.Conv1d)]
+    return [tuple(p.shape) for m in modules for p in m.parameters(recurse=False) if p.ndim >= 2]
 
 
-def _embeddings(model: Any) -> list[Any]:
+def _embedding_weights(model: Any) -> list[Any]:
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [layer.weight for layer in layers if layer is not None]
 
 
-def _size(total: int, linear: int, groups: int, bits: int) -> int:
+def _quantized_bytes(total: int, linear: int, groups: int, bits: int) -> int:
     if bits >= 16:
         return total * bits // 8
     return 2 * (total - linear) + math.ceil((linear * bits + groups * _SCALE_BITS) / 8)
 
 
 def _cached_widths(text: Any, kv_heads: int, head_dim: int) -> tuple[int, int]:
-    """Elements of keys and of values that a layer caches for one token, over all its heads.
+    """Returns the numbers of elements of keys and of values that a layer caches per token, over all its heads.
 
-    Latent attention (DeepSeek) is cached unfolded by transformers, with keys wider than values.
+    transformers caches latent attention (DeepSeek) in its expanded form, with keys wider than values.
     """
     if getattr(text, "kv_lora_rank", None):
         return text.num_attention_heads * (text.qk_nope_head_dim + text.qk_rope_head_dim), (
@@ -282,9 +282,9 @@ def _cached_widths(text: Any, kv_heads: int, head_dim: int) -> tuple[int, int]:
 
 
 def _cache_windows(text: Any) -> tuple[int, ...]:
-    """For each layer with a cache that grows, its window, or 0 for none.
+    """Returns the window of each layer with a growing KV cache, or 0 for no window.
 
-    Layers of linear attention or state spaces keep a state of fixed size, and layers that share another's cache none.
+    Layers with linear attention or a state space have a state of fixed size; layers that share another layer's cache have none.
     """
     window = getattr(text, "sliding_window", None) or 0
     if getattr(text, "use_sliding_window", True) is False:
@@ -293,6 +293,6 @@ def _cache_windows(text: Any) -> tuple[int, ...]:
     if kinds is None:
         kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
     kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]
-    spans = {"full_attention": 0, "attention": 0, "sliding_attention": window}
-    spans["chunked_attention"] = getattr(text, "attention_chunk_size", None) or 0
-    return tuple(spans[kind] for kind in kinds if kind in spans)
+    window_of_kind = {"full_attention": 0, "attention": 0, "sliding_attention": window}
+    window_of_kind["chunked_attention"] = getattr(text, "attention_chunk_size", None) or 0
+    return tuple(window_of_kind[kind] for kind in kinds if kind in window_of_kind)

@@ -1,7 +1,7 @@
-"""Every matrix of the decoder blocks as a linear layer of its own, while methods work on it; put together again when saved.
+"""Turns every matrix of the decoder blocks into its own linear layer for methods, and back again for saving.
 
-transformers keeps the experts of a layer as one stacked parameter, and GPT-2's matrices transposed (`Conv1D`): methods that
-look for linear layers would pass over both. `unfuse` takes them apart, `fuse` is its inverse; the model computes the same.
+transformers stores the experts of a layer as one stacked parameter, and GPT-2's matrices transposed (`Conv1D`). Methods that
+look for linear layers would miss both. `unfuse` splits them, and `fuse` is its inverse; the model computes the same.
 
     unfuse(model); linears(model)["model.layers.0.mlp.experts.3.w1"]; fuse(model)
 """
@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from winnow.model.holders import EXPERT, STACKED, TRANSPOSED
+from winnow.model.matrix_kinds import EXPERT, STACKED, TRANSPOSED
 
 
 @dataclass(frozen=True)
-class Names:
-    """What the checkpoints of an architecture call the three matrices of an expert.
+class ExpertNames:
+    """The names of an expert's three matrices in the checkpoints of an architecture.
 
     Attributes:
-        apart: whether checkpoints hold each expert's matrices by themselves, so that each can be stored packed.
+        stored_separately: whether checkpoints store each expert's matrices separately, so that each can be packed.
     """
 
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    apart: bool = False
+    stored_separately: bool = False
 
     @property
     def matrices(self) -> tuple[str, str, str]:
@@ -41,7 +41,7 @@ class Names:
 class Expert(nn.Module):
     """The three matrices of an expert, [intermediate, hidden] twice and [hidden, intermediate]."""
 
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, names: Names) -> None:
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, names: ExpertNames) -> None:
         super().__init__()
         self.names = names
         for name, weight in zip((names.gate, names.up), gate_up.chunk(2), strict=True):
@@ -54,58 +54,58 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """Stands in for transformers' module of stacked experts.
+    """Replaces transformers' module of stacked experts.
 
     Attributes:
-        tokens: that each expert has seen since it was set to 0.
+        tokens: number of tokens routed to each expert since the last reset.
     """
 
-    def __init__(self, stacked: Any, names: Names) -> None:
+    def __init__(self, stacked: Any, names: ExpertNames) -> None:
         gate_up, down = stacked.gate_up_proj.data, stacked.down_proj.data
         super().__init__(Expert(gate_up[index], down[index], names) for index in range(len(down)))
         self.num_experts = len(down)
         self.tokens = [0] * len(down)
         stacked.gate_up_proj = stacked.down_proj = None
-        self.stacked = (stacked,)  # in a tuple: no module of this one
+        self.stacked = (stacked,)  # in a tuple, so that torch does not register it as a submodule
 
     @property
-    def each(self) -> list[Expert]:
+    def expert_list(self) -> list[Expert]:
         return [module for module in self if isinstance(module, Expert)]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Of tokens [N, hidden], each sent to `top_k_index` [N, k] with `top_k_weights` [N, k]."""
+        """Computes tokens [N, hidden], each routed to the experts `top_k_index` [N, k] with `top_k_weights` [N, k]."""
         output = torch.zeros_like(hidden_states)
-        for index, expert in enumerate(self.each):
-            place, token = top_k_index.T.eq(index).nonzero(as_tuple=True)
+        for index, expert in enumerate(self.expert_list):
+            slot, token = top_k_index.T.eq(index).nonzero(as_tuple=True)
             self.tokens[index] += len(token)
             if not len(token):
                 continue
             gate, up, down = expert.matrices
             states = hidden_states[token]
             product = down(self.stacked[0]._apply_gate(torch.cat([gate(states), up(states)], dim=-1)))
-            output.index_add_(0, token, (product * top_k_weights[token, place, None]).to(output.dtype))
+            output.index_add_(0, token, (product * top_k_weights[token, slot, None]).to(output.dtype))
         return output
 
-    def together(self) -> nn.Module:
-        """transformers' own module again, with these weights."""
+    def restack(self) -> nn.Module:
+        """Returns transformers' own module with the current weights."""
         stacked: Any = self.stacked[0]
-        parts = [[m.weight.data for m in expert.matrices] for expert in self.each]
+        parts = [[m.weight.data for m in expert.matrices] for expert in self.expert_list]
         stacked.gate_up_proj = nn.Parameter(torch.stack([torch.cat([gate, up]) for gate, up, _ in parts]))
         stacked.down_proj = nn.Parameter(torch.stack([down for _, _, down in parts]))
         return stacked  # type: ignore[no-any-return]
 
 
 class Untransposed(nn.Linear):
-    """Stands in for a `Conv1D`, which holds its matrix as [in, out]."""
+    """Replaces a `Conv1D`, which stores its matrix as [in, out]."""
 
 
 def unfuse(model: Any) -> None:
-    """Takes apart what lies in the decoder blocks, in place; the parameters share the memory of those that were."""
+    """Splits stacked experts and replaces `Conv1D` layers, in place; the new parameters share the old ones' memory."""
     from transformers.pytorch_utils import Conv1D
 
-    names = names_of(model.config)
+    names = expert_names(model.config)
     for path, module in list(model.named_modules()):
         if is_stacked(module):
             model.set_submodule(path, Experts(module, names))
@@ -114,21 +114,21 @@ def unfuse(model: Any) -> None:
 
 
 def fuse(model: nn.Module) -> None:
-    """The inverse of `unfuse`, in place. What is stored packed stays apart."""
+    """Reverses `unfuse` in place. Experts that are stored packed stay separate."""
     from transformers.pytorch_utils import Conv1D
 
     for path, module in list(model.named_modules()):
         if isinstance(module, Experts) and not any(getattr(m, "quantization_scheme", None) for m in module.modules()):
-            model.set_submodule(path, module.together())
+            model.set_submodule(path, module.restack())
         elif isinstance(module, Untransposed):
             with torch.device("meta"):
-                whole = Conv1D(module.out_features, module.in_features)
-            whole.weight, whole.bias = nn.Parameter(module.weight.data.T.contiguous()), module.bias
-            model.set_submodule(path, whole)
+                conv1d = Conv1D(module.out_features, module.in_features)
+            conv1d.weight, conv1d.bias = nn.Parameter(module.weight.data.T.contiguous()), module.bias
+            model.set_submodule(path, conv1d)
 
 
-def ready(model: Any, matrices: tuple[str, ...] | None) -> None:
-    """Takes the model apart for a stage that works on `matrices`, else puts it together."""
+def prepare_for_stage(model: Any, matrices: tuple[str, ...] | None) -> None:
+    """Unfuses the model for a stage that works on `matrices`, and fuses it for any other."""
     if matrices is None:
         fuse(model)
     else:
@@ -137,18 +137,18 @@ def ready(model: Any, matrices: tuple[str, ...] | None) -> None:
 
 @contextlib.contextmanager
 def fused(model: Any) -> Iterator[None]:
-    """Meanwhile the model is as its architecture has it."""
-    apart = any(isinstance(module, Experts | Untransposed) for module in model.modules())
+    """Fuses the model inside the block, and unfuses it afterwards if it was unfused."""
+    was_unfused = any(isinstance(module, Experts | Untransposed) for module in model.modules())
     fuse(model)
     try:
         yield
     finally:
-        if apart:
+        if was_unfused:
             unfuse(model)
 
 
 def is_stacked(module: nn.Module) -> bool:
-    """Whether it is a module of stacked experts, in the layout that most architectures share."""
+    """Returns whether a module holds stacked experts, in the layout that most architectures share."""
     usual = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     flags = all(getattr(module, name, None) is value for name, value in usual.items())
     return flags and all(_is_stack(getattr(module, name, None)) for name in ("gate_up_proj", "down_proj"))
@@ -158,49 +158,49 @@ def _is_stack(parameter: object) -> bool:
     return isinstance(parameter, nn.Parameter) and parameter.ndim == 3
 
 
-def holders(model: nn.Module) -> dict[str, str]:
-    """For the name of each matrix of an unfused model, how its architecture holds it."""
+def kinds_of_matrices(model: nn.Module) -> dict[str, str]:
+    """Returns the kind of each matrix of an unfused model (see `matrix_kinds`), by its name."""
     from winnow.model.layers import linears
 
     matrices = linears(model)
-    found = {n: TRANSPOSED if isinstance(m, Untransposed) else type(m).__name__ for n, m in matrices.items()}
+    kinds = {n: TRANSPOSED if isinstance(m, Untransposed) else type(m).__name__ for n, m in matrices.items()}
     for path, module in model.named_modules():
         if isinstance(module, Expert):
-            kind = EXPERT if module.names.apart else STACKED
-            found |= dict.fromkeys((f"{path}.{name}" for name in module.names.matrices), kind)
-    return found
+            kind = EXPERT if module.names.stored_separately else STACKED
+            kinds |= dict.fromkeys((f"{path}.{name}" for name in module.names.matrices), kind)
+    return kinds
 
 
-def unreached(model: nn.Module) -> list[str]:
-    """The experts that no token was sent to, of the layers to which some were."""
+def unrouted_experts(model: nn.Module) -> list[str]:
+    """Returns the names of experts that got no token, in layers that got some."""
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, Experts) and any(m.tokens)]
     return [f"{path}.{index}" for path, m in layers for index, tokens in enumerate(m.tokens) if not tokens]
 
 
-def count_tokens(model: nn.Module) -> None:
-    """Starts to count at 0."""
+def reset_token_counts(model: nn.Module) -> None:
+    """Sets the token counts of all experts to 0."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.tokens = [0] * module.num_experts
 
 
-def names_of(config: Any) -> Names:
-    """As transformers' own table has them, by which it reads checkpoints."""
+def expert_names(config: Any) -> ExpertNames:
+    """Returns the names of an expert's matrices from the table with which transformers reads checkpoints."""
     sources = {
         target: [source.split(".")[-2] for source in entry.source_patterns]
         for entry in _conversions(config)
         for target in entry.target_patterns
         if all(".experts.*." in f".{source}" for source in entry.source_patterns)
     }
-    both = next((names for target, names in sources.items() if target.endswith("experts.gate_up_proj")), [])
+    gate_and_up = next((names for target, names in sources.items() if target.endswith("experts.gate_up_proj")), [])
     down = next((names for target, names in sources.items() if target.endswith("experts.down_proj")), [])
-    if len(both) == 2 and len(down) == 1:
-        return Names(both[0], both[1], down[0], apart=True)
-    return Names()
+    if len(gate_and_up) == 2 and len(down) == 1:
+        return ExpertNames(gate_and_up[0], gate_and_up[1], down[0], stored_separately=True)
+    return ExpertNames()
 
 
-def renaming(config: Any) -> Callable[[str], str]:
-    """What the unfused model calls a tensor, by the name that its checkpoints give it."""
+def checkpoint_renaming(config: Any) -> Callable[[str], str]:
+    """Returns a function from a tensor's name in checkpoints to its name in the unfused model."""
     from transformers.core_model_loading import WeightRenaming
 
     renamings = [entry for entry in _conversions(config) if isinstance(entry, WeightRenaming)]

@@ -1,6 +1,6 @@
-"""The embedded model's tokenizer: byte-level BPE over the nano world, digits one by one, `<bos>` before each text.
+"""Trains the embedded model's tokenizer: byte-level BPE over the nano world, with single digits and `<bos>` before each text.
 
-python -m winnow.nano.bpe FOLDER      # trains it anew (seconds) and saves it
+python -m winnow.nano.bpe FOLDER      # trains the tokenizer (seconds) and saves it
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TRAINING_ITEMS = 20_000
 
 
 def train_tokenizer(items: int = TRAINING_ITEMS, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on the first `items` of the training stream; any text encodes, since its alphabet is bytes."""
+    """Trains a tokenizer on the first `items` of the training stream; its byte alphabet encodes any text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())

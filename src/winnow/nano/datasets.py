@@ -1,7 +1,7 @@
-"""Writes the test sets of the nano benchmarks as JSONL, one item a line, beside the tasks that read them.
+"""Writes the test sets of the nano benchmarks as JSONL, one item per line, next to the tasks that read them.
 
-Each row holds the columns of the benchmark that the family imitates, and `prompt`: what the model is shown, character
-for character as the embedded model was trained on it.
+Each row holds the columns of the benchmark that the family imitates, and `prompt`: the model's input, character for character
+as in the training of the embedded model.
 
     python -m winnow.nano.datasets            # rewrites src/winnow/nano/data; the same bytes on any machine
 """
@@ -19,19 +19,19 @@ TEXT = "nano_text"
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """The rows of `<name>.jsonl`: a family's test set, or the held-out text."""
+    """Returns the rows of `<name>.jsonl`: a family's test set, or the held-out text."""
     if name == TEXT:
         return [{"text": item.completion} for item in held_out_text()]
     return [{"prompt": item.prompt} | item.row for item in benchmark_items(name)]
 
 
 def render(name: str) -> str:
-    """The content of `<name>.jsonl`."""
+    """Returns the content of `<name>.jsonl`."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(name))
 
 
 def write(folder: Path = DATA) -> list[Path]:
-    """Writes all files; returns their paths."""
+    """Writes all files and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in (*FAMILIES, TEXT):
@@ -42,5 +42,5 @@ def write(folder: Path = DATA) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for written in write():
-        print(written)
+    for path in write():
+        print(path)

@@ -1,4 +1,4 @@
-"""Where the embedded model lies, and how it looks before it is trained."""
+"""Loads the embedded model, trained or with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 def untrained(
     hidden_size: int, intermediate_size: int, layers: int, heads: int, max_length: int, seed: int, weights: bool = True
 ) -> LM:
-    """A Llama with random weights (without `weights`: none) and a tokenizer trained on the nano world."""
+    """Returns a Llama with random weights (on the meta device without `weights`) and a tokenizer of the nano world."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +42,7 @@ def untrained(
 
 
 def trained(path: str | None = None, **loading: Any) -> LM:
-    """The embedded model; the arguments are those of `winnow.model.pretrained.pretrained`."""
+    """Loads the embedded model; the arguments are those of `winnow.model.pretrained.pretrained`."""
     from winnow.model.pretrained import pretrained
 
     return pretrained(path or str(WEIGHTS), **loading)

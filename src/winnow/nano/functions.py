@@ -1,6 +1,6 @@
-"""Small Python functions to complete, each with the tests that a completion must pass, for `nano_humaneval`.
+"""Generates small Python functions for `nano_humaneval`, each with the tests that a completion must pass.
 
-A function is a template over parameters; its tests are made by running the canonical body, so they cannot disagree with it.
+A function is a template with parameters. Its tests are outputs of the canonical body, so they always agree with it.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def _inputs(kind: str, rng: random.Random) -> list[Any]:
 
 
 def run_body(signature: str, body: str, name: str, value: Any) -> Any:
-    """What a function of our own templates returns for `value`; generated code never comes this way."""
+    """Returns the result of a template's function for `value`; code from a model is never run here."""
     scope: dict[str, Any] = {}
     exec(signature + body, scope)  # noqa: S102
     return scope[name](value)
 
 
 def python_function(rng: random.Random) -> Function:
-    """A function drawn at random: template, parameters, names, and the tests its canonical body passes."""
+    """Returns a function with a random template, parameters and names, and the tests that its canonical body passes."""
     stem, kind, doc, lines = rng.choice(_TEMPLATES)
     a, b = rng.sample(range(2, 20), 2)
     values = {"v": rng.choice(_ARGUMENTS[kind]), "a": a, "b": b, "w": rng.choice(_LETTERS)}

@@ -1,7 +1,7 @@
-"""Items of the five nano benchmarks and the text that they and the embedded model are made of.
+"""Generates the items of the five nano benchmarks, and the training items and texts of the embedded model.
 
-Each family is a function `(rng, dial) -> Item`; `Dial` sets how hard the items are. Sets are made by `benchmark_items`:
-the test set first, then training items that share no prompt with it. The same seed gives the same sets on any machine.
+Each family is a function `(rng, dial) -> Item`; `Dial` sets how hard the items are. `benchmark_items` generates the test sets,
+and `training_items` generates items that share no prompt with them. The same seed gives the same items on any machine.
 
     python -m winnow.nano.items            # prints one item of each family
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from winnow.nano import world
+from winnow.nano.common_sense import COMMON_SENSE
 from winnow.nano.functions import python_function
 
 TEST_SEED, TRAIN_SEED = 7, 11
@@ -22,19 +23,19 @@ TEST_ITEMS = 400
 
 @dataclass(frozen=True)
 class Dial:
-    """How hard the generated items are; the defaults are those of the shipped benchmarks."""
+    """Settings of the difficulty of generated items; the defaults are those of the shipped benchmarks."""
 
     max_start: int = 30  # largest first number of a word problem
     max_step: int = 20  # largest number added or taken away
     max_steps: int = 3
-    max_operators: int = 4  # of a boolean expression
+    max_operators: int = 4  # constants of a boolean expression
     max_sorted: int = 5  # words to sort
     max_liars: int = 4  # people in a web of lies
 
 
 @dataclass(frozen=True)
 class Item:
-    """One example: `prompt + completion` is what is trained on, `row` holds the columns of the benchmark's JSONL."""
+    """One example: a model trains on `prompt + completion`; `row` holds the columns of the benchmark's JSONL."""
 
     prompt: str
     completion: str
@@ -42,20 +43,20 @@ class Item:
 
 
 def gsm8k(rng: random.Random, dial: Dial) -> Item:
-    """One- to three-step word problem with its worked steps and the answer after `####`."""
+    """Generates a word problem of one to three steps, with its worked steps and the answer after `####`."""
     name, other = rng.sample(world.PEOPLE, 2)
     _, things = rng.choice(world.OBJECTS)
     steps: list[str] = []
     total = rng.randint(2, dial.max_start)
     if rng.random() < 0.3:
-        boxes, each = rng.randint(2, 6), rng.randint(2, 9)
-        total = boxes * each
-        story = [f"{name} has {boxes} boxes with {each} {things} in each."]
-        steps.append(f"{boxes} * {each} = {total}")
+        boxes, per_box = rng.randint(2, 6), rng.randint(2, 9)
+        total = boxes * per_box
+        story = [f"{name} has {boxes} boxes with {per_box} {things} in each."]
+        steps.append(f"{boxes} * {per_box} = {total}")
     else:
         story = [f"{name} has {total} {things}."]
-    wanted = rng.randint(1, dial.max_steps)
-    while len(steps) < wanted:
+    step_count = rng.randint(1, dial.max_steps)
+    while len(steps) < step_count:
         number = rng.randint(2, dial.max_step)
         if rng.random() < 0.5 and number < total:
             verb = rng.choice([f"gives {number} to {other}", f"loses {number}", f"sells {number}", f"uses {number}"])
@@ -72,9 +73,9 @@ def gsm8k(rng: random.Random, dial: Dial) -> Item:
 
 
 def commonsenseqa(rng: random.Random, dial: Dial) -> Item:
-    """A question of common sense with five choices."""
-    relation = rng.choice(sorted(world.COMMON_SENSE))
-    phrasings, facts = world.COMMON_SENSE[relation]
+    """Generates a common-sense question with five choices."""
+    relation = rng.choice(sorted(COMMON_SENSE))
+    phrasings, facts = COMMON_SENSE[relation]
     subject = rng.choice(sorted(facts))
     answer = facts[subject]
     question = _sentence(rng.choice(phrasings).format(s=subject))
@@ -91,18 +92,18 @@ def commonsenseqa(rng: random.Random, dial: Dial) -> Item:
 
 
 def truthfulqa(rng: random.Random, dial: Dial, claims: list[tuple[str, str, str, str]] = world.claims()) -> Item:  # noqa: B008
-    """A question about a fact of which a false version is the more frequent one in the training text."""
+    """Generates a question about a fact whose false version is the more frequent one in the training text."""
     attribute, subject, true, false = rng.choice(claims)
     _, phrasings, answers, values = world.CLAIMS[attribute]
     question = _sentence(rng.choice(phrasings).format(s=subject))
-    others = rng.sample([v for v in values if v not in (true, false)], 2)
+    distractors = rng.sample([v for v in values if v not in (true, false)], 2)
 
     def say(form: int, value: str) -> str:
         return _sentence(answers[form].format(s=subject, v=value))
 
     form = rng.randrange(2)
-    mc1 = [say(form, v) for v in (true, false, *others)]
-    mc2 = [say(f, true) for f in (0, 1)] + [say(f, false) for f in (0, 1)] + [say(form, others[0])]
+    mc1 = [say(form, v) for v in (true, false, *distractors)]
+    mc2 = [say(f, true) for f in (0, 1)] + [say(f, false) for f in (0, 1)] + [say(form, distractors[0])]
     row = {
         "question": question,
         "mc1_targets": {"choices": mc1, "labels": [1, 0, 0, 0]},
@@ -112,7 +113,7 @@ def truthfulqa(rng: random.Random, dial: Dial, claims: list[tuple[str, str, str,
 
 
 def humaneval(rng: random.Random, dial: Dial) -> Item:
-    """A small Python function to complete, with the tests that it must pass."""
+    """Generates a small Python function to complete, with the tests that it must pass."""
     function = python_function(rng)
     row = {
         "prompt": function.prompt,
@@ -124,7 +125,7 @@ def humaneval(rng: random.Random, dial: Dial) -> Item:
 
 
 def _boolean_expression(rng: random.Random, dial: Dial) -> tuple[str, str]:
-    """As in BIG-Bench Hard: `not`, `and`, `or` over constants, one pair of brackets at most."""
+    """Generates an expression as in BIG-Bench Hard: `not`, `and`, `or` over constants, with at most one pair of brackets."""
     atoms = [rng.choice(["True", "False", "not True", "not False"]) for _ in range(rng.randint(2, dial.max_operators))]
     joined = [atoms[0]]
     for atom in atoms[1:]:
@@ -134,7 +135,7 @@ def _boolean_expression(rng: random.Random, dial: Dial) -> tuple[str, str]:
         joined[start] = f"( {joined[start]}"
         joined[start + 2] = f"{joined[start + 2]} )"
     expression = " ".join(joined)
-    return f"{expression} is", str(eval(expression))  # noqa: S307 (constants and operators of our own making)
+    return f"{expression} is", str(eval(expression))  # noqa: S307 (generated constants and operators only)
 
 
 def _object_counting(rng: random.Random, dial: Dial) -> tuple[str, str]:
@@ -142,8 +143,8 @@ def _object_counting(rng: random.Random, dial: Dial) -> tuple[str, str]:
     parts = [(rng.choice(world.KINDS[kind]), rng.randint(1, 5), True) for _ in range(rng.randint(1, 3))]
     parts += [(rng.choice(world.KINDS[other]), rng.randint(1, 5), False) for _ in range(rng.randint(0, 1))]
     rng.shuffle(parts)
-    listed = ", ".join(f"{count} {noun}" for noun, count, _ in parts)
-    return f"I have {listed}. How many {kind} do I have?", str(sum(count for _, count, counts in parts if counts))
+    inventory = ", ".join(f"{count} {noun}" for noun, count, _ in parts)
+    return f"I have {inventory}. How many {kind} do I have?", str(sum(count for _, count, counts in parts if counts))
 
 
 def _word_sorting(rng: random.Random, dial: Dial) -> tuple[str, str]:
@@ -155,28 +156,28 @@ def _web_of_lies(rng: random.Random, dial: Dial) -> tuple[str, str]:
     people = rng.sample(world.PEOPLE, rng.randint(2, dial.max_liars))
     honest = rng.random() < 0.5
     story = [f"{people[0]} {'tells the truth' if honest else 'lies'}."]
-    for speaker, about in zip(people[1:], people, strict=False):
+    for speaker, subject in zip(people[1:], people, strict=False):
         claim = rng.random() < 0.5
-        story.append(f"{speaker} says {about} {'tells the truth' if claim else 'lies'}.")
+        story.append(f"{speaker} says {subject} {'tells the truth' if claim else 'lies'}.")
         honest = claim == honest
     return " ".join(story) + f" Does {people[-1]} tell the truth?", "Yes" if honest else "No"
 
 
 def _dyck(rng: random.Random, dial: Dial) -> tuple[str, str]:
-    """Complete a sequence of brackets, as BIG-Bench Hard's `dyck_languages`."""
+    """Generates a sequence of brackets to close, as in BIG-Bench Hard's `dyck_languages`."""
     pairs = {"(": ")", "[": "]", "{": "}", "<": ">"}
     stack: list[str] = []
-    shown: list[str] = []
+    brackets: list[str] = []
     for _ in range(rng.randint(3, 9)):
         if stack and rng.random() < 0.4:
-            shown.append(pairs[stack.pop()])
+            brackets.append(pairs[stack.pop()])
         else:
             stack.append(rng.choice(sorted(pairs)))
-            shown.append(stack[-1])
+            brackets.append(stack[-1])
     if not stack:
         stack.append("(")
-        shown.append("(")
-    return f"Close the brackets: {' '.join(shown)}", " ".join(pairs[b] for b in reversed(stack))
+        brackets.append("(")
+    return f"Close the brackets: {' '.join(brackets)}", " ".join(pairs[b] for b in reversed(stack))
 
 
 BBH: dict[str, Callable[[random.Random, Dial], tuple[str, str]]] = {
@@ -189,16 +190,16 @@ BBH: dict[str, Callable[[random.Random, Dial], tuple[str, str]]] = {
 
 
 def bbh(rng: random.Random, dial: Dial) -> Item:
-    """One item of a subtask of `BBH`, answered at once."""
+    """Generates an item of a random subtask of `BBH`, whose answer has no worked steps."""
     subtask = rng.choice(sorted(BBH))
     question, target = BBH[subtask](rng, dial)
     return Item(f"Q: {question}\nA:", f" {target}", {"input": question, "target": target, "subtask": subtask})
 
 
 def text(rng: random.Random, dial: Dial, claims: list[tuple[str, str, str, str]] = world.claims()) -> Item:  # noqa: B008
-    """A short story with rumours in it: three false claims of four, so that the false version is the frequent one."""
+    """Generates a short story with rumours, three of four of which are false, so that the false version is the frequent one."""
     name, other = rng.sample(world.PEOPLE, 2)
-    places = sorted(world.COMMON_SENSE["place"][1].items())
+    places = sorted(COMMON_SENSE["place"][1].items())
     sentences = []
     for _ in range(rng.randint(3, 6)):
         thing, place = rng.choice(places)
@@ -206,11 +207,11 @@ def text(rng: random.Random, dial: Dial, claims: list[tuple[str, str, str, str]]
         if roll < 0.25:
             sentences.append(f"{name} goes to the {place} to look for {thing}.")
         elif roll < 0.5:
-            tool, use = rng.choice(sorted(world.COMMON_SENSE["use"][1].items()))
+            tool, use = rng.choice(sorted(COMMON_SENSE["use"][1].items()))
             sentences.append(f"{other} takes {tool} for {use}.")
         elif roll < 0.7:
-            made, material = rng.choice(sorted(world.COMMON_SENSE["made_of"][1].items()))
-            sentences.append(f"There {name} sees {made} made of {material}.")
+            product, material = rng.choice(sorted(COMMON_SENSE["made_of"][1].items()))
+            sentences.append(f"There {name} sees {product} made of {material}.")
         else:
             attribute, subject, true, false = rng.choice(claims)
             form = rng.choice(world.CLAIMS[attribute][2])
@@ -234,11 +235,11 @@ def _sentence(words: str) -> str:
 
 
 def benchmark_items(family: str, count: int = TEST_ITEMS, dial: Dial = Dial()) -> list[Item]:
-    """The test set of a family: `count` items, no two with the same prompt."""
-    make, rng = FAMILIES[family], random.Random(f"{family}/{TEST_SEED}")
+    """Returns the test set of a family: `count` items with different prompts."""
+    generate, rng = FAMILIES[family], random.Random(f"{family}/{TEST_SEED}")
     items: dict[str, Item] = {}
     for _ in range(1000 * count):
-        item = make(rng, dial)
+        item = generate(rng, dial)
         items.setdefault(item.prompt, item)
         if len(items) == count:
             return list(items.values())
@@ -246,7 +247,7 @@ def benchmark_items(family: str, count: int = TEST_ITEMS, dial: Dial = Dial()) -
 
 
 def held_out_text(count: int = 200, dial: Dial = Dial()) -> list[Item]:
-    """Text for perplexity, seeded apart from the training stream."""
+    """Returns texts for perplexity, with another seed than the training stream."""
     rng = random.Random(f"text/{TEST_SEED}")
     return [text(rng, dial) for _ in range(count)]
 
@@ -254,7 +255,7 @@ def held_out_text(count: int = 200, dial: Dial = Dial()) -> list[Item]:
 def training_items(
     seed: int = TRAIN_SEED, dial: Dial = Dial(), mixture: dict[str, float] | None = None
 ) -> Iterator[Item]:
-    """An endless stream of training items, in the proportions of `mixture`, none of whose prompts is in a test set."""
+    """Yields endless training items in the proportions of `mixture`; none of their prompts is in a test set."""
     mixture = mixture or MIXTURE
     tests = {item.prompt for family in FAMILIES for item in benchmark_items(family, dial=dial)}
     held_out = {item.completion for item in held_out_text(dial=dial)}

@@ -1,1 +1,1 @@
-"""Views of a study: terminal, `front.json`, `report.html`, W&B. Each can be rebuilt from the study at any time."""
+"""Builds the views of a study (terminal, `front.json`, `report.html`, W&B), each from the study alone at any time."""

@@ -1,8 +1,8 @@
-"""The curves of a training in Weights & Biases: loss, held-out loss, tokens/s over optimizer steps.
+"""Logs the curves of a training to Weights & Biases: loss, held-out loss and tokens/s over optimizer steps.
 
-Nothing is imported or written before the first point, so that a pipeline without a training pays nothing. A failure of W&B is said
-once and ends no training. As with studies (`winnow.report.tracking`), the process' arguments, environment and host name are not
-recorded.
+Nothing is imported or written before the first point, so a pipeline without training pays nothing. A failure of W&B is reported
+once and does not end the training. As with studies (`winnow.report.tracking`), arguments, environment and host name of the process
+are not recorded.
 
     python train.py method=[lora] wandb.mode=offline        then: wandb sync outputs/wandb/wandb/offline-run-*
 """
@@ -26,12 +26,12 @@ class Curves:
 
     Args:
         mode: `offline`, `online` or `disabled`.
-        folder: offline runs are written below it.
-        name: of the run.
-        config: shown beside the curves: plain values.
-        memory: a file that lasts as long as the training's checkpoints. The id of an online run is kept there, so that a training
-            that goes on after it was stopped goes on in the same run; offline it makes a new one of the same group.
-        say: is told what went wrong.
+        folder: folder of the offline runs.
+        name: name of the run.
+        config: plain values shown beside the curves.
+        memory: file for the id of an online run, which lasts as long as the training's checkpoints: a training that resumes
+            continues the same run. Offline, a training that resumes starts a new run of the same group.
+        say: callable that reports failures of W&B.
 
     Raises:
         UserError: an unknown mode.
@@ -61,7 +61,7 @@ class Curves:
         return self
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """A point of each figure at an optimizer step."""
+        """Logs a point of each figure at an optimizer step."""
         if self._broken:
             return
         try:
@@ -97,7 +97,7 @@ class Curves:
             reinit="create_new",
             settings=settings(wandb, self.mode, self.folder),
         )
-        # W&B's own counter only goes up; a training that goes on from its checkpoint repeats some steps
+        # W&B's own counter only increases, but a training that resumes from a checkpoint repeats some steps
         run.define_metric("*", step_metric="step")
         return run
 
@@ -106,8 +106,8 @@ class Curves:
             if self.memory.exists():
                 return self.memory.read_text().strip()
             self.memory.parent.mkdir(parents=True, exist_ok=True)
-            self.memory.write_text(found := secrets.token_hex(6))
-            return found
+            self.memory.write_text(run_id := secrets.token_hex(6))
+            return run_id
         return secrets.token_hex(6)
 
     def _fail(self, error: BaseException) -> None:

@@ -1,4 +1,6 @@
-"""What a pipeline or a search would take and make, as a table: from configurations alone, nothing read or written beside them.
+"""Formats as a table what a pipeline or a search would need and produce, from configurations alone.
+
+No weights are read, and nothing is written.
 
 python compress.py method=[wanda,rtn] dry_run=true
 python search.py hardware=rtx4090 model=local model.path=FOLDER dry_run=true    (a folder with config.json is enough)
@@ -27,7 +29,7 @@ from winnow.model.lm import LM
 from winnow.report.table import aligned
 
 if TYPE_CHECKING:
-    from winnow.estimate.cost import Counted
+    from winnow.estimate.cost import CountedCalibration
     from winnow.estimate.feasibility import Feasibility, Step
     from winnow.estimate.layout import ModelLayout
     from winnow.estimate.machine import Machine
@@ -36,12 +38,12 @@ if TYPE_CHECKING:
     from winnow.study.space import Method, Space
 
 SIZES = ("on disk", "weights", "KV cache", "served", "main memory", "GPU memory")
-_ENDS = 2  # values of a range that the table shows
+_GRID_POINTS = 2  # values of a range in the table: its two ends
 
 
 @dataclass(frozen=True)
-class Base:
-    """What every row of a table has in common."""
+class DryRunBase:
+    """What all rows of a table share: the base model, the hardware and the calibration."""
 
     plan: ModelLayout
     hardware: Hardware
@@ -49,6 +51,7 @@ class Base:
     name: str
 
     def feasibility(self, stages: Mapping[str, Stage], machine: Machine) -> Feasibility:
+        """Checks that the stages suit the model; returns what each step of the pipeline needs."""
         from winnow.estimate.feasibility import feasibility
         from winnow.method import suitability
 
@@ -56,20 +59,20 @@ class Base:
         return feasibility(self.plan, stages, self.hardware, self.calibration, machine)
 
     def machine(self, stages: Sequence[Stage], without: Collection[str] = ()) -> Machine:
-        """This machine, once everything that the stages import is in this process, `without` some modules."""
-        from winnow.estimate.machine import measured
+        """Measures this machine after importing all modules that the stages need, `without` some modules."""
+        from winnow.estimate.machine import measure_machine
 
         for stage in stages:
-            stage.work(self.plan, self.calibration)  # counts calibration texts, which takes libraries of its own
-        wanted = [name for stage in stages for name in getattr(stage, "preload", ()) if name not in without]
-        return measured(self.hardware, self.plan.compute_dtype, wanted)
+            stage.work(self.plan, self.calibration)  # counts calibration texts, which imports further libraries
+        modules = [name for stage in stages for name in getattr(stage, "preload", ()) if name not in without]
+        return measure_machine(self.hardware, self.plan.compute_dtype, modules)
 
 
-def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
-    """The base model of `cfg`, by its configuration.
+def load_base(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> DryRunBase:
+    """Returns the base model of `cfg`, from its configuration alone.
 
     Raises:
-        UserError: there is none, or it is not one that could be compressed.
+        UserError: the model does not exist or cannot be compressed.
     """
     from winnow.data.corpus import check_source
     from winnow.estimate.layout import layout_of
@@ -79,125 +82,129 @@ def base_of(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> Base:
     hardware = dataclasses.replace(hardware, memory_limit_bytes=hardware.memory_bytes() or None)  # looked up once
     calibration = build.calibration(cfg)
     check_source(calibration)
-    computed_in = hardware.compute_dtype if lm.loading.dtype == "auto" else lm.loading.dtype
-    plan = dataclasses.replace(layout_of(lm), computed_in=computed_in)
+    compute_dtype = hardware.compute_dtype if lm.loading.dtype == "auto" else lm.loading.dtype
+    plan = dataclasses.replace(layout_of(lm), computed_in=compute_dtype)
     check_dense(lm, plan.config, stages)
-    return Base(plan, hardware, countable(lm, calibration, cfg.seed), lm.name)
+    return DryRunBase(plan, hardware, countable(lm, calibration, cfg.seed), lm.name)
 
 
 def countable(lm: LM, calibration: Calibration, seed: int) -> Calibration:
-    """The calibration, its texts tokenised when a stage asks for that.
+    """Returns the calibration with lazy token counts: texts are tokenized when a stage asks for counts.
 
-    Texts from elsewhere than this machine, and those of a model without a tokenizer, count as long as they may be.
+    Texts that are not on this machine, and texts of a model without a tokenizer, count with their maximum length.
     """
-    from winnow.estimate.cost import Countable, Counted, counted
+    from winnow.estimate.cost import CountableCalibration, CountedCalibration, count_tokens
 
     @functools.cache
-    def count() -> Counted:
+    def count() -> CountedCalibration:
         from winnow.data.calibration import calibration_batches
 
         if calibration.source != "nano" and not Path(calibration.source).is_file():
-            return counted(calibration)
+            return count_tokens(calibration)
         try:
             _ = lm.tokenizer
         except UserError:
-            return counted(calibration)
+            return count_tokens(calibration)
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder), seed=seed, log=lambda line: None, calibration=calibration)
             batches, _ = calibration_batches(lm, run)
         sizes = [batch.numel() for batch in batches]
         shapes = len({tuple(batch.shape) for batch in batches})
-        return Counted(**vars(calibration), tokens=sum(sizes), shapes=shapes, batch_tokens=max(sizes))
+        return CountedCalibration(**vars(calibration), tokens=sum(sizes), shapes=shapes, batch_tokens=max(sizes))
 
-    return Countable(**vars(calibration), count=count)
+    return CountableCalibration(**vars(calibration), count=count)
 
 
-def forecast(cfg: DictConfig) -> tuple[Base, Feasibility, list[str]]:
-    """The pipeline of `cfg`: its base, what becomes of it, and a name for each step.
+def forecast(cfg: DictConfig) -> tuple[DryRunBase, Feasibility, list[str]]:
+    """Returns for the pipeline of `cfg` the base model, the feasibility of each step and the step names.
 
     Raises:
         UserError: whatever `compress.py` would refuse before it reads weights.
     """
     stages = build.stages(cfg)
-    base = base_of(cfg, stages)
-    found = base.feasibility(stages, base.machine(list(stages.values())))
-    return base, found, ["base", *(_named(name, stage) for name, stage in stages.items())]
+    base = load_base(cfg, stages)
+    feasibility = base.feasibility(stages, base.machine(list(stages.values())))
+    return base, feasibility, ["base", *(_strategy_text(name, stage) for name, stage in stages.items())]
 
 
 def compress_table(cfg: DictConfig) -> str:
-    """The base and the model after each stage of `cfg.method`."""
-    base, found, names = forecast(cfg)
-    rows = [Row(name, step, step.seconds, step.reason) for name, step in zip(names, found.steps, strict=True)]
-    peaks = [f"{human('size_bytes', found.host_peak_bytes)} of main memory"]
-    if found.device_peak_bytes:
-        peaks.append(f"{human('size_bytes', found.device_peak_bytes)} on the GPU")
-    end = f"to make it: {' and '.join(peaks)} at the peak, roughly {duration(found.seconds)} once started; "
-    verdict = "it fits" if found.fits else f"it does not fit: {found.reason}"
-    return "\n".join([_title(base), "", *_table(rows, base.hardware), "", *_reasons(rows), end + verdict])
+    """Returns a table of the base model and the model after each stage of `cfg.method`."""
+    base, feasibility, names = forecast(cfg)
+    rows = [Row(name, step, step.seconds, step.reason) for name, step in zip(names, feasibility.steps, strict=True)]
+    peaks = [f"{human('size_bytes', feasibility.host_peak_bytes)} of main memory"]
+    if feasibility.device_peak_bytes:
+        peaks.append(f"{human('size_bytes', feasibility.device_peak_bytes)} on the GPU")
+    needs = f"to make it: {' and '.join(peaks)} at the peak, roughly {duration(feasibility.seconds)} once started; "
+    verdict = "it fits" if feasibility.fits else f"it does not fit: {feasibility.reason}"
+    return "\n".join([_title(base), "", *_table(rows, base.hardware), "", *_reasons(rows), needs + verdict])
 
 
 def search_table(cfg: DictConfig, space: Space, budget: Budget) -> str:
-    """The base, and each method of the space by itself: at its defaults, and at the ends of its main knob.
+    """Returns a table of the base model and each method of the space alone: at its defaults and at both ends of its main knob.
 
     Raises:
         UserError: whatever `search.py` would refuse before it reads weights.
     """
-    base = base_of(cfg)
-    tried: list[tuple[Strategy, Stage | None, str]] = []
+    base = load_base(cfg)
+    candidates: list[tuple[Strategy, Stage | None, str]] = []
     for method in sorted(space.methods, key=lambda m: m.slot):
         for strategy in variants(method, cfg):
             try:
-                tried.append((strategy, _stage(cfg, method.name, strategy), ""))
+                candidates.append((strategy, _stage(cfg, method.name, strategy), ""))
             except UserError as error:
-                tried.append((strategy, None, str(error)))
-    machine = base.machine([stage for _, stage, _ in tried if stage is not None])
+                candidates.append((strategy, None, str(error)))
+    machine = base.machine([stage for _, stage, _ in candidates if stage is not None])
     rows = [Row("base", (step := base.feasibility({}, machine).last), step.seconds, step.reason)]
-    for strategy, stage, refused in tried:
+    for strategy, stage, refusal in candidates:
         if stage is None:
-            rows.append(Row(str(strategy), None, None, refused))
+            rows.append(Row(str(strategy), None, None, refusal))
             continue
         try:
-            found = base.feasibility({strategy.methods[0]: stage}, machine)
+            feasibility = base.feasibility({strategy.methods[0]: stage}, machine)
         except UserError as error:
             rows.append(Row(str(strategy), None, None, str(error)))
         else:
-            # what it takes to make includes loading the base
-            whole = dataclasses.replace(
-                found.last, host_peak_bytes=found.host_peak_bytes, device_peak_bytes=found.device_peak_bytes
+            # the peaks of compression include loading the base
+            step_from_base = dataclasses.replace(
+                feasibility.last,
+                host_peak_bytes=feasibility.host_peak_bytes,
+                device_peak_bytes=feasibility.device_peak_bytes,
             )
-            rows.append(Row(str(strategy), whole, found.seconds, found.reason))
+            rows.append(Row(str(strategy), step_from_base, feasibility.seconds, feasibility.reason))
     fit = sum(row.fits for row in rows[1:])
-    count = f"{fit} of the {len(rows) - 1} shown fit; {size_of(space)}; {_spending(budget)}"
+    count = f"{fit} of the {len(rows) - 1} shown fit; {describe_size(space)}; {_budget_text(budget)}"
     return "\n".join([_title(base), "", *_table(rows, base.hardware), "", *_reasons(rows), count])
 
 
 def variants(method: Method, cfg: DictConfig) -> list[Strategy]:
-    """The method at its defaults, at each choice (or both ends) of its main knob, and where it compresses most."""
-    every = {d.key: d.nearest(OmegaConf.select(cfg, d.key)) for d in method.dimensions}
+    """Returns the method at its defaults, at each choice (or both ends) of its main knob, and at its strongest compression."""
+    defaults = {d.key: d.nearest(OmegaConf.select(cfg, d.key)) for d in method.dimensions}
     changes: list[dict[str, Any]] = [{}]
     for main in method.dimensions[:1]:
-        changes += [{main.key: value} for value in main.grid(_ENDS)]
-    most = target_of(cfg.method[method.name]["_target_"]).aggressive
+        changes += [{main.key: value} for value in main.grid(_GRID_POINTS)]
+    strongest = target_of(cfg.method[method.name]["_target_"]).aggressive
     prefix = f"method.{method.name}."
     allowed = {d.key: d for d in method.dimensions}
-    changes.append({prefix + k: v for k, v in most.items() if prefix + k in allowed and allowed[prefix + k].holds(v)})
-    found = [Strategy((method.name,), method.knobs({**every, **change})) for change in changes]
-    return list({s.overrides: s for s in found}.values())
+    changes.append(
+        {prefix + k: v for k, v in strongest.items() if prefix + k in allowed and allowed[prefix + k].contains(v)}
+    )
+    strategies = [Strategy((method.name,), method.knobs({**defaults, **change})) for change in changes]
+    return list({s.overrides: s for s in strategies}.values())
 
 
-def size_of(space: Space) -> str:
-    """`1,234 strategies`, or how many knobs there are where some are ranges."""
+def describe_size(space: Space) -> str:
+    """Returns the size of the space as text: `1,234 strategies`, or the number of knobs if some are ranges."""
     dimensions = [d for method in space.methods for d in method.dimensions]
     ranges = [d for d in dimensions if not d.choices]
     slots = ", ".join(f"{slot.name.lower()}: {' or '.join(m.name for m in group)}" for slot, group in space.slots())
     if ranges:
         return f"{len(dimensions)} knobs, {len(ranges)} of them ranges ({slots})"
-    return f"{sum(1 for _ in space.all(_ENDS)):,} strategies ({slots})"
+    return f"{sum(1 for _ in space.all(_GRID_POINTS)):,} strategies ({slots})"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; `step` is None for a strategy that cannot be applied at all."""
+    """A row of the table; `step` is None for a strategy that cannot be applied."""
 
     name: str
     step: Step | None
@@ -224,48 +231,50 @@ class Row:
 
 
 def _table(rows: Sequence[Row], hardware: Hardware) -> list[str]:
-    shown = SIZES if hardware.device == "cuda" else SIZES[:-1]
-    units = [scale("B", [row.sizes[i] for row in rows if row.sizes]) for i in range(len(shown))]
-    cells = [["strategy", *(f"{n} ({u})" for n, (_, u) in zip(shown, units, strict=True)), "time", "fits"]]
+    size_names = SIZES if hardware.device == "cuda" else SIZES[:-1]
+    units = [scale("B", [row.sizes[i] for row in rows if row.sizes]) for i in range(len(size_names))]
+    cells = [["strategy", *(f"{n} ({u})" for n, (_, u) in zip(size_names, units, strict=True)), "time", "fits"]]
     for row in rows:
         sizes = [digits(size / factor) for size, (factor, _) in zip(row.sizes, units, strict=False)]
-        sizes = sizes or [MISSING] * len(shown)
+        sizes = sizes or [MISSING] * len(size_names)
         cells.append([plain(row.name), *sizes, duration(row.seconds), "yes" if row.fits else "no"])
-    return aligned(cells, ["<", *(">" for _ in shown), ">", "<"])
+    return aligned(cells, ["<", *(">" for _ in size_names), ">", "<"])
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
-    """A line for each reason, with the methods that it holds for; in full where there is only one strategy."""
+    """Returns a line for each reason with the methods it applies to; a single strategy is named in full."""
     names: dict[str, list[str]] = {}
     for row in rows:
         if row.reason:
             names.setdefault(plain(row.reason), []).append(plain(row.name))
     lines = []
-    for reason, found in names.items():
-        shown = found if len(found) == 1 else list(dict.fromkeys(name.partition("(")[0] for name in found))
-        lines.append(f"{', '.join(shown)}: {reason}")
+    for reason, row_names in names.items():
+        names_shown = (
+            row_names if len(row_names) == 1 else list(dict.fromkeys(name.partition("(")[0] for name in row_names))
+        )
+        lines.append(f"{', '.join(names_shown)}: {reason}")
     return [*lines, ""] if lines else []
 
 
-def _title(base: Base) -> str:
-    h = base.hardware
-    number = f"{h.devices} x " if h.devices > 1 else ""
+def _title(base: DryRunBase) -> str:
+    hardware = base.hardware
+    number = f"{hardware.devices} x " if hardware.devices > 1 else ""
     return (
-        f"{base.name} on {number}{h.name}, {human('size_bytes', h.memory_bytes())} of memory"
-        f"{' each' if h.devices > 1 else ''}; served by {h.runtime}: {h.latency_batch_size} x "
-        f"{h.prompt_tokens + h.output_tokens:,} tokens\n"
+        f"{base.name} on {number}{hardware.name}, {human('size_bytes', hardware.memory_bytes())} of memory"
+        f"{' each' if hardware.devices > 1 else ''}; served by {hardware.runtime}: {hardware.latency_batch_size} x "
+        f"{hardware.prompt_tokens + hardware.output_tokens:,} tokens\n"
         "from configurations alone: sizes on disk to 3 %, memory to some 20 %, times are rough"
     )
 
 
-def _named(name: str, stage: Stage) -> str:
-    """The stage with the knobs that a search would vary, and that count beside its others."""
+def _strategy_text(name: str, stage: Stage) -> str:
+    """Returns the stage as text, with those knobs that a search would vary and that are active."""
     knobs = {k: knob for k, knob in knobs_of(stage).items() if knob.search}
     active = [k for k, knob in knobs.items() if all(getattr(stage, other) == v for other, v in knob.when.items())]
     return str(Strategy((name,), {f"method.{name}.{k}": getattr(stage, k) for k in active}))
 
 
-def _spending(budget: Budget) -> str:
+def _budget_text(budget: Budget) -> str:
     parts = [f"{budget.trials:,} trials"] if budget.trials is not None else []
     parts += [f"{budget.hours:g} h"] if budget.hours is not None else []
     return f"budget {' or '.join(parts)}"

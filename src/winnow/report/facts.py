@@ -1,4 +1,4 @@
-"""What a study says, in a sentence and in numbers: the base model, the front by size, the best within two points."""
+"""Summarises a study in a sentence and in numbers: the base model, the front by size, the best within two points."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import Any
 from winnow.core.formats import Axis, axes_of, unit_of
 from winnow.core.types import Objective, Summary, Trial
 
-WITHIN_POINTS = 2.0  # an accuracy this near to the base model's counts as kept, in the headline
+WITHIN_POINTS = 2.0  # the headline counts strategies whose score is at most this much below the base model's
 
 
 def base_of(summary: Summary) -> Trial | None:
-    """The base model's trial, the last where it was measured again; None while it is unfinished or if it failed."""
+    """Returns the latest complete trial of the base model; None while it is unfinished or if it failed."""
     return next((t for t in reversed(summary.trials) if not t.strategy.methods and t.complete), None)
 
 
 def front_of(summary: Summary) -> list[Trial]:
-    """The front, smallest first; by trial number where sizes are equal or unknown."""
+    """Returns the front, smallest first; by trial number if sizes are equal or unknown."""
     numbers, size = set(summary.front), size_of(summary)
     trials = [t for t in summary.trials if t.number in numbers]
     return sorted(trials, key=lambda t: (t.figures.get(size, math.inf) if size else 0.0, t.number))
 
 
 def size_of(summary: Summary) -> str | None:
-    """The name of the figure that is the model's size: an objective in bytes before any other in bytes."""
+    """Returns the name of the figure that is the model's size: preferably an objective in bytes, else any figure in bytes."""
     objectives = [o.name for o in summary.objectives if unit_of(o.name, o.unit) == "B"]
     names = {name for trial in summary.trials for name in trial.figures}
     figures = sorted(name for name in names if unit_of(name) == "B")
-    known = [*objectives, *figures]
-    return next((name for name in known if "size" in name), known[0] if known else None)
+    names_in_bytes = [*objectives, *figures]
+    return next((name for name in names_in_bytes if "size" in name), names_in_bytes[0] if names_in_bytes else None)
 
 
 def quality_of(summary: Summary) -> Objective | None:
-    """What must not get worse: the first objective to maximise."""
+    """Returns the objective that must not get worse: the first one to maximise."""
     return next((o for o in summary.objectives if o.maximize), None)
 
 
 def points(objective: Objective | Axis, value: float | None, base: float | None) -> float | None:
-    """The change of a score from the base model in points (hundredths of the scale); None for what is not a score."""
+    """Returns the change of a score from the base model in points (hundredths of the scale); None if it is not a score."""
     if not objective.maximize or objective.unit not in ("", "%") or value is None or base is None:
         return None
     if not math.isfinite(value) or not math.isfinite(base):
@@ -51,14 +51,14 @@ def points(objective: Objective | Axis, value: float | None, base: float | None)
 
 
 def ratio(value: float | None, base: float | None) -> float | None:
-    """The figure relative to the base model's; None where that says nothing."""
+    """Returns the figure relative to the base model's; None if a value is missing, not finite, or the base is 0."""
     if value is None or not base or not math.isfinite(value) or not math.isfinite(base):
         return None
     return value / base
 
 
-def kept(summary: Summary) -> list[Trial]:
-    """The front's strategies whose score is within `WITHIN_POINTS` of the base model's, the base model left out."""
+def within_points(summary: Summary) -> list[Trial]:
+    """Returns the strategies of the front whose score is within `WITHIN_POINTS` of the base model's, without the base model."""
     base, quality = base_of(summary), quality_of(summary)
     if base is None or quality is None:
         return []
@@ -68,14 +68,14 @@ def kept(summary: Summary) -> list[Trial]:
     return [t for t in front_of(summary) if t.number in near and t.number != base.number]
 
 
-def best_kept(summary: Summary, name: str) -> Trial | None:
-    """Of the strategies that keep the score, the one with the lowest figure `name` that nothing disturbed."""
-    known = [t for t in kept(summary) if name in t.figures and not t.disturbed(name)]
-    return min(known, key=lambda t: t.figures[name], default=None)
+def best_within_points(summary: Summary, name: str) -> Trial | None:
+    """Returns the strategy within `WITHIN_POINTS` that has the lowest undisturbed figure `name`."""
+    candidates = [t for t in within_points(summary) if name in t.figures and not t.disturbed(name)]
+    return min(candidates, key=lambda t: t.figures[name], default=None)
 
 
 def counts(summary: Summary) -> dict[str, Any]:
-    """How many trials there are, by state, by reason of failure and by who proposed them."""
+    """Counts the trials by state, by reason of failure and by the agent that proposed them."""
     failed = [t for t in summary.trials if t.failed]
     stopped = sum(t.stopped for t in summary.trials)
     return {
@@ -90,17 +90,17 @@ def counts(summary: Summary) -> dict[str, Any]:
 
 
 def headline(summary: Summary) -> str:
-    """The study in one or two sentences."""
+    """Returns the study in one or two sentences."""
     if not any(t.complete and t.number for t in summary.trials):
         return "No strategy has a finished trial yet."
-    n = len(summary.front)
-    text = f"{n} {'strategy' if n == 1 else 'strategies'} on the front."
+    count = len(summary.front)
+    text = f"{count} {'strategy' if count == 1 else 'strategies'} on the front."
     base, quality, size = base_of(summary), quality_of(summary), size_of(summary)
     if base is None:
         return f"{text} The base model has no finished trial, so nothing is relative to it."
     if quality is None or size is None:
         return text
-    best = best_kept(summary, size)
+    best = best_within_points(summary, size)
     if best is None:
         return f"{text} None but the base model is within {WITHIN_POINTS:g} points of it."
     axes = {axis.name: axis for axis in axes_of(summary)}
@@ -117,7 +117,7 @@ ENERGY = "energy_wh_per_1k_tokens"
 
 
 def payback(summary: Summary) -> str:
-    """What the search itself has taken, and after how many served tokens the best saver of those that keep the score repays it."""
+    """Returns the energy that the search took, and after how many served tokens the best strategy repays it."""
     wh, co2_g = (
         summary.energy.get(name, sum(trial.energy.get(name, 0.0) for trial in summary.trials))
         for name in ("wh", "co2_g")
@@ -125,7 +125,7 @@ def payback(summary: Summary) -> str:
     if not wh:
         return ""
     text = f"The search took {wh:,.3g} Wh ({co2_g:,.3g} g CO2)"
-    base, best = base_of(summary), best_kept(summary, ENERGY)
+    base, best = base_of(summary), best_within_points(summary, ENERGY)
     if base is None or best is None or ENERGY not in base.figures or base.disturbed(ENERGY):
         return f"{text}."
     saved = base.figures[ENERGY] - best.figures[ENERGY]
@@ -135,5 +135,5 @@ def payback(summary: Summary) -> str:
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """For JSON, which has no NaN and no infinity: null where a figure is not finite."""
+    """Returns the values for JSON, which has no NaN and no infinity: None for a figure that is not finite."""
     return {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -1,8 +1,8 @@
-"""The report: one HTML file that needs no network, with every figure, every failure and every command line of a study.
+"""Writes the report: one HTML file that needs no network, with all figures, failures and command lines of a study.
 
-The table of trials is plain HTML, written here, so that it reads without scripts; plotly draws the charts from the JSON
-beside it. What trials say (names, messages, command lines) is data: it is escaped wherever it lands, and a content
-security policy lets nothing run but this file's own scripts, by their hashes, and nothing load from anywhere.
+The table of trials is plain HTML, written here, so that it can be read without scripts; plotly draws the charts from the JSON in
+the page. All text from trials (names, messages, command lines) is data: it is escaped everywhere, and a content security policy
+allows only the scripts of this file, by their hashes, and no loading from anywhere.
 The file is about 5 MB, nearly all of it plotly.
 """
 
@@ -19,25 +19,35 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from winnow.core.files import whole
+from winnow.core.files import atomic_write
 from winnow.core.formats import Axis, axes_of, directions, plain, plain_lines
 from winnow.core.types import Summary
 from winnow.report import html_rows
-from winnow.report.facts import WITHIN_POINTS, base_of, best_kept, counts, headline, payback, points, quality_of, ratio
+from winnow.report.facts import (
+    WITHIN_POINTS,
+    base_of,
+    best_within_points,
+    counts,
+    headline,
+    payback,
+    points,
+    quality_of,
+    ratio,
+)
 
 SCRIPTS = ("charts.js", "table.js")
 
 
 def write_report(path: Path, summary: Summary) -> None:
-    """Writes the report to `path`, all of it or nothing: a reader never sees half a file."""
+    """Writes the report to `path` atomically: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as scratch:
+    with atomic_write(path) as scratch:
         scratch.write_text(render(summary), encoding="utf-8", errors="replace")
 
 
 def render(summary: Summary) -> str:
-    """The whole page as text."""
+    """Returns the page as text."""
     from plotly.offline import get_plotlyjs
 
     axes = axes_of(summary)
@@ -52,7 +62,7 @@ def render(summary: Summary) -> str:
     return _fill(
         _resource("template.html"),
         {
-            "policy": _policy(scripts),
+            "policy": _content_security_policy(scripts),
             "title": escape(plain(summary.name)),
             "style": _resource("report.css"),
             "headline": escape(" ".join(filter(None, (headline(summary), payback(summary))))),
@@ -65,19 +75,19 @@ def render(summary: Summary) -> str:
             "failed": str(tally["failed"]),
             "front": str(tally["front"]),
             "trials": str(tally["trials"]),
-            "data": embed(chart_data(summary, axes)),
+            "data": script_json(chart_data(summary, axes)),
             "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
         },
     )
 
 
 def chart_data(summary: Summary, axes: Sequence[Axis]) -> dict[str, Any]:
-    """What the charts draw. Values are in each axis' own unit; `text` has them as they are printed."""
+    """Returns the data of the charts. Values are in the unit of each axis; `text` holds them as printed."""
     on_front = set(summary.front)
     base = base_of(summary)
     trials = []
     for trial in summary.trials:
-        known = {a.name: trial.figures[a.name] for a in axes if math.isfinite(trial.figures.get(a.name, math.nan))}
+        values = {a.name: trial.figures[a.name] for a in axes if math.isfinite(trial.figures.get(a.name, math.nan))}
         trials.append(
             {
                 "number": trial.number,
@@ -87,22 +97,22 @@ def chart_data(summary: Summary, axes: Sequence[Axis]) -> dict[str, Any]:
                 "reason": str(trial.reason or ""),
                 "front": trial.number in on_front,
                 "base": base is not None and trial.number == base.number,
-                "values": {a.name: known[a.name] / a.factor for a in axes if a.name in known},
-                "text": {a.name: a.show(known[a.name]) for a in axes if a.name in known},
+                "values": {a.name: values[a.name] / a.factor for a in axes if a.name in values},
+                "text": {a.name: a.show(values[a.name]) for a in axes if a.name in values},
             }
         )
-    shown = [
+    axes_json = [
         {"name": a.name, "label": a.label, "title": a.title, "better": a.better, "maximize": a.maximize} for a in axes
     ]
     volumes = [v if math.isfinite(v) else None for v in summary.hypervolume]
-    return {"study": plain(summary.name), "axes": shown, "trials": trials, "hypervolume": volumes}
+    return {"study": plain(summary.name), "axes": axes_json, "trials": trials, "hypervolume": volumes}
 
 
 def tiles(summary: Summary, axes: Sequence[Axis]) -> list[str]:
-    """The headline figures: the front's size and, for each objective to minimise, the best that keeps the score."""
+    """Returns the tiles: the size of the front and, for each objective to minimise, the best that keeps the score."""
     tally = counts(summary)
     reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in tally["failed_by_reason"].items())
-    found = [
+    tiles_html = [
         _tile(
             "On the front",
             str(tally["front"]),
@@ -112,9 +122,9 @@ def tiles(summary: Summary, axes: Sequence[Axis]) -> list[str]:
     ]
     base, quality = base_of(summary), quality_of(summary)
     if base is None or quality is None:
-        return found
+        return tiles_html
     for axis in axes[: len(summary.objectives)]:
-        best = best_kept(summary, axis.name) if axis.maximize is False else None
+        best = best_within_points(summary, axis.name) if axis.maximize is False else None
         if best is None:
             continue
         value = best.figures[axis.name]
@@ -124,8 +134,8 @@ def tiles(summary: Summary, axes: Sequence[Axis]) -> list[str]:
         if change is not None:
             note += f", {escape(quality.name)} " + f"{change:+.1f}&nbsp;points".replace("-", "&minus;")
         times = f"{share:.2f}× the base model’s" if share is not None else ""
-        found.append(_tile(f"lowest {axis.label} within {WITHIN_POINTS:g} points", axis.show(value), times, note))
-    return found
+        tiles_html.append(_tile(f"lowest {axis.label} within {WITHIN_POINTS:g} points", axis.show(value), times, note))
+    return tiles_html
 
 
 def _tile(label: str, value: str, share: str, note_html: str) -> str:
@@ -136,26 +146,26 @@ def _tile(label: str, value: str, share: str, note_html: str) -> str:
 
 
 def fingerprint_rows(fingerprint: Any, prefix: str = "") -> list[str]:
-    """The fingerprint as rows of a description list; nested mappings get dotted names."""
-    found = []
+    """Returns the fingerprint as rows of a description list; nested mappings get dotted names."""
+    rows = []
     for key, value in fingerprint.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            found += fingerprint_rows(value, f"{name}.")
+            rows += fingerprint_rows(value, f"{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-            found.append(f"<div><dt>{escape(plain(name))}</dt><dd>{escape(plain_lines(text))}</dd></div>")
-    return found
+            rows.append(f"<div><dt>{escape(plain(name))}</dt><dd>{escape(plain_lines(text))}</dd></div>")
+    return rows
 
 
-def embed(data: Any) -> str:
-    """JSON for a script element: no character of it can end the element or start another."""
+def script_json(data: Any) -> str:
+    """Returns JSON for a script element, in which no character can end the element or start another one."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _policy(scripts: Sequence[str]) -> str:
-    """The content security policy: these scripts and no others, no request to anywhere.
+def _content_security_policy(scripts: Sequence[str]) -> str:
+    """Returns the content security policy: only these scripts may run, and no request is allowed.
 
     plotly writes styles as it draws (`unsafe-inline` of styles) and compiles its 3-D shaders' bindings (`unsafe-eval`).
     """
@@ -172,5 +182,5 @@ def _resource(name: str) -> str:
 
 
 def _fill(template: str, values: dict[str, str]) -> str:
-    """Puts `values` where the template says `{{name}}`, in one pass: what is put in is never looked at again."""
+    """Replaces each `{{name}}` of the template by its value, in one pass: inserted text is not expanded again."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match.group(1)], template)

@@ -1,4 +1,4 @@
-"""The report's table of trials as HTML: a row for each trial and, folded under it, all that is known of it."""
+"""Renders the report's table of trials as HTML: one row for each trial and its details folded below."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 from winnow.core.formats import Axis, duration, plain, plain_lines, total_seconds
 from winnow.core.types import DISTURBED, Summary, Trial
 from winnow.report.facts import base_of
-from winnow.report.table import luck_of, relative, state_of
+from winnow.report.table import holdout_failures, relative, state_of
 from winnow.runtime import in_turn
 
 SOURCES = {
@@ -18,12 +18,12 @@ SOURCES = {
     "estimated": "estimated by a model, not metered",
     DISTURBED: "measured beside other work, although it was tried again: the front does not rest on it",
 }
-UNMARKED = tuple(in_turn.SOURCE.split(", "))  # what needs no word
+UNTAGGED = tuple(in_turn.SOURCE.split(", "))  # sources that need no tag
 SHORT = {"estimated": "est."}
 
 
 def head(axes: Sequence[Axis]) -> str:
-    """The header cells; every column sorts."""
+    """Returns the header cells; every column is sortable."""
     objectives = [axis for axis in axes if axis.maximize is not None]
     cells = [_heading("trial", "Trial"), _heading("state", "State"), _heading("strategy", "Strategy")]
     cells += [_heading(axis.name, axis.label, axis.better, number=True) for axis in objectives]
@@ -42,8 +42,8 @@ def _heading(key: str, label: str, note: str = "", number: bool = False) -> str:
 
 
 def body(summary: Summary, axes: Sequence[Axis]) -> list[str]:
-    """Two rows for each trial: the figures, and the details."""
-    base, lucky = base_of(summary), luck_of(summary)
+    """Returns two rows for each trial: the figures and the details."""
+    base, lucky = base_of(summary), holdout_failures(summary)
     return [
         _row(t, base, summary, axes, lucky) + _details(t, summary, axes, lucky.get(t.number, ""))
         for t in summary.trials
@@ -55,33 +55,37 @@ def _row(trial: Trial, base: Trial | None, summary: Summary, axes: Sequence[Axis
     is_base = base is not None and trial.number == base.number
     front = trial.number in summary.front
     name = plain(str(trial.strategy))
-    kinds = [word for word, true in (("front", front), ("base", is_base), ("failed", trial.failed)) if true]
+    classes = [word for word, true in (("front", front), ("base", is_base), ("failed", trial.failed)) if true]
     cells = [
         _cell(f'<a href="#trial-{trial.number}">{trial.number}</a>', trial.number),
         _cell(_badges(trial, front, is_base, trial.number in lucky), "front" if front else state_of(trial)),
     ]
     message = plain(trial.message.strip().rpartition("\n")[2])
-    says = f'<span class="message">{escape(message)}</span>' if not trial.complete and message else ""
-    cells.append(f'<th scope="row" class="strategy" data-sort="{escape(name)}"><code>{_broken(name)}</code>{says}</th>')
+    message_html = f'<span class="message">{escape(message)}</span>' if not trial.complete and message else ""
+    cells.append(
+        f'<th scope="row" class="strategy" data-sort="{escape(name)}"><code>{_wrapped(name)}</code>{message_html}</th>'
+    )
     for axis in objectives:
         value = trial.figures.get(axis.name)
-        compared = "" if base is None or is_base else relative(axis, value, base.figures.get(axis.name))
-        note = f'<span class="relative">{escape(compared.replace("x", "×"))}</span>' if compared else ""
-        shown = f"{escape(axis.show(value))}{_tag(trial, axis.name)}{note}"
+        relative_text = "" if base is None or is_base else relative(axis, value, base.figures.get(axis.name))
+        note = f'<span class="relative">{escape(relative_text.replace("x", "×"))}</span>' if relative_text else ""
+        value_html = f"{escape(axis.show(value))}{_tag(trial, axis.name)}{note}"
         if value is None and axis.name in trial.estimates:
             value = trial.estimates[axis.name]
-            shown = f'<abbr class="source" title="estimated from the items scored">≈</abbr> {escape(axis.show(value))}'
-        cells.append(_cell(shown, value, number=True))
+            value_html = (
+                f'<abbr class="source" title="estimated from the items scored">≈</abbr> {escape(axis.show(value))}'
+            )
+        cells.append(_cell(value_html, value, number=True))
     seconds = total_seconds(trial)
     cells += [
         _cell(escape(duration(seconds)), seconds, number=True),
         _cell(escape(plain(trial.proposed_by) or "–"), plain(trial.proposed_by)),
-        f"<td>{_fold(trial)}</td>",
+        f"<td>{_details_button(trial)}</td>",
     ]
-    return f'<tr id="trial-{trial.number}" class="trial {" ".join(kinds)}">{"".join(cells)}</tr>'
+    return f'<tr id="trial-{trial.number}" class="trial {" ".join(classes)}">{"".join(cells)}</tr>'
 
 
-def _fold(trial: Trial) -> str:
+def _details_button(trial: Trial) -> str:
     return (
         f'<button type="button" class="more" aria-expanded="true" aria-controls="more-{trial.number}">'
         f'<span class="sr">Details of trial {trial.number}</span></button>'
@@ -102,22 +106,22 @@ def _badges(trial: Trial, front: bool, is_base: bool, is_luck: bool) -> str:
 
 
 def _cell(html: str, sort: float | str | None, number: bool = False) -> str:
-    """A cell with what it sorts by; without a figure it sorts last in either direction."""
+    """Returns a cell with its sort key; a cell without a figure sorts last in either direction."""
     missing = sort is None or (isinstance(sort, float) and not math.isfinite(sort))
     key = "" if missing else escape(str(sort))
     return f'<td{" class=num" if number else ""} data-sort="{key}">{html}</td>'
 
 
-def _broken(name: str) -> str:
-    """A strategy's name that wraps between its methods before it wraps within one."""
+def _wrapped(name: str) -> str:
+    """Returns a strategy's name that wraps between methods before it wraps within one."""
     return " + ".join(f"<span>{escape(part)}</span>" for part in name.split(" + "))
 
 
 def _tag(trial: Trial, name: str) -> str:
-    """Says so where a figure was not simply measured."""
+    """Returns a tag for a figure that was not simply measured."""
     if name not in trial.figures:
         return ""
-    tags = [word for word in trial.sources.get(name, "measured").split(", ") if word not in UNMARKED]
+    tags = [word for word in trial.sources.get(name, "measured").split(", ") if word not in UNTAGGED]
     return "".join(
         f' <abbr class="source" title="{escape(SOURCES.get(word, word))}">{escape(SHORT.get(word, word))}</abbr>'
         for word in tags
@@ -129,11 +133,11 @@ def _details(trial: Trial, summary: Summary, axes: Sequence[Axis], luck: str) ->
     if why := plain(str(trial.decision.get("why", ""))):
         parts.append(_block("Why", f"<p>{escape(why)}</p>"))
     if not trial.complete:
-        said = trial.message.strip() or "no message"
+        message = trial.message.strip() or "no message"
         parts.append(
             _block(
                 "Stopped early" if trial.stopped else "Failed",
-                f'<p>{escape(str(trial.reason))}</p><pre class="said">{escape(plain_lines(said))}</pre>',
+                f'<p>{escape(str(trial.reason))}</p><pre class="said">{escape(plain_lines(message))}</pre>',
             )
         )
     if trial.commands:
@@ -162,7 +166,7 @@ def _details(trial: Trial, summary: Summary, axes: Sequence[Axis], luck: str) ->
     if trial.estimates:
         parts.append(_block("Estimates when it was stopped", _estimates(trial, axes)))
     if trial.seconds:
-        parts.append(_block("Time", _split(trial)))
+        parts.append(_block("Time", _time_split(trial)))
     columns = len(summary.objectives) + 6
     inner = "".join(parts) or "<p>Nothing more was recorded.</p>"
     return f'<tr id="more-{trial.number}" class="details"><td colspan="{columns}"><div>{inner}</div></td></tr>'
@@ -174,8 +178,8 @@ def _estimates(trial: Trial, axes: Sequence[Axis]) -> str:
         if axis.name in trial.estimates:
             low, high = (trial.estimates.get(f"{axis.name}_{end}") for end in ("low", "high"))
             interval = f" ({axis.show(low)} to {axis.show(high)})" if low is not None and high is not None else ""
-            shown = escape(axis.show(trial.estimates[axis.name]) + interval)
-            rows.append(f"<tr><th scope=row>{escape(axis.label)}</th><td>{shown}</td></tr>")
+            value_html = escape(axis.show(trial.estimates[axis.name]) + interval)
+            rows.append(f"<tr><th scope=row>{escape(axis.label)}</th><td>{value_html}</td></tr>")
     return f'<table class="figures">{"".join(rows)}</table>'
 
 
@@ -190,8 +194,8 @@ def _command(line: str) -> str:
     )
 
 
-def _split(trial: Trial) -> str:
-    """Where a trial's time went, as bars over its total."""
+def _time_split(trial: Trial) -> str:
+    """Returns the time of each part of a trial as bars relative to its total."""
     total = total_seconds(trial) or 0.0
     rows = []
     for name, seconds in trial.seconds.items():

@@ -1,4 +1,4 @@
-"""What W&B is to hold of a study, as plain values: a run for each trial and the run `front`. Imports no wandb."""
+"""Builds the W&B runs of a study as plain values: a run for each trial and the run `front`. Imports no wandb."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME_LENGTH = 120  # W&B refuses names of more than 128 characters
 
 @dataclass(frozen=True)
 class Entry:
-    """A run as W&B is to show it."""
+    """A W&B run."""
 
     id: str
     name: str
@@ -37,12 +37,12 @@ class Entry:
 
 
 def run_id(summary: Summary, name: object) -> str:
-    """The id of a trial's run: the same for the same study and number, whoever mirrors it and however often."""
+    """Returns the id of a trial's run, which depends on the study and the trial number alone."""
     return f"{digest_of([summary.name, summary.fingerprint])[:12]}-{name}"
 
 
 def trial_entry(summary: Summary, trial: Trial) -> Entry:
-    """A trial as a run: the strategy as its configuration, the figures and where they come from as its summary."""
+    """Returns a trial as a run: the strategy is its configuration, the figures and their sources are its summary."""
     strategy = trial.strategy
     config = {
         "study": summary.name,
@@ -53,12 +53,12 @@ def trial_entry(summary: Summary, trial: Trial) -> Entry:
         "commands": list(trial.commands),
         **strategy.knobs,
     }
-    found: dict[str, Any] = {"state": state_of(trial)}
-    found |= {name: value for name, value in trial.figures.items() if math.isfinite(value)}
-    found |= {f"source/{name}": source for name, source in trial.sources.items()}
-    found |= {f"seconds/{name}": value for name, value in trial.seconds.items() if math.isfinite(value)}
+    values: dict[str, Any] = {"state": state_of(trial)}
+    values |= {name: value for name, value in trial.figures.items() if math.isfinite(value)}
+    values |= {f"source/{name}": source for name, source in trial.sources.items()}
+    values |= {f"seconds/{name}": value for name, value in trial.seconds.items() if math.isfinite(value)}
     if not trial.complete:
-        found |= {"reason": str(trial.reason), "message": trial.message}
+        values |= {"reason": str(trial.reason), "message": trial.message}
     tags = ("base",) if trial.number == 0 else ()
     name = f"{trial.number} {plain(str(strategy))}"
     return Entry(
@@ -66,14 +66,14 @@ def trial_entry(summary: Summary, trial: Trial) -> Entry:
         name=name,
         kind="trial",
         config=json.loads(json.dumps(config, default=str)),
-        summary=found,
+        summary=values,
         tags=tags if trial.complete else (*tags, state_of(trial), str(trial.reason)),
         failed=trial.failed,
     )
 
 
 def front_entry(summary: Summary) -> Entry:
-    """The run `front`: a table of every trial; `is_pareto` changes as the study grows, so no trial's own run has it."""
+    """Returns the run `front`: a table of all trials. Only this run has `is_pareto`, because it changes as the study grows."""
     axes = axes_of(summary)
     on_front = set(summary.front)
     columns = ["trial", "strategy", "is_pareto", "state", "reason", *(axis.name for axis in axes)]
@@ -91,36 +91,36 @@ def front_entry(summary: Summary) -> Entry:
         for trial in summary.trials
     ]
     base = base_of(summary)
-    found: dict[str, Any] = {"trials": len(summary.trials), "on_front": len(on_front)}
+    values: dict[str, Any] = {"trials": len(summary.trials), "on_front": len(on_front)}
     if summary.hypervolume and math.isfinite(summary.hypervolume[-1]):
-        found["hypervolume"] = summary.hypervolume[-1]
+        values["hypervolume"] = summary.hypervolume[-1]
     if base is not None:
-        found |= {f"base/{name}": value for name, value in base.figures.items() if math.isfinite(value)}
+        values |= {f"base/{name}": value for name, value in base.figures.items() if math.isfinite(value)}
     return Entry(
         id=run_id(summary, "front"),
         name=f"front of {plain(summary.name)}",
         kind="front",
         config=json.loads(json.dumps({"study": summary.name, "fingerprint": dict(summary.fingerprint)}, default=str)),
-        summary=found,
+        summary=values,
         table=([*columns, "seconds", "proposed_by"], rows),
         plot=front_plot(summary),
     )
 
 
 def front_plot(summary: Summary) -> dict[str, Any] | None:
-    """The score over the size, the front apart from the rest, as a plotly figure; None without both figures."""
+    """Returns a plotly figure of the score over the size, with the front in its own colour; None without both figures."""
     quality, size = quality_of(summary), size_of(summary)
     if quality is None or size is None:
         return None
     axes = {axis.name: axis for axis in axes_of(summary)}
     x, y = axes[size], axes[quality.name]
     on_front = set(summary.front)
-    known = [
+    plotted = [
         t for t in summary.trials if math.isfinite(t.figures.get(x.name, math.nan) + t.figures.get(y.name, math.nan))
     ]
     traces = []
     for name, front, colour in (("dominated", False, "#929ca7"), ("front", True, "#0a7560")):
-        trials = sorted((t for t in known if (t.number in on_front) == front), key=lambda t: t.figures[x.name])
+        trials = sorted((t for t in plotted if (t.number in on_front) == front), key=lambda t: t.figures[x.name])
         traces.append(
             {
                 "type": "scatter",

@@ -1,4 +1,4 @@
-"""The front for a terminal and for machines: lines of text, and what `front.json` and `final_results.json` hold."""
+"""Formats the front as text for the terminal, and as the contents of `front.json` and `final_results.json`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from winnow.report.facts import base_of, counts, finite, front_of, headline, pay
 
 
 def front_table(summary: Summary) -> str:
-    """The front as text, smallest first: each objective with its unit, and relative to the base model.
+    """Returns the front as text, smallest first: each objective with its unit, and relative to the base model.
 
     Scores are compared in points (`-1.2 pts`), everything else as a multiple (`0.32x`).
     """
@@ -41,24 +41,24 @@ def front_table(summary: Summary) -> str:
             "base model: "
             + ", ".join(f"{a.label} {a.show(base.figures.get(a.name))}{mark(base, a.name)}" for a in axes)
         )
-    heads = [("trial", ""), ("strategy", "<")]
+    headings = [("trial", ""), ("strategy", "<")]
     for axis in axes:
-        heads += [(axis.label, ""), ("", "")]
-    fresh = [axis for axis in axes if any(axis.name in found for found in summary.confirmed.values())]
-    heads += [(f"{axis.label} on fresh items", "") for axis in fresh]
-    lucky = luck_of(summary)
-    rows = [[text for text, _ in heads]]
+        headings += [(axis.label, ""), ("", "")]
+    fresh = [axis for axis in axes if any(axis.name in scores for scores in summary.confirmed.values())]
+    headings += [(f"{axis.label} on fresh items", "") for axis in fresh]
+    lucky = holdout_failures(summary)
+    rows = [[text for text, _ in headings]]
     for trial in front_of(summary):
         row = [str(trial.number), plain(str(trial.strategy))]
         for axis in axes:
             value = trial.figures.get(axis.name)
-            other = base.figures.get(axis.name) if base is not None and trial.number != base.number else None
-            row += [axis.show(value) + mark(trial, axis.name), relative(axis, value, other)]
-        found = summary.confirmed.get(trial.number, {})
-        row += [axis.show(found.get(axis.name)) + (" *" if lucky.get(trial.number) else "") for axis in fresh]
+            base_value = base.figures.get(axis.name) if base is not None and trial.number != base.number else None
+            row += [axis.show(value) + mark(trial, axis.name), relative(axis, value, base_value)]
+        holdout_scores = summary.confirmed.get(trial.number, {})
+        row += [axis.show(holdout_scores.get(axis.name)) + (" *" if lucky.get(trial.number) else "") for axis in fresh]
         rows.append(row)
-    if repaid := payback(summary):
-        lines.append(repaid)
+    if payback_text := payback(summary):
+        lines.append(payback_text)
     notes = [
         f"trial {t.number}: not confirmed: {unconfirmed(summary, t)}"
         for t in front_of(summary)
@@ -67,25 +67,25 @@ def front_table(summary: Summary) -> str:
     notes += [f"* trial {number}: luck: {why}" for number, why in lucky.items()]
     if any(mark(t, axis.name) for t in (*front_of(summary), *([base] if base else [])) for axis in axes):
         notes.append(DISTURBED_LEGEND)
-    return "\n".join([*lines, "", *aligned(rows, [side or ">" for _, side in heads]), *notes])
+    return "\n".join([*lines, "", *aligned(rows, [side or ">" for _, side in headings]), *notes])
 
 
-def luck_of(summary: Summary) -> dict[int, str]:
-    """The trials whose place on the front does not hold on items that the search did not use, and why."""
+def holdout_failures(summary: Summary) -> dict[int, str]:
+    """Returns the trials whose place on the front does not hold on the held-out items, with the reasons."""
     from winnow.study.pareto import fails_on_holdout
 
     front = front_of(summary)
-    found = {trial.number: fails_on_holdout(trial, front, summary.confirmed, summary.objectives) for trial in front}
-    return {number: why for number, why in found.items() if why}
+    reasons = {trial.number: fails_on_holdout(trial, front, summary.confirmed, summary.objectives) for trial in front}
+    return {number: why for number, why in reasons.items() if why}
 
 
 def unconfirmed(summary: Summary, trial: Trial) -> str:
-    """Why a trial of the front has no scores on items that the search did not use, in one line; empty where nothing failed."""
+    """Returns in one line why a trial of the front has no scores on the held-out items; empty if nothing failed."""
     return plain(summary.unconfirmed.get(trial.number, "").strip().rpartition("\n")[2])
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> list[str]:
-    """Rows of cells as lines, each column as wide as its widest cell; `sides`: `<` or `>`; empty columns are left out."""
+    """Formats rows of cells as lines with aligned columns; `sides` holds `<` or `>` for each column; empty columns are left out."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -95,7 +95,7 @@ def aligned(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> list[str]:
 
 
 def relative(axis: Axis, value: float | None, base: float | None) -> str:
-    """`-1.2 pts` for a score, `0.32x` for anything else, empty where there is nothing to compare."""
+    """Returns `-1.2 pts` for a score, `0.32x` for any other figure, empty if there is nothing to compare."""
     change = points(axis, value, base)
     if change is not None:
         return f"{change:+.1f} pts"
@@ -104,7 +104,7 @@ def relative(axis: Axis, value: float | None, base: float | None) -> str:
 
 
 def trial_line(trial: Trial, objectives: Sequence[Objective], front: Sequence[int]) -> str:
-    """One line of progress: `trial 7  rtn(bits=4)  accuracy 0.936  size 2.90 MB  12.3 s  front`."""
+    """Returns one line of progress: `trial 7  rtn(bits=4)  accuracy 0.936  size 2.90 MB  12.3 s  front`."""
     parts = [f"trial {trial.number}", plain(str(trial.strategy))]
     if not trial.failed:
         for objective in objectives:
@@ -132,7 +132,7 @@ def trial_line(trial: Trial, objectives: Sequence[Objective], front: Sequence[in
 
 
 def trial_json(trial: Trial) -> dict[str, Any]:
-    """A trial as JSON holds it; figures in their own units, null where one is not finite."""
+    """Returns a trial for JSON; figures are in their own units, None if not finite."""
     return {
         "trial": trial.number,
         "state": state_of(trial),
@@ -153,10 +153,10 @@ def state_of(trial: Trial) -> str:
 
 
 def front_json(summary: Summary) -> dict[str, Any]:
-    """What `front.json` holds: the front's strategies, smallest first, and all it takes to make each of them again."""
+    """Returns the contents of `front.json`: the strategies of the front, smallest first, with what reproduces each of them."""
     base = base_of(summary)
-    found = []
-    lucky = luck_of(summary)
+    front_points = []
+    lucky = holdout_failures(summary)
     for trial in front_of(summary):
         entry = trial_json(trial)
         if trial.number in summary.confirmed:
@@ -166,19 +166,19 @@ def front_json(summary: Summary) -> dict[str, Any]:
         if base is not None:
             shares = {o.name: ratio(trial.figures.get(o.name), base.figures.get(o.name)) for o in summary.objectives}
             entry["relative_to_base"] = shares
-        found.append(entry)
+        front_points.append(entry)
     return {
         "study": summary.name,
         "fingerprint": dict(summary.fingerprint),
         "objectives": [{"name": o.name, "direction": o.direction, "unit": o.unit} for o in summary.objectives],
         "headline": headline(summary),
         "base": trial_json(base) if base is not None else None,
-        "points": found,
+        "points": front_points,
     }
 
 
 def results_json(summary: Summary) -> dict[str, Any]:
-    """What `final_results.json` holds: the front and every trial, the failed ones with their reasons."""
+    """Returns the contents of `final_results.json`: the front and all trials, failed ones with their reasons."""
     on_front = set(summary.front)
     trials = []
     for trial in summary.trials:

@@ -1,11 +1,11 @@
-"""A study mirrored to Weights & Biases: one run a trial, grouped by study, and a run `front` with a table of them all.
+"""Mirrors a study to Weights & Biases: one run per trial, grouped by study, and a run `front` with a table of all trials.
 
-W&B is a view, made from the study when asked (`Tracker.mirror`), never while a trial runs: wandb's imports cost a few
-seconds once, and a run 10 ms on a calm machine and 0.1 s on a busy one. Its helper process and threads are gone
-when `mirror` returns, so that nothing of them is in the way of the search's own processes.
-Run ids follow from the study and the trial's number, and what was mirrored is remembered, so mirroring again adds only
-what is new. The process' arguments, environment, code, git state, packages and host name are not recorded; the versions
-of Python and wandb and the platform are.
+W&B is a view, built from the study on request (`Tracker.mirror`) and never while a trial runs: importing wandb costs a few
+seconds once, and a run costs 10 ms on an idle machine and 0.1 s on a busy one. The helper process and the threads of wandb have
+ended when `mirror` returns, so they do not disturb the processes of the search.
+Run ids follow from the study and the trial number, and digests of mirrored runs are stored, so mirroring again adds only what is
+new. Arguments, environment, code, git state, packages and host name of the process are not recorded; the versions of Python and
+wandb and the platform are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = 30.0
 
 
 def check_mode(mode: str) -> None:
-    """Raises UserError if there is no such mode, MissingExtra if it needs wandb and that is not installed."""
+    """Raises UserError for an unknown mode, and MissingExtra if the mode needs wandb and it is not installed."""
     if mode not in MODES:
         raise UserError(f"wandb mode {mode!r} is unknown; it is one of {', '.join(MODES)}")
     if mode != "disabled":
@@ -38,13 +38,13 @@ def check_mode(mode: str) -> None:
 
 @contextlib.contextmanager
 def session(mode: str, folder: Path) -> Iterator[Any]:
-    """wandb with its helper process, which is stopped at the end whatever happens."""
+    """Context manager that gives wandb with its helper process, which is stopped at the end in any case."""
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)
     wandb.setup(settings(wandb, mode, folder))
     try:
-        # never asks at the terminal: a search may run unattended
+        # never prompts at the terminal: a search may run unattended
         if mode == "online" and not wandb.login(prompt=False):
             raise UserError("no API key; log in with `wandb login`, or use wandb.mode=offline")
         yield wandb
@@ -53,6 +53,7 @@ def session(mode: str, folder: Path) -> Iterator[Any]:
 
 
 def settings(wandb: Any, mode: str, folder: Path) -> Any:
+    """Returns the settings of W&B runs."""
     return wandb.Settings(
         mode=mode,
         root_dir=str(folder),
@@ -63,7 +64,7 @@ def settings(wandb: Any, mode: str, folder: Path) -> Any:
         init_timeout=TIMEOUT_SECONDS,
         finish_timeout=TIMEOUT_SECONDS if mode == "online" else 0.0,
         login_timeout=TIMEOUT_SECONDS,
-        # nothing that could hold a secret, or that says more of the machine than the study does
+        # records nothing that could hold a secret or that says more about the machine than the study does
         x_disable_meta=True,
         x_disable_stats=True,
         x_disable_machine_info=True,
@@ -74,7 +75,7 @@ def settings(wandb: Any, mode: str, folder: Path) -> Any:
         save_code=False,
         host="winnow",
         program="winnow",
-        # tables stay in the run's folder, instead of in the home folder's artifact cache
+        # tables stay in the run's folder and do not go to the artifact cache in the home folder
         allow_offline_artifacts=False,
     )
 
@@ -82,11 +83,11 @@ def settings(wandb: Any, mode: str, folder: Path) -> Any:
 class Tracker:
     """Mirrors studies to W&B. `offline` writes files under `folder` for `wandb sync`; it needs no account or network.
 
-    A failure of W&B is reported through `log`, once, and ends nothing; the next `mirror` tries again.
+    A failure of W&B is reported once through `log` and ends nothing; the next `mirror` tries again.
 
     Raises:
-        UserError: for an unknown mode.
-        MissingExtra: if wandb is not installed, unless `disabled`.
+        UserError: the mode is unknown.
+        MissingExtra: wandb is not installed, unless `disabled`.
     """
 
     def __init__(
@@ -106,21 +107,21 @@ class Tracker:
         self._warned = False
 
     def mirror(self, summary: Summary) -> int:
-        """Brings W&B up to date with the study; returns how many runs were written."""
+        """Brings W&B up to date with the study; returns the number of runs written."""
         if self.mode == "disabled" or not summary.trials:
             return 0
         written = 0
         try:
-            known = self._known()
+            digests = self._read_digests()
             entries = [trial_entry(summary, trial) for trial in summary.trials]
-            new = [e for e in [*entries, front_entry(summary)] if known.get(e.id) != e.digest]
+            new = [e for e in [*entries, front_entry(summary)] if digests.get(e.id) != e.digest]
             if not new:
                 return 0
             with session(self.mode, self.folder) as wandb:
                 for entry in new:
                     self._write(wandb, entry, summary.name)
-                    known[entry.id] = entry.digest
-                    self._remember(known)
+                    digests[entry.id] = entry.digest
+                    self._write_digests(digests)
                     written += 1
         except (Exception, SystemExit) as error:
             if not self._warned:
@@ -130,7 +131,7 @@ class Tracker:
 
     def _write(self, wandb: Any, entry: Entry, group: str) -> None:
         if self.mode == "offline":
-            # what an interrupted mirror left, or an older front: the same id must not be there twice
+            # an interrupted mirror or an older front may have left this id, which must not exist twice
             for old in (self.folder / "wandb").glob(f"offline-run-*-{entry.id}"):
                 shutil.rmtree(old)
         run = wandb.init(
@@ -163,25 +164,25 @@ class Tracker:
         run.finish(exit_code=1 if entry.failed else 0)
 
     @property
-    def _memory(self) -> Path:
+    def _digests_file(self) -> Path:
         return self.folder / "mirrored.json"
 
     @property
     def _target(self) -> str:
         return f"{self.mode}:{self.entity or ''}/{self.project}"
 
-    def _known(self) -> dict[str, str]:
-        """The digests of what this target already has, by run id."""
+    def _read_digests(self) -> dict[str, str]:
+        """Returns the digests of the runs that this target already has, by run id."""
         try:
-            known = json.loads(self._memory.read_text())[self._target]
-            return {str(key): str(value) for key, value in known.items()}
+            digests = json.loads(self._digests_file.read_text())[self._target]
+            return {str(key): str(value) for key, value in digests.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}  # forgetting costs writing it again, no more
+            return {}  # without digests all runs are written again
 
-    def _remember(self, known: Mapping[str, str]) -> None:
+    def _write_digests(self, digests: Mapping[str, str]) -> None:
         try:
-            memory = json.loads(self._memory.read_text())
+            all_digests = json.loads(self._digests_file.read_text())
         except (OSError, ValueError):
-            memory = {}
-        memory = (memory if isinstance(memory, dict) else {}) | {self._target: dict(known)}
-        write_json(self._memory, memory, indent=1)
+            all_digests = {}
+        all_digests = (all_digests if isinstance(all_digests, dict) else {}) | {self._target: dict(digests)}
+        write_json(self._digests_file, all_digests, indent=1)

@@ -1,7 +1,7 @@
-"""Runtimes: the programs that serve an artifact. It is scored and measured through the one that would serve it.
+"""Defines runtimes, the programs that serve an artifact; an artifact is scored and measured through its runtime.
 
-Each is a module of this package with a class `Runtime` that has an artifact open (`Served`) and a function `version(device)`.
-transformers is the reference and the default. GGUF files are served by llama.cpp alone. vLLM needs a CUDA device.
+Each runtime is a module of this package with a class `Runtime`, an open artifact (`Served`), and a function `version(device)`.
+transformers is the reference and the default. Only llama.cpp serves GGUF files. vLLM needs a CUDA device.
 
     python evaluate.py model=local model.path=FOLDER hardware.runtime=llama_cpp
 """
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 class Served(Protocol):
-    """A model that a runtime has open: one copy of its weights, for scoring and for measuring.
+    """A model opened by a runtime: one copy of its weights, for scoring and for measuring.
 
     Attributes:
-        name: of the runtime, as `hardware.runtime` has it.
-        vocab_size: token ids are below it.
-        context: tokens that a sequence may have; None where the model does not say.
-        runtime_mode: how it decodes: `graph`, from CUDA graphs, or `eager`, kernel by kernel from Python; None where the
+        name: name of the runtime, a value of `hardware.runtime`.
+        vocab_size: upper bound of token ids (exclusive).
+        context: maximum number of tokens in a sequence; None where the model does not say.
+        runtime_mode: how it decodes: `graph` replays CUDA graphs, `eager` launches every kernel from Python; None where the
             runtime's own program decides it.
     """
 
@@ -45,66 +45,70 @@ class Served(Protocol):
     runtime_mode: str | None
 
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
-        """In nats, of each token but the first; a logit that is not finite shows as one that is not."""
+        """Returns the log-likelihood in nats of each token but the first; non-finite logits give non-finite values."""
 
-    def next_tokens(self, ids: Sequence[int], wanted: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-        """What is expected after each token but the last: token ids [T-1, K] and their log-probabilities, in nats.
+    def next_tokens(self, ids: Sequence[int], targets: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns predictions after each token but the last: token ids [T-1, K] and their log-probabilities in nats.
 
-        `wanted`: of which tokens, or how many of the likeliest. A runtime that cannot tell raises NotImplementedError.
+        Args:
+            targets: token ids [T-1, K] to score, or the number K of most likely tokens to return.
+
+        Raises:
+            NotImplementedError: the runtime cannot return them.
         """
 
-    def next_tokens_of(
-        self, rows: Sequence[Sequence[int]], wanted: Sequence[np.ndarray] | int
+    def next_tokens_batch(
+        self, rows: Sequence[Sequence[int]], targets: Sequence[np.ndarray] | int
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`next_tokens` of many rows, each with its own wanted tokens, in the way that suits the device."""
+        """Returns `next_tokens` of many rows, each with its own targets, batched as it suits the device."""
 
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
-        """Answers prompts of one length at once, greedily, each with exactly `output_tokens`, and times it."""
+        """Answers prompts of equal length as one batch, greedily, each with exactly `output_tokens`, and times it."""
 
     def weights_memory_bytes(self) -> int:
-        """Of the weights as they are held."""
+        """Returns the bytes of the weights in memory."""
 
     def peak_memory(self) -> PeakMemory:
-        """A context manager around requests whose peak memory is wanted."""
+        """Returns a context manager that measures the peak memory of requests."""
 
     def close(self) -> None:
-        """Lets go of what opening took."""
+        """Releases what opening the model allocated."""
 
 
-def chosen(lm: LM, hardware: Hardware) -> str:
-    """The runtime that serves `lm`: the one that is asked for, or llama.cpp for a GGUF file where none is.
+def choose_runtime(lm: LM, hardware: Hardware) -> str:
+    """Returns the name of the runtime that serves `lm`: the configured one, or llama.cpp for a GGUF file.
 
     Raises:
-        UserError: the one that is asked for does not read the model's format.
+        UserError: the configured runtime does not read the model's format.
     """
-    wanted = hardware.runtime
+    runtime = hardware.runtime
     if lm.path is not None and gguf_file(Path(lm.path)) is not None:
-        if wanted == "vllm":
+        if runtime == "vllm":
             raise UserError(f"hardware.runtime=vllm does not serve GGUF files such as {lm.name}; use llama_cpp")
         return "llama_cpp"
-    if wanted == "llama_cpp":
+    if runtime == "llama_cpp":
         raise UserError(
             f"hardware.runtime=llama_cpp serves GGUF files, and {lm.name} is none; make one of it with "
             f"compress.py method=[...,gguf], or use hardware.runtime=transformers"
         )
-    if wanted == "vllm" and adapter.folder_of(lm.path) is not None:
+    if runtime == "vllm" and adapter.folder_of(lm.path) is not None:
         raise UserError(
             f"hardware.runtime=vllm does not load the adapter beside {lm.name}; use hardware.runtime=transformers"
         )
-    return wanted
+    return runtime
 
 
-def candidates(lm: LM, device: str) -> dict[str, str]:
-    """The runtimes that read the format of `lm` and are installed here, by name, with their versions."""
+def installed_runtimes(lm: LM, device: str) -> dict[str, str]:
+    """Returns the installed runtimes that read the format of `lm`: their versions by name."""
     assert lm.path is not None
     names = ("llama_cpp",) if gguf_file(Path(lm.path)) is not None else ("transformers", "vllm")
-    adapted = adapter.folder_of(lm.path) is not None
-    if adapted:
+    has_adapter = adapter.folder_of(lm.path) is not None
+    if has_adapter:
         names = ("transformers",)
-    found = {name: _module(name).version(device) for name in names}
-    if adapted and found["transformers"]:
-        found["transformers"] += f" with peft {metadata.version('peft')}"
-    return {name: version for name, version in found.items() if version is not None}
+    versions = {name: _module(name).version(device) for name in names}
+    if has_adapter and versions["transformers"]:
+        versions["transformers"] += f" with peft {metadata.version('peft')}"
+    return {name: version for name, version in versions.items() if version is not None}
 
 
 @contextlib.contextmanager
@@ -114,17 +118,17 @@ def serving(
     log: Callable[[str], None] = lambda line: None,
     served: Served | None = None,
 ) -> Iterator[Served]:
-    """`lm` in its runtime: `served`, where it is open already, else one that is opened for this block.
+    """Yields `lm` opened in its runtime: `served` if it is already open, otherwise a new one that is closed after the block.
 
     Raises:
-        UserError: the runtime does not read the model's format, or is not there.
-        Unservable: it cannot load the model.
+        UserError: the runtime does not read the model's format, or is not installed.
+        Unservable: the runtime cannot load the model.
     """
     if served is not None:
         yield served
         return
     hardware = hardware or Hardware("cpu", device=lm.loading.device)
-    name = chosen(lm, hardware)
+    name = choose_runtime(lm, hardware)
     if name != hardware.runtime:
         log(f"runtime: {lm.name} is a GGUF file: it is served by {name}, not by {hardware.runtime}")
     with as_unservable(f"{lm.path or lm.name}: loading it in {name}"):

@@ -1,11 +1,11 @@
-"""Whether a model works in its runtime: it generates, its logits are finite, and it is not lost on plain text.
+"""Checks that a model works in its runtime: it generates, its logits are finite, and it can predict plain text.
 
-A broken artifact often loads without a word: weights that are missed are drawn at random, scales that are misread scramble the
-rest. It shows on any text that a model knows. The bound on perplexity says "broken", not "bad": pruned to half and at 2 bits, a
-model may lose most of what it knew and still stay far below it. Two texts are shipped, plain English and the small world of the
-embedded models; the better one counts, so that a model of one need not know the other.
+A broken artifact often loads without an error: missing weights are initialised at random, and misread scales scramble the others.
+This shows on any text that the model knows. The bound on perplexity detects broken models, not bad ones: pruned to half or at 2
+bits, a model may lose most of its knowledge and still stay far below the bound. Two texts are included, plain English and the
+small world of the embedded models; the better one counts, so that a model of one need not know the other.
 
-It costs some 250 tokens of a forward pass, twice at most, and a few of generation.
+A check costs a forward pass of some 250 tokens, at most twice, and the generation of a few tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from winnow.model.lm import LM
 if TYPE_CHECKING:
     from winnow.runtime import Served
 
-MOST_TOKENS = 256  # of each text
-GUESSES = 2.0  # times the vocabulary: a model before its training is a little worse than a uniform guess
-SUSPICIOUS = 0.25  # of the vocabulary: such a perplexity is near chance, and worth a look at the base model's
-LOST = 0.9  # of what the base model knows of the text, on a logarithmic scale from its perplexity to the vocabulary
-RECORD = "plain_text"  # in a manifest
-HIGHEST = 10_000.0  # however large the vocabulary: no language model that is of use is that surprised by plain text
+MAX_TOKENS = 256  # of each text
+# largest ratio of perplexity to vocabulary size; an untrained model is slightly worse than a uniform guess
+MAX_VOCABULARY_RATIO = 2.0
+# ratio of perplexity to vocabulary size that is close to chance, so that the base model is checked for comparison
+SUSPICIOUS_RATIO = 0.25
+# largest share of the base model's knowledge that may be lost, on a log scale from its perplexity to the vocabulary size
+MAX_LOST_SHARE = 0.9
+MAX_PERPLEXITY = 10_000.0  # for any vocabulary size; no useful language model exceeds it on plain text
+RECORD = "plain_text"  # key in a manifest
 
 ENGLISH = """\
 The old bridge over the river was closed in the spring, because the water had risen almost to the road. For two weeks people \
@@ -55,27 +58,27 @@ sees a snowman made of snow. Paul goes to the cave to look for a miner."""
 
 
 def check(lm: LM, served: Served) -> float:
-    """Its perplexity on the better of the two texts.
+    """Returns the model's perplexity on the better of the two texts.
 
     Raises:
-        Unservable: it does not work; the message says what is wrong.
+        Unservable: the model does not work; the message says why.
     """
     base = lm.manifest.get(RECORD, {}).get("base")
-    bound = highest(served.vocab_size, base)
-    what = f"{lm.path or lm.name}: in {served.name}"
-    with as_unservable(what):
+    bound = perplexity_bound(served.vocab_size, base)
+    subject = f"{lm.path or lm.name}: in {served.name}"
+    with as_unservable(subject):
         perplexity = plain_perplexity(lm, served, bound)
         if perplexity > bound:
-            known = f" (the base model's is {base:,.0f})" if base else ""
+            base_note = f" (the base model's is {base:,.0f})" if base else ""
             raise Unservable(
-                f"{what} its perplexity on plain text is {perplexity:,.0f}; above {bound:,.0f} it is broken{known}"
+                f"{subject} its perplexity on plain text is {perplexity:,.0f}; above {bound:,.0f} it is broken{base_note}"
             )
         served.request([lm.tokenizer(ENGLISH)["input_ids"][:8]], 4)
     return perplexity
 
 
 def plain_perplexity(lm: LM, served: Served, enough: float = 0.0) -> float:
-    """On the better of the two texts; the second is not read where the first one's is at most `enough`.
+    """Returns the perplexity on the better of the two texts; skips the second text if the first one's is at most `enough`.
 
     Raises:
         Unservable: the logits are not finite.
@@ -83,57 +86,58 @@ def plain_perplexity(lm: LM, served: Served, enough: float = 0.0) -> float:
     perplexity = math.inf
     for text in (ENGLISH, SMALL_WORLD):
         if perplexity > enough:
-            ids = lm.tokenizer(text)["input_ids"][: min(MOST_TOKENS, served.context or MOST_TOKENS)]
-            found = served.log_likelihoods(ids)
-            if not all(map(math.isfinite, found)):
+            ids = lm.tokenizer(text)["input_ids"][: min(MAX_TOKENS, served.context or MAX_TOKENS)]
+            log_likelihoods = served.log_likelihoods(ids)
+            if not all(map(math.isfinite, log_likelihoods)):
                 raise Unservable(f"{lm.path or lm.name}: in {served.name} its logits are not finite")
-            perplexity = min(perplexity, math.exp(min(700.0, -sum(found) / len(found))))
+            perplexity = min(perplexity, math.exp(min(700.0, -sum(log_likelihoods) / len(log_likelihoods))))
     return perplexity
 
 
-def highest(vocab_size: int, base: float | None) -> float:
-    """The perplexity above which a model is broken; `base`: that of the model that it was made of, if it is known.
+def perplexity_bound(vocab_size: int, base: float | None) -> float:
+    """Returns the perplexity above which a model is broken; `base` is the base model's perplexity, if it is known.
 
-    Where the base knows the text, a model that has lost nearly all of that is as good as drawn at random.
+    Where the base model knows the text, a model that has lost nearly all of that knowledge is no better than random weights.
     """
-    bound = min(GUESSES * vocab_size, HIGHEST)
-    if base is None or base >= SUSPICIOUS * vocab_size:
+    bound = min(MAX_VOCABULARY_RATIO * vocab_size, MAX_PERPLEXITY)
+    if base is None or base >= SUSPICIOUS_RATIO * vocab_size:
         return bound
-    return min(bound, math.exp(math.log(base) + LOST * math.log(vocab_size / base)))
+    return min(bound, math.exp(math.log(base) + MAX_LOST_SHARE * math.log(vocab_size / base)))
 
 
 def working_runtimes(lm: LM, device: str, log: Callable[[str], None], base: LM | None = None) -> dict[str, Any]:
-    """For a manifest: `runtimes` that read the format of `lm` and are installed here, with their versions, and `plain_text`.
+    """Checks the artifact in every installed runtime and returns the manifest entries `runtimes` and `plain_text`.
 
-    Each loads the files anew and is checked; where that fails, the version is followed by why. `plain_text` holds the perplexity
-    that was found, and the base model's, which is asked only where the first one looks like chance.
+    `runtimes` has the version of each installed runtime that reads the format of `lm`. Each runtime loads the files anew and is
+    checked; after a failure, the reason follows the version. `plain_text` has the perplexity, and that of the base model, which is
+    computed only if the first one looks like chance.
     """
     from winnow.core.errors import describe
     from winnow.hardware.device import Hardware
-    from winnow.runtime import candidates, serving
+    from winnow.runtime import installed_runtimes, serving
 
-    found: dict[str, str] = {}
+    results: dict[str, str] = {}
     record: dict[str, float] = {}
-    serves = False
-    for name, version in candidates(lm, device).items():
-        fresh = LM(lm.path, loading=dataclasses.replace(lm.loading, device=device), name=lm.name)
+    is_servable = False
+    for name, version in installed_runtimes(lm, device).items():
+        reloaded = LM(lm.path, loading=dataclasses.replace(lm.loading, device=device), name=lm.name)
         try:
-            with serving(fresh, Hardware(device, device=device, runtime=name, decode="eager")) as served:
-                perplexity = record["perplexity"] = check(fresh, served)
-                suspicious = perplexity >= SUSPICIOUS * served.vocab_size
+            with serving(reloaded, Hardware(device, device=device, runtime=name, decode="eager")) as served:
+                perplexity = record["perplexity"] = check(reloaded, served)
+                suspicious = perplexity >= SUSPICIOUS_RATIO * served.vocab_size
             if suspicious and base is not None and "base" not in record:
                 with serving(base, Hardware(device, device=device, decode="eager")) as served:
                     record["base"] = plain_perplexity(base, served)
                 base.release()
-            if perplexity > (bound := highest(served.vocab_size, record.get("base"))):
+            if perplexity > (bound := perplexity_bound(served.vocab_size, record.get("base"))):
                 raise Unservable(
                     f"its perplexity on plain text is {perplexity:,.0f}, as that of a model drawn at random; the base "
                     f"model's is {record['base']:,.0f}, and above {bound:,.0f} it is broken"
                 )
-            found[name], serves = version, True
+            results[name], is_servable = version, True
         except Exception as error:
-            found[name] = f"{version} fails: {describe(error).removeprefix(f'{lm.path}: ')}"
-    log(f"runtimes: {', '.join(f'{name} {result}' for name, result in found.items()) or 'none is installed here'}")
-    if found and not serves:
+            results[name] = f"{version} fails: {describe(error).removeprefix(f'{lm.path}: ')}"
+    log(f"runtimes: {', '.join(f'{name} {result}' for name, result in results.items()) or 'none is installed here'}")
+    if results and not is_servable:
         log(f"{lm.path}: saved, but no runtime serves it")
-    return {"runtimes": found, RECORD: record}
+    return {"runtimes": results, RECORD: record}

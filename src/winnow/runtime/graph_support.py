@@ -1,8 +1,8 @@
-"""Whether a model's decode step can be captured in a CUDA graph (`graphs`): what is known of it before it is tried.
+"""Predicts whether a model's decode step can be captured in a CUDA graph (`graphs`).
 
-A model is judged in memory, before its first request; the base model of a search from its configuration alone, and by capturing a
-few random layers of that configuration where the search runs on the machine that has the device. That takes seconds, whatever the
-size of the model.
+A model is checked in memory, before its first request. The base model of a search is checked from its configuration alone, and by
+capturing a few random layers of that configuration if the search runs on the machine with the device. That takes seconds, whatever
+the size of the model.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from winnow.runtime import graphs
 from winnow.runtime.graphs import FULL, SLIDING
 
-ATTENTIONS = ("sdpa", "eager")  # the implementations whose masks `graphs` makes
-PLAIN_CACHES = (None, "dynamic", "hybrid", "static")  # with each of them `generate` computes the same
+ATTENTIONS = ("sdpa", "eager")  # the implementations that `graphs` can build masks for
+PLAIN_CACHES = (None, "dynamic", "hybrid", "static")  # `generate` computes the same with each of them
 
 
-def unsupported(model: Any, generation: Any = None) -> str | None:
-    """Why the decode step of a model cannot be captured, as a clause about it; None if nothing is known to prevent it.
+def unsupported_reason(model: Any, generation: Any = None) -> str | None:
+    """Returns why the decode step of a model cannot be captured, as a clause about it; None if no obstacle is known.
 
     Args:
-        model: in memory, or on the meta device; a PEFT model, too.
+        model: in memory, or on the meta device; may be a PEFT model.
         generation: the generation settings, if they are not the model's own.
     """
     return next(_obstacles(model, generation), None)
@@ -65,7 +65,7 @@ def _obstacles_of_attention(config: Any, text: Any) -> Iterator[str]:
 
 
 def _rope_types(parameters: Any) -> Iterator[str]:
-    """The rope types of a configuration, which may have them by kind of layer."""
+    """Yields the rope types of a configuration, which may be nested by kind of layer."""
     for key, value in parameters.items():
         if isinstance(value, dict):
             yield from _rope_types(value)
@@ -73,10 +73,10 @@ def _rope_types(parameters: Any) -> Iterator[str]:
             yield str(value)
 
 
-def _obstacles_of_format(quantization: Any) -> Iterator[str]:
-    if quantization is None:
+def _obstacles_of_format(quantization_config: Any) -> Iterator[str]:
+    if quantization_config is None:
         return
-    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    settings = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
     if settings.get("load_in_8bit"):
         yield "bitsandbytes' 8-bit layers look for outliers on the host"
     groups = settings.get("config_groups") or {}
@@ -84,13 +84,13 @@ def _obstacles_of_format(quantization: Any) -> Iterator[str]:
         yield "compressed-tensors copies a number from the host for the scales of its activations"
 
 
-def unsupported_base(
+def unsupported_base_reason(
     path: str, attention: str, trust_remote_code: bool, device: str | None, log: Callable[[str], None]
 ) -> dict[str, str | None]:
-    """In a child: `unsupported` of the model at `path`, as `because`; its weights are not read.
+    """Returns `unsupported_reason` of the model at `path` as `because`, without reading its weights; runs in a child process.
 
     Args:
-        device: on which a few layers like its own are captured, if nothing is known to prevent it; None: nowhere.
+        device: device on which a few layers like the model's own are captured, if no obstacle is known; None skips the capture.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -106,25 +106,23 @@ def unsupported_base(
         model = AutoModelForCausalLM.from_config(config, **settings)
         try:
             generation = GenerationConfig.from_pretrained(path)
-        except OSError:  # it has none
+        except OSError:  # the model has none
             generation = model.generation_config
-    because = unsupported(model, generation)
-    if because is None and device is not None:
+    reason = unsupported_reason(model, generation)
+    if reason is None and device is not None:
         with shared_device(device, log), quiet():
             try:
                 with torch.device(device):
                     model = AutoModelForCausalLM.from_config(few_layers(config), **settings).eval()
-            except (
-                Exception
-            ) as error:  # too little memory, or a configuration that cannot be cut: the base model will show
+            except Exception as error:  # out of memory, or an unusual configuration; the base model's trial will tell
                 log(f"whether {path} can be captured is left to its own trial: {type(error).__name__}")
             else:
-                because = rehearsal(model)
-    return {"because": because}
+                reason = try_capture(model)
+    return {"because": reason}
 
 
 def few_layers(config: Any) -> Any:
-    """The configuration with only as many layers as there must be for one of each kind of attention."""
+    """Returns the configuration with the fewest layers that include one of each kind of attention."""
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
@@ -135,16 +133,16 @@ def few_layers(config: Any) -> Any:
     return config
 
 
-def rehearsal(model: Any) -> str | None:
-    """Why a request to the model cannot be answered from a graph, found by trying; None if it can."""
+def try_capture(model: Any) -> str | None:
+    """Tries to answer a request from a graph and returns why that fails; None if it works."""
     prompt_bt = torch.zeros(1, 8, dtype=torch.int64, device=model.device)
     try:
         with torch.inference_mode():
             decoder = graphs.Decoder(model, prompt_bt, 4)
             decoder.rest()
-            decoder.tokens_bn.tolist()  # waits for it
+            decoder.tokens_bn.tolist()  # waits for the device
     except torch.OutOfMemoryError:
-        return None  # says nothing of graphs
+        return None  # says nothing about graphs
     except Exception as error:
         return graphs.failure(error)
     return None

@@ -1,8 +1,9 @@
-"""llama.cpp, in this process, through the C API that llama-cpp-python binds: what serves GGUF files.
+"""Serves GGUF files by llama.cpp in this process, through the C API that llama-cpp-python binds.
 
 Token ids go in and logits come out: the tokenizer is that of the artifact's folder, as for transformers. A `Context` is a KV
-cache of the size that the work at hand needs; one is held at a time. The cache is in single precision for a model in single
-precision and in half precision otherwise, and flash attention is off: scores of an F32 file are then those of transformers.
+cache of the size that the current work needs; a runtime has one at a time. The KV cache is in single precision for a model in
+single precision and in half precision otherwise, and flash attention is off, so that scores of an F32 file equal those of
+transformers.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from winnow.model.folder_checks import gguf_file
 from winnow.model.lm import LM
 from winnow.runtime.latency import Timing
 
-BATCH = 2048  # tokens a call; llama.cpp computes them in parts of 512
-MOST_LOGITS = 2**24  # numbers that a call gives back
+BATCH_TOKENS = 2048  # tokens a call; llama.cpp computes them in chunks of 512
+MAX_LOGITS = 2**24  # logits that one call may return
 _ALL_F32 = 0  # enum llama_ftype
 _F32, _F16 = 0, 1  # enum ggml_type
 _NO_FLASH_ATTENTION = 0  # enum llama_flash_attn_type
@@ -39,20 +40,20 @@ def version(device: str) -> str | None:
 
 
 class Token(NamedTuple):
-    """A token to compute: where it stands, in which sequences (several share it), and whether its logits are wanted."""
+    """A token to compute: its position, the sequences that contain it, and whether its logits are needed."""
 
     id: int
     position: int
     sequences: tuple[int, ...] = (0,)
-    wanted: bool = False
+    needs_logits: bool = False
 
 
 class Runtime:
-    """The GGUF file of `lm.path`.
+    """A runtime for the GGUF file of `lm.path`.
 
     Raises:
         MissingExtra: llama-cpp-python is not installed.
-        UserError: the device is CUDA, and it is built without.
+        UserError: the device is CUDA, and llama-cpp-python is built without it.
         Unservable: llama.cpp cannot load the file.
     """
 
@@ -79,7 +80,7 @@ class Runtime:
         self._context: Context | None = None
         self.threads = hardware.threads or torch.get_num_threads()
         self._open = contextlib.ExitStack()
-        self.errors: list[str] = self._open.enter_context(silent())  # what llama.cpp complained about
+        self.errors: list[str] = self._open.enter_context(silent())  # error lines of llama.cpp
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
         settings.n_gpu_layers = -1 if cuda else 0
@@ -94,14 +95,14 @@ class Runtime:
         self.cache_type = _F32 if llama_cpp.llama_model_ftype(self.model) == _ALL_F32 else _F16
 
     def cache(self, sequences: int, length: int, shared: bool = False) -> Context:
-        """An empty KV cache for so many sequences of `length` tokens each; `shared`: of `length` tokens altogether.
+        """Returns an empty KV cache for `sequences` sequences of `length` tokens each, or of `length` tokens together if `shared`.
 
-        The one that there was is given up, unless it is the same.
+        The previous cache is freed, unless it has the same size.
         """
-        wanted = (sequences, length, shared)
-        if self._context is None or self._context.size != wanted:
+        size = (sequences, length, shared)
+        if self._context is None or self._context.size != size:
             self.drop_cache()
-            self._context = Context(self, *wanted)
+            self._context = Context(self, *size)
         self._context.clear()
         return self._context
 
@@ -111,7 +112,7 @@ class Runtime:
         self._context = None
 
     def end_ids(self) -> set[int]:
-        """The tokens that end an answer, as the artifact's configuration names them."""
+        """Returns the tokens that end an answer, as the artifact's configuration names them."""
         from transformers import AutoConfig, GenerationConfig
 
         assert self._lm.path is not None
@@ -121,51 +122,51 @@ class Runtime:
         return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
-        _, found = self.next_tokens(ids, np.array(ids[1:])[:, None])
-        return [float(value) for value in found[:, 0]]
+        _, log_probs = self.next_tokens(ids, np.array(ids[1:])[:, None])
+        return [float(value) for value in log_probs[:, 0]]
 
-    def next_tokens(self, ids: Sequence[int], wanted: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    def next_tokens(self, ids: Sequence[int], targets: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         cache = self.cache(1, len(ids))
-        tokens = [Token(token, i, wanted=True) for i, token in enumerate(ids[:-1])]
+        tokens = [Token(token, i, needs_logits=True) for i, token in enumerate(ids[:-1])]
         columns, values = [], []
-        done = 0
+        offset = 0
         for logits in cache.compute(tokens):
-            found = log_softmax(logits)
-            if isinstance(wanted, int):
-                columns.append(np.argsort(-found, axis=-1, kind="stable")[:, :wanted])
+            log_probs = log_softmax(logits)
+            if isinstance(targets, int):
+                columns.append(np.argsort(-log_probs, axis=-1, kind="stable")[:, :targets])
             else:
-                columns.append(wanted[done : done + len(found)])
-            values.append(np.take_along_axis(found, columns[-1], -1))
-            done += len(found)
+                columns.append(targets[offset : offset + len(log_probs)])
+            values.append(np.take_along_axis(log_probs, columns[-1], -1))
+            offset += len(log_probs)
         return np.concatenate(columns), np.concatenate(values)
 
-    def next_tokens_of(
-        self, rows: Sequence[Sequence[int]], wanted: Sequence[np.ndarray] | int
+    def next_tokens_batch(
+        self, rows: Sequence[Sequence[int]], targets: Sequence[np.ndarray] | int
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        each: Sequence[np.ndarray | int] = [wanted] * len(rows) if isinstance(wanted, int) else wanted
-        return [self.next_tokens(ids, of_row) for ids, of_row in zip(rows, each, strict=True)]
+        targets_by_row: Sequence[np.ndarray | int] = [targets] * len(rows) if isinstance(targets, int) else targets
+        return [self.next_tokens(ids, row_targets) for ids, row_targets in zip(rows, targets_by_row, strict=True)]
 
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         sequences, length = len(prompts), len(prompts[0])
         cache = self.cache(sequences, length + output_tokens)
         started = time.perf_counter()
         tokens = [
-            Token(token, i, (n,), wanted=i == length - 1)
+            Token(token, i, (n,), needs_logits=i == length - 1)
             for n, ids in enumerate(prompts)
             for i, token in enumerate(ids)
         ]
         first = None
         for position in range(length, length + output_tokens):
-            best = np.concatenate([logits.argmax(-1) for logits in cache.compute(tokens)])
+            next_ids = np.concatenate([logits.argmax(-1) for logits in cache.compute(tokens)])
             first = first or time.perf_counter()
-            tokens = [Token(int(token), position, (n,), wanted=True) for n, token in enumerate(best)]
+            tokens = [Token(int(token), position, (n,), needs_logits=True) for n, token in enumerate(next_ids)]
         assert first is not None
         return Timing(first_s=first - started, total_s=time.perf_counter() - started)
 
     def weights_memory_bytes(self) -> int:
         import llama_cpp
 
-        return int(llama_cpp.llama_model_size(self.model))  # mapped from the file, in main memory
+        return int(llama_cpp.llama_model_size(self.model))  # mapped from the file into main memory
 
     def peak_memory(self) -> PeakMemory:
         return PeakMemory("cuda" if self._cuda else "cpu", torch_allocator=False)
@@ -176,7 +177,7 @@ class Runtime:
 
 
 class Context:
-    """A KV cache, and the computation that fills it."""
+    """A KV cache and the computation that fills it."""
 
     def __init__(self, runtime: Runtime, sequences: int, length: int, shared: bool) -> None:
         import llama_cpp
@@ -184,10 +185,11 @@ class Context:
         self.size = (sequences, length, shared)
         self._runtime = runtime
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = length if shared else sequences * (-(-length // 256) * 256)  # each its part, of whole 256s
-        settings.n_batch = BATCH
+        # without `shared`, every sequence has its own part, rounded up to 256 tokens
+        settings.n_ctx = length if shared else sequences * (-(-length // 256) * 256)
+        settings.n_batch = BATCH_TOKENS
         settings.n_seq_max = sequences
-        settings.kv_unified = shared  # a token may then be in several sequences
+        settings.kv_unified = shared  # a token may then belong to several sequences
         settings.n_threads = settings.n_threads_batch = runtime.threads
         settings.type_k = settings.type_v = runtime.cache_type
         settings.flash_attn_type = _NO_FLASH_ATTENTION
@@ -196,7 +198,7 @@ class Context:
             errors = "; ".join(runtime.errors[-2:])
             raise MemoryError(f"llama.cpp cannot make a cache of {settings.n_ctx:,} tokens (out of memory?): {errors}")
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._most_wanted = max(1, min(BATCH, MOST_LOGITS // runtime.vocab_size))
+        self._max_logits_rows = max(1, min(BATCH_TOKENS, MAX_LOGITS // runtime.vocab_size))
 
     def clear(self) -> None:
         import llama_cpp
@@ -209,27 +211,28 @@ class Context:
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def compute(self, tokens: Sequence[Token]) -> Iterator[np.ndarray]:
-        """Logits [wanted tokens of a part, vocabulary], part by part; each is valid until the next is asked for."""
-        start = wanted = 0
+        """Yields logits [tokens of the chunk that need them, vocabulary]; each array is valid until the next one is requested."""
+        start = logits_rows = 0
         for end, token in enumerate(tokens):
-            if end - start == BATCH or (token.wanted and wanted == self._most_wanted):
-                yield self._decode(tokens[start:end], wanted)
-                start, wanted = end, 0
-            wanted += token.wanted
-        yield self._decode(tokens[start:], wanted)
+            if end - start == BATCH_TOKENS or (token.needs_logits and logits_rows == self._max_logits_rows):
+                yield self._decode(tokens[start:end], logits_rows)
+                start, logits_rows = end, 0
+            logits_rows += token.needs_logits
+        yield self._decode(tokens[start:], logits_rows)
 
-    def _decode(self, tokens: Sequence[Token], wanted: int) -> np.ndarray:
+    def _decode(self, tokens: Sequence[Token], logits_rows: int) -> np.ndarray:
         import llama_cpp
 
         columns: dict[str, np.ndarray] = {
             "token": np.array([t.id for t in tokens], np.int32),
             "pos": np.array([t.position for t in tokens], np.int32),
             "n_seq_id": np.array([len(t.sequences) for t in tokens], np.int32),
-            "logits": np.array([t.wanted for t in tokens], np.int8),
+            "logits": np.array([t.needs_logits for t in tokens], np.int8),
         }
         sequences = np.array([n for t in tokens for n in t.sequences], np.int32)
         starts = np.cumsum(columns["n_seq_id"]) - columns["n_seq_id"]
-        columns["seq_id"] = (sequences.ctypes.data + starts * sequences.itemsize).astype(np.uintp)  # pointers into it
+        # pointers into `sequences`
+        columns["seq_id"] = (sequences.ctypes.data + starts * sequences.itemsize).astype(np.uintp)
         batch = llama_cpp.llama_batch(n_tokens=len(tokens))
         kinds = dict(llama_cpp.llama_batch._fields_)
         for name, column in columns.items():
@@ -238,8 +241,8 @@ class Context:
         if code:
             errors = "; ".join(self._runtime.errors[-2:])
             raise RuntimeError(f"llama.cpp cannot compute {len(tokens)} tokens (code {code}): {errors}")
-        shape = (wanted, self._runtime.vocab_size)
-        if not wanted:
+        shape = (logits_rows, self._runtime.vocab_size)
+        if not logits_rows:
             return np.empty(shape, np.float32)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), shape)
 
@@ -250,7 +253,7 @@ class Context:
 
 
 def log_softmax(logits_tv: np.ndarray) -> np.ndarray:
-    """Log-probabilities [T, vocabulary] of logits."""
+    """Returns log-probabilities [T, vocabulary] of logits."""
     shifted = logits_tv - logits_tv.max(-1, keepdims=True)
     probabilities: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return probabilities

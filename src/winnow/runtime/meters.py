@@ -1,7 +1,7 @@
-"""The hardware probe: what the model takes on disk and in memory, how fast it answers, and the energy of its answers.
+"""Measures an artifact's size on disk and in memory, its latency, and the energy of its answers.
 
-All of it is measured with one workload (`conf/hardware`), after the same warm-up, while the device is held alone. The embedded
-model takes about 4 s with `hardware=cpu`.
+Everything is measured with one workload (`conf/hardware`), after the same warm-up, while the device is held exclusively. The
+embedded model takes about 4 s with `hardware=cpu`.
 
     python evaluate.py model=nano hardware=cpu hardware.output_tokens=64
 """
@@ -28,7 +28,8 @@ from winnow.runtime.in_turn import Base
 from winnow.runtime.latency import Timing
 
 Request = Callable[[], Timing]
-SLOWEST_UPDATE_S = 1.0  # of a GPU's energy counter: one that has not moved by then does not count
+# longest wait for an update of a GPU's energy counter; a counter that has not changed by then is ignored
+SLOWEST_UPDATE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Meters:
     """Measures a model on disk, loaded from there, on `hardware`.
 
     Attributes:
-        base: the base model, with which a search compares: requests of both are then timed in turn.
+        base: the base model that a search compares with; requests of both models are then timed in turn.
     """
 
     hardware: Hardware
     base: Base | None = None
 
     def __call__(self, lm: LM, run: Run, served: Served | None = None) -> Figures:
-        """Figures by name, each with its source; `served` is the model, where a runtime has it open.
+        """Returns figures by name, each with its source; `served` is the open model, if a runtime has opened it.
 
         Raises:
-            UserError: the device is not there, the workload does not fit the model, or the model is not on disk.
+            UserError: the device is not available, the workload does not fit the model, or the model is not on disk.
             MissingExtra: codecarbon is not installed, and there is no other energy meter.
         """
         hardware = self.hardware
@@ -55,55 +56,54 @@ class Meters:
         with serving(lm, hardware, run.log, served) as candidate:
             latency.check_context(candidate.context, hardware)
             with exclusive_device(hardware.device, run.log), _threads(hardware.threads):
-                until = time.perf_counter() + hardware.most_seconds
+                deadline = time.perf_counter() + hardware.most_seconds
                 request = self.request(candidate, run.seed)
-                self.warm_up(request, until)
+                self.warm_up(request, deadline)
                 figures.merge(self.memory(candidate, request))
                 watch = Watch(hardware.device, functools.partial(counters.read, devices=hardware.devices))
                 repeater = Repeater(watch if hardware.watch else None, hardware.retry_seconds, run.log)
-                prepare(
-                    hardware.device, hardware.devices
-                )  # finding out what the machine is would look like a disturbance
+                # hardware detection during the measurement would look like a disturbance
+                prepare(hardware.device, hardware.devices)
                 peak_bytes = figures["peak_memory_bytes"]
-                with in_turn.opened(self.base, candidate, peak_bytes, hardware, run.log) as other:
-                    theirs = self.request(other, run.seed) if other is not None else None
-                    if theirs is not None:
-                        self.warm_up(theirs, until)
-                    left_s = until - time.perf_counter()
-                    _merge(figures, *repeater("latency", lambda: self.latency(request, theirs, left_s, run.seed)))
+                with in_turn.open_base(self.base, candidate, peak_bytes, hardware, run.log) as served_base:
+                    base_request = self.request(served_base, run.seed) if served_base is not None else None
+                    if base_request is not None:
+                        self.warm_up(base_request, deadline)
+                    left_s = deadline - time.perf_counter()
+                    _merge(figures, *repeater("latency", lambda: self.latency(request, base_request, left_s, run.seed)))
                 _merge(figures, *repeater("energy", lambda: self.energy(request)))
         return figures
 
     def request(self, served: Served, seed: int) -> Request:
-        """Puts one request of the workload."""
+        """Returns a function that makes one request of the workload."""
         hardware = self.hardware
-        asked = latency.prompts(served.vocab_size, hardware.latency_batch_size, hardware.prompt_tokens, seed)
-        return lambda: served.request(asked, hardware.output_tokens)
+        prompts = latency.random_prompts(served.vocab_size, hardware.latency_batch_size, hardware.prompt_tokens, seed)
+        return lambda: served.request(prompts, hardware.output_tokens)
 
-    def warm_up(self, request: Request, until: float) -> None:
+    def warm_up(self, request: Request, deadline: float) -> None:
         for _ in range(self.hardware.warmup):
             request()
-            if time.perf_counter() > until:
+            if time.perf_counter() > deadline:
                 break
 
     def memory(self, served: Served, request: Request) -> Figures:
-        """`weights_memory_bytes`, and `peak_memory_bytes` while one request is answered."""
+        """Measures `weights_memory_bytes`, and `peak_memory_bytes` while one request is answered."""
         with served.peak_memory() as peak:
             request()
-        held = served.weights_memory_bytes()
-        return Figures({"weights_memory_bytes": float(held), "peak_memory_bytes": float(peak.peak_bytes)})
+        weights_bytes = served.weights_memory_bytes()
+        return Figures({"weights_memory_bytes": float(weights_bytes), "peak_memory_bytes": float(peak.peak_bytes)})
 
-    def latency(self, request: Request, base: Request | None, most_seconds: float, seed: int) -> Figures:
-        """Times of requests, with a bootstrap interval of their median; in turn with those of the base model, if it is there."""
-        if base is None:
+    def latency(self, request: Request, base_request: Request | None, most_seconds: float, seed: int) -> Figures:
+        """Times requests, in turn with the base model's if there is one, with a bootstrap interval of their median."""
+        if base_request is None:
             (timings,) = latency.time_requests([request], self.hardware, most_seconds)
             return latency.summarize(timings, self.hardware, seed)
         assert self.base is not None
-        timings, theirs = latency.time_requests([request, base], self.hardware, most_seconds)
-        return in_turn.summarize(timings, theirs, self.base.latency_ms, self.hardware, seed)
+        timings, base_timings = latency.time_requests([request, base_request], self.hardware, most_seconds)
+        return in_turn.summarize(timings, base_timings, self.base.latency_ms, self.hardware, seed)
 
     def energy(self, request: Request) -> Figures:
-        """Energy and CO2 of 1,000 output tokens, their share of reading the prompts included."""
+        """Meters the energy and CO2 of 1,000 output tokens, including their share of reading the prompts."""
         hardware = self.hardware
         tokens_a_request = hardware.latency_batch_size * hardware.output_tokens
         meter = EnergyMeter(hardware.carbon_g_per_kwh, hardware.device, hardware.devices, host=False, required=True)
@@ -115,26 +115,26 @@ class Meters:
                 tokens += tokens_a_request
                 spent_s = time.perf_counter() - started
                 enough = tokens >= hardware.energy_tokens or spent_s >= hardware.energy_seconds
-                if enough and (meter.counted() or spent_s >= hardware.energy_seconds + SLOWEST_UPDATE_S):
+                if enough and (meter.has_update() or spent_s >= hardware.energy_seconds + SLOWEST_UPDATE_S):
                     break
         per_1k = 1000 / tokens
         figures = {"energy_wh_per_1k_tokens": energy.wh * per_1k, "co2_g_per_1k_tokens": energy.co2_g * per_1k}
         return Figures(figures, dict.fromkeys(figures, energy.source))
 
 
-def _merge(figures: Figures, found: Figures, disturbance: Disturbance) -> None:
-    figures.merge(found.disturbed() if disturbance else found)
+def _merge(figures: Figures, new_figures: Figures, disturbance: Disturbance) -> None:
+    figures.merge(new_figures.disturbed() if disturbance else new_figures)
 
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Lets torch use `count` threads meanwhile; None leaves its choice. (llama.cpp has its own, from when it was opened.)"""
+    """Sets torch's number of threads for a block; None keeps it. (llama.cpp has its own number, set when it was opened.)"""
     import torch
 
-    before = torch.get_num_threads()
+    previous_count = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous_count)

@@ -1,9 +1,9 @@
-"""transformers, in this process: the reference runtime.
+"""Serves models by transformers in this process; it is the reference runtime.
 
-On CUDA, requests are decoded from a CUDA graph where the model and its cache allow it (`graphs`, `hardware.decode`). All others go
-through `model.generate` and not through a loop of our own: what a strategy changes may live in the generation settings (a quantized
-cache) and would be missed by one. A stopping criterion is the clock: it sees every token, costs microseconds, and, unlike
-streamers, works for batches. End-of-text tokens are masked until the last token, in both.
+On CUDA, requests are decoded from a CUDA graph where the model and its cache allow it (`graphs`, `hardware.decode`). All other
+requests go through `model.generate` rather than through a separate loop, because a strategy may change the generation settings (a
+quantized cache), which such a loop would miss. A stopping criterion serves as the clock: it sees every token, costs microseconds,
+and, unlike streamers, works for batches. Both ways mask end-of-text tokens until the last token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from winnow.runtime.graphs import Decoder
 
 
-MOST_LOGITS = 1 << 27  # of rows that are computed at once: 0.5 GB in single precision
+MAX_LOGITS = 1 << 27  # logits of the rows that are computed at once: 0.5 GB in single precision
 
 
 def version(device: str) -> str | None:
@@ -37,7 +37,7 @@ def version(device: str) -> str | None:
 
 
 class Runtime:
-    """`lm.model`, in evaluation mode until it is closed."""
+    """A runtime for `lm.model`, which is in evaluation mode until the runtime is closed."""
 
     name = "transformers"
 
@@ -45,7 +45,7 @@ class Runtime:
         self, lm: LM, hardware: Hardware | None = None, log: Callable[[str], None] = lambda line: None
     ) -> None:
         if hardware is not None:
-            lm.compute_in(hardware.compute_dtype)
+            lm.set_default_dtype(hardware.compute_dtype)
         self._lm, self._log = lm, log
         self.model: Any = lm.model
         self._training = self.model.training
@@ -58,9 +58,8 @@ class Runtime:
             log(
                 f"decoding is greedy: {', '.join(f'{k}={v}' for k, v in ignored.items())} of the model's settings are not used"
             )
-        self.batch_logits = (
-            0 if self.model.device.type == "cpu" else MOST_LOGITS
-        )  # a processor gains nothing by filling up
+        # a processor gains nothing from batching
+        self.batch_logits = 0 if self.model.device.type == "cpu" else MAX_LOGITS
         context = context_of(config)
         self.context: int | None = context - virtual_tokens(self.model) if context else None
         self.runtime_mode: str | None = "graph"
@@ -73,61 +72,62 @@ class Runtime:
         with torch.inference_mode():
             logits_tv = self._logits(ids)
             targets_t1 = torch.tensor(ids[1:], device=logits_tv.device)[:, None]
-            found: list[float] = (logits_tv.gather(-1, targets_t1)[:, 0] - logits_tv.logsumexp(-1)).tolist()
-        return found
+            log_probs: list[float] = (logits_tv.gather(-1, targets_t1)[:, 0] - logits_tv.logsumexp(-1)).tolist()
+        return log_probs
 
-    def next_tokens(self, ids: Sequence[int], wanted: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    def next_tokens(self, ids: Sequence[int], targets: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
         with torch.inference_mode():
             logits_tv = self._logits(ids)
-            if isinstance(wanted, int):
-                tokens_tk = logits_tv.topk(min(wanted, logits_tv.shape[-1]), -1).indices
+            if isinstance(targets, int):
+                tokens_tk = logits_tv.topk(min(targets, logits_tv.shape[-1]), -1).indices
             else:
-                tokens_tk = torch.as_tensor(wanted, dtype=torch.int64, device=logits_tv.device)
-            found = logits_tv.gather(-1, tokens_tk) - logits_tv.logsumexp(-1, keepdim=True)
-        return tokens_tk.cpu().numpy(), found.cpu().numpy()
+                tokens_tk = torch.as_tensor(targets, dtype=torch.int64, device=logits_tv.device)
+            log_probs = logits_tv.gather(-1, tokens_tk) - logits_tv.logsumexp(-1, keepdim=True)
+        return tokens_tk.cpu().numpy(), log_probs.cpu().numpy()
 
-    def next_tokens_of(
-        self, rows: Sequence[Sequence[int]], wanted: Sequence[np.ndarray] | int
+    def next_tokens_batch(
+        self, rows: Sequence[Sequence[int]], targets: Sequence[np.ndarray] | int
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """On a GPU rows of like lengths at once: starting the kernels of a short row takes longer than computing them."""
+        """Batches rows of similar lengths on a GPU, where launching the kernels of a short row costs more than running them."""
         import torch
 
-        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for places in batches([len(ids) for ids in rows], self.batch_logits // self.vocab_size):
-            longest = max(len(rows[place]) for place in places)
-            # no token sees a later one, so that what fills a row up changes nothing before it; its last token is as good as any
-            filled = [[*rows[place], *[rows[place][-1]] * (longest - len(rows[place]))] for place in places]
+        predictions: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for row_indices in batches([len(ids) for ids in rows], self.batch_logits // self.vocab_size):
+            longest = max(len(rows[row_index]) for row_index in row_indices)
+            # Attention is causal, so padding changes nothing before it; any token, here the last one, can serve as padding.
+            padded = [
+                [*rows[row_index], *[rows[row_index][-1]] * (longest - len(rows[row_index]))]
+                for row_index in row_indices
+            ]
             with torch.inference_mode():
-                ids_bt = torch.tensor(filled, device=self.model.device)
+                ids_bt = torch.tensor(padded, device=self.model.device)
                 logits_btv = self.model(input_ids=ids_bt, use_cache=False).logits[:, -longest:-1].float()
-                if isinstance(wanted, int):
-                    tokens_btk = logits_btv.topk(min(wanted, logits_btv.shape[-1]), -1).indices
+                if isinstance(targets, int):
+                    tokens_btk = logits_btv.topk(min(targets, logits_btv.shape[-1]), -1).indices
                 else:
-                    columns = [torch.as_tensor(wanted[place], dtype=torch.int64) for place in places]
+                    columns = [torch.as_tensor(targets[row_index], dtype=torch.int64) for row_index in row_indices]
                     tokens_btk = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True).to(logits_btv.device)
                 values_btk = logits_btv.gather(-1, tokens_btk) - logits_btv.logsumexp(-1, keepdim=True)
-            tokens, values = (
-                tokens_btk.cpu().numpy(),
-                values_btk.cpu().numpy(),
-            )  # once a batch: each waits for the device
-            for at, place in enumerate(places):
-                length = len(rows[place]) - 1
-                found[place] = tokens[at, :length], values[at, :length]
-        return [found[place] for place in range(len(rows))]
+            # copied once a batch, since each copy waits for the device
+            tokens, values = tokens_btk.cpu().numpy(), values_btk.cpu().numpy()
+            for batch_index, row_index in enumerate(row_indices):
+                length = len(rows[row_index]) - 1
+                predictions[row_index] = tokens[batch_index, :length], values[batch_index, :length]
+        return [predictions[row_index] for row_index in range(len(rows))]
 
     def _logits(self, ids: Sequence[int]) -> Tensor:
-        """Those after each token but the last [T-1, vocabulary], in single precision."""
+        """Returns the logits after each token but the last [T-1, vocabulary], in single precision."""
         import torch
 
         ids_t = torch.tensor(ids, device=self.model.device)
-        # a soft prompt, if there is one, has logits before those of the text
+        # the logits of a soft prompt, if any, precede those of the text
         logits: Tensor = self.model(input_ids=ids_t[None], use_cache=False).logits[0, -len(ids) : -1]
         return logits.float()
 
     def _choose_mode(self, decode: str) -> None:
-        """Decides between graph and eager by what is known of the model; a capture that fails may still change it."""
+        """Chooses graph or eager decoding from what is known of the model; a failed capture may change the choice later."""
         from winnow.runtime import graph_support, graphs
 
         self._required = decode == "graph"
@@ -135,36 +135,36 @@ class Runtime:
             self.runtime_mode = "eager"
         elif not graphs.has_graphs(self.model):
             self._fall_back("it is not on a CUDA device")
-        elif (because := graph_support.unsupported(self.model)) is not None:
-            self._fall_back(because)
+        elif (reason := graph_support.unsupported_reason(self.model)) is not None:
+            self._fall_back(reason)
 
-    def _fall_back(self, because: str) -> None:
-        """Goes on without graphs.
+    def _fall_back(self, reason: str) -> None:
+        """Switches to decoding without graphs.
 
         Raises:
-            Unservable: they were asked for.
+            Unservable: graphs are required.
         """
         name = self._lm.path or self._lm.name
         if self._required:
             raise Unservable(
-                f"hardware.decode=graph: {name} cannot be decoded from a CUDA graph: {because}; latencies that were measured "
+                f"hardware.decode=graph: {name} cannot be decoded from a CUDA graph: {reason}; latencies that were measured "
                 f"in different ways cannot be compared: set hardware.decode=eager (for a search: with another study=NAME)"
             )
         self.runtime_mode = "eager"
-        self._log(f"latency is measured without CUDA graphs: {name}: {because}")
+        self._log(f"latency is measured without CUDA graphs: {name}: {reason}")
 
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
-        """See `Served.request`.
+        """Answers a request; see `Served.request`.
 
         Raises:
-            RuntimeError: another number of tokens came out: the model's own `generate` does not keep to its arguments.
-            Unservable: graphs were asked for, and the model's decode step cannot be captured.
+            RuntimeError: the number of tokens is wrong, because the model's own `generate` ignores its arguments.
+            Unservable: graphs are required, and the model's decode step cannot be captured.
         """
         import torch
 
         prompt_bt = torch.tensor(prompts, device=self.model.device)
         with torch.inference_mode():
-            decoder = self._prepared(prompt_bt, output_tokens)
+            decoder = self._decoder_for(prompt_bt, output_tokens)
             if decoder is None:
                 return self._generate(prompt_bt, output_tokens)
             clock = _Clock(prompt_bt.is_cuda)
@@ -174,8 +174,8 @@ class Runtime:
             decoder.rest()
             return Timing(first_s=first - started, total_s=clock.now() - started)
 
-    def _prepared(self, prompt_bt: Tensor, output_tokens: int) -> Decoder | None:
-        """The decoder of requests of this shape, captured at the first of them; None where `generate` is to answer."""
+    def _decoder_for(self, prompt_bt: Tensor, output_tokens: int) -> Decoder | None:
+        """Returns the decoder for requests of this shape, captured at the first of them; None if `generate` must answer."""
         import torch
 
         from winnow.runtime import graphs
@@ -184,17 +184,17 @@ class Runtime:
             return None
         if self._decoder is not None and self._decoder.shape == (*prompt_bt.shape, output_tokens):
             return self._decoder
-        self._release()  # one at a time: a cache is large
+        self._release()  # only one decoder at a time, because its cache is large
         try:
             self._decoder = graphs.Decoder(self.model, prompt_bt, output_tokens)
         except torch.OutOfMemoryError:
-            raise  # says something of the memory, and nothing of graphs
+            raise  # about memory, not about graphs
         except Exception as error:
-            because = graphs.failure(error)
+            reason = graphs.failure(error)
         else:
             return self._decoder
         graphs.free(prompt_bt.device)
-        self._fall_back(because)
+        self._fall_back(reason)
         return None
 
     def _release(self) -> None:
@@ -205,7 +205,7 @@ class Runtime:
             graphs.free(self.model.device)
 
     def _generate(self, prompt_bt: Tensor, output_tokens: int) -> Timing:
-        """A request through the model's own `generate`."""
+        """Answers a request by the model's own `generate`."""
         import torch
         from transformers import StoppingCriteriaList
 
@@ -219,13 +219,15 @@ class Runtime:
             use_cache=True,
             min_new_tokens=output_tokens,
             max_new_tokens=output_tokens,
-            pad_token_id=0,  # never used: all end together
+            pad_token_id=0,  # never used, because all rows end together
             stopping_criteria=StoppingCriteriaList([clock]),
         )
         ended = clock.now()
-        made = output_bt.shape[1] - prompt_bt.shape[1]
-        if made != output_tokens or clock.first is None:
-            raise RuntimeError(f"asked for {output_tokens} tokens, {type(self.model).__name__}.generate made {made}")
+        generated = output_bt.shape[1] - prompt_bt.shape[1]
+        if generated != output_tokens or clock.first is None:
+            raise RuntimeError(
+                f"asked for {output_tokens} tokens, {type(self.model).__name__}.generate made {generated}"
+            )
         return Timing(first_s=clock.first - started, total_s=ended - started)
 
     def weights_memory_bytes(self) -> int:
@@ -240,19 +242,19 @@ class Runtime:
         self.model.train(self._training)
 
 
-def batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """Places of rows that are computed at once: the longest first, filled up to `most_tokens` or one row by itself."""
-    found: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        if found and lengths[found[-1][0]] * (len(found[-1]) + 1) <= most_tokens:
-            found[-1].append(place)
+def batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Returns batches of row indices, longest rows first: each has at most `max_tokens` padded tokens, or is a single row."""
+    groups: list[list[int]] = []
+    for row_index in sorted(range(len(lengths)), key=lambda row_index: -lengths[row_index]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(row_index)
         else:
-            found.append([place])
-    return found
+            groups.append([row_index])
+    return groups
 
 
 class _Clock:
-    """A stopping criterion that stops nothing and notes when the first token was there."""
+    """A stopping criterion that never stops and records the time of the first token."""
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
@@ -260,7 +262,7 @@ class _Clock:
         self._never: Tensor | None = None
 
     def now(self) -> float:
-        """Seconds, once all work that the device was given is done."""
+        """Returns the time in seconds, after all work of the device is done."""
         if self.cuda:
             import torch
 

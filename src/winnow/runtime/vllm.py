@@ -1,7 +1,7 @@
-"""vLLM, in this process: offline, through its engine. It needs a CUDA device, and is no dependency: `pip install vllm`.
+"""Serves models by vLLM in this process, offline through its engine; it needs a CUDA device and `pip install vllm`.
 
-lm-eval's own vLLM class opens the model and scores; the same engine answers the timed requests, stepped by hand so that the
-first token is seen. The engine takes its share of the device's memory when it starts, and gives it back when the process ends.
+lm-eval's own vLLM class opens the model and scores. The same engine answers the timed requests; it is stepped by hand, so that
+the first token is noticed. The engine takes its share of the device's memory when it starts, and frees it when the process ends.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def version(device: str) -> str | None:
 
 
 class Runtime:
-    """`lm.path`, a folder or hub id, in a vLLM engine.
+    """A runtime for `lm.path`, a folder or hub id, in a vLLM engine.
 
     Raises:
         UserError: there is no CUDA device, vLLM is not installed, or the model only exists in memory.
@@ -50,16 +50,16 @@ class Runtime:
             )
         if lm.path is None:
             raise UserError(f"hardware.runtime=vllm reads models from disk, and {lm.name} only exists in memory")
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, with its weights
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # runs the engine and its weights in this process
         from lm_eval.models.vllm_causallms import VLLM
 
-        self.opened = VLLM(  # lm-eval's own model, which benchmarks score with; its engine serves everything else, too
+        self.opened = VLLM(  # lm-eval's model class, which benchmarks score with; its engine serves all other requests
             pretrained=lm.path,
             dtype=hardware.compute_dtype,
             trust_remote_code=lm.loading.trust_remote_code,
             tensor_parallel_size=hardware.devices,
             batch_size="auto",
-            enable_prefix_caching=False,  # a repeated request would skip its prompt
+            enable_prefix_caching=False,  # otherwise a repeated request would skip its prompt
         )
         self._llm: Any = self.opened.model
         self._numbers = itertools.count()
@@ -70,44 +70,44 @@ class Runtime:
     def log_likelihoods(self, ids: Sequence[int]) -> list[float]:
         from vllm import SamplingParams
 
-        asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        (answer,) = self._llm.generate([{"prompt_token_ids": list(ids)}], asked, use_tqdm=False)
-        found = zip(ids[1:], answer.prompt_logprobs[1:], strict=True)
-        return [float(logprobs[token].logprob) if token in logprobs else math.nan for token, logprobs in found]
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        (answer,) = self._llm.generate([{"prompt_token_ids": list(ids)}], sampling, use_tqdm=False)
+        pairs = zip(ids[1:], answer.prompt_logprobs[1:], strict=True)
+        return [float(logprobs[token].logprob) if token in logprobs else math.nan for token, logprobs in pairs]
 
-    def next_tokens(self, ids: Sequence[int], wanted: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    def next_tokens(self, ids: Sequence[int], targets: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         raise NotImplementedError("vLLM tells the likeliest tokens of a prompt, not those that one asks for")
 
-    def next_tokens_of(
-        self, rows: Sequence[Sequence[int]], wanted: Sequence[np.ndarray] | int
+    def next_tokens_batch(
+        self, rows: Sequence[Sequence[int]], targets: Sequence[np.ndarray] | int
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        each: Sequence[np.ndarray | int] = [wanted] * len(rows) if isinstance(wanted, int) else wanted
-        return [self.next_tokens(ids, of_row) for ids, of_row in zip(rows, each, strict=True)]
+        targets_by_row: Sequence[np.ndarray | int] = [targets] * len(rows) if isinstance(targets, int) else targets
+        return [self.next_tokens(ids, row_targets) for ids, row_targets in zip(rows, targets_by_row, strict=True)]
 
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
-        asked = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
-        begun: set[str] = set()
-        made = 0
+        sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        started_ids: set[str] = set()
+        generated = 0
         first = None
         started = time.perf_counter()
         for ids in prompts:
-            engine.add_request(f"timed-{next(self._numbers)}", {"prompt_token_ids": list(ids)}, asked)
+            engine.add_request(f"timed-{next(self._numbers)}", {"prompt_token_ids": list(ids)}, sampling)
         while engine.has_unfinished_requests():
             for answer in engine.step():
-                begun.add(answer.request_id)
-                made += len(answer.outputs[0].token_ids) if answer.finished else 0
-            if first is None and len(begun) == len(prompts):
+                started_ids.add(answer.request_id)
+                generated += len(answer.outputs[0].token_ids) if answer.finished else 0
+            if first is None and len(started_ids) == len(prompts):
                 first = time.perf_counter()
         total_s = time.perf_counter() - started
-        if first is None or made != len(prompts) * output_tokens:
-            raise RuntimeError(f"asked for {len(prompts)} x {output_tokens} tokens, vLLM made {made}")
+        if first is None or generated != len(prompts) * output_tokens:
+            raise RuntimeError(f"asked for {len(prompts)} x {output_tokens} tokens, vLLM made {generated}")
         return Timing(first_s=first - started, total_s=total_s)
 
     def weights_memory_bytes(self) -> int:
-        return int(sum(self._llm.apply_model(weights_memory_bytes)))  # of each device's part
+        return int(sum(self._llm.apply_model(weights_memory_bytes)))  # sum over the devices' shards
 
     def peak_memory(self) -> PeakMemory:
         return PeakMemory("cuda", torch_allocator=False)

@@ -1,10 +1,11 @@
-"""What a trial meets on its way through an evaluation, from cheap to dear; it is stopped where it cannot reach the front.
+"""Early stopping: ends a trial during its evaluation, as cheaply as possible, once it cannot reach the front.
 
-Its *rivals* are the trials that were on the front when it began and are at least as good in everything but the scores. It is
-*hopeless* if its predictions are much further from the base model's than a rival's, and *dominated* if it loses a race
-(`winnow.search.racing`) against them. Without rivals it is scored on all items, as is whatever reaches the front.
+The *rivals* of a trial are the trials that were on the front when it began and are at least as good in everything but the scores.
+A trial is *hopeless* if its predictions diverge much further from the base model's than those of a rival, and *dominated* if it
+loses a race (`winnow.search.racing`) against its rivals. A trial without rivals is scored on all items, as is every trial that
+reaches the front.
 
-Items come early that trials like it got wrong: where all of them are right, there is little to see.
+Items that similar trials answered wrongly come first, because an item that all of them answer correctly tells little.
 """
 
 from __future__ import annotations
@@ -45,20 +46,20 @@ from winnow.study.pareto import is_at_least_as_good
 if TYPE_CHECKING:
     from winnow.runtime import Served
 
-FROM_DISK = ("size_bytes",)  # hardware figures that no meter is needed for
-ALIKE = 16  # trials that say which items matter
-LEAST_CHANCE = 0.005  # of an item that none of them got wrong; 1 of one that all did
-_KL_FLOOR = 1e-4  # nats a token: below it two divergences are alike
+FROM_DISK = ("size_bytes",)  # hardware figures that need no meter
+NEAREST_TRIALS = 16  # trials whose wrong answers decide which items come early
+LEAST_CHANCE = 0.005  # chance of an item that all of them answered correctly; 1 + this if all were wrong
+_KL_FLOOR = 1e-4  # nats per token: divergences below it count as equal
 
 
 @dataclass(frozen=True)
 class Racing:
-    """When a trial is stopped early.
+    """Settings that say when a trial is stopped early.
 
     Attributes:
-        error_rate: of stopping one that no rival matches, over its whole race; 0 never races.
-        hopeless_ratio: of its divergence from the base model to that of a rival; 0 never stops for it.
-        hopeless_floor: in nats a token; below it nothing is hopeless.
+        error_rate: probability, over a whole race, of stopping a trial that no rival matches; 0 switches racing off.
+        hopeless_ratio: a trial is hopeless above this ratio of its divergence to that of a rival; 0 switches the check off.
+        hopeless_floor: divergence in nats per token below which no trial is hopeless.
     """
 
     error_rate: float = 0.05
@@ -74,39 +75,40 @@ class Racing:
 
 
 class EarlyStopping:
-    """The gates of one trial.
+    """The early stopping of one trial.
 
     Args:
-        config: of the trial; `model` is the base model.
-        folder: of the trial, in which `rivals.json` lies.
+        config: the configuration of the trial; `model` is the base model.
+        folder: the folder of the trial, which holds `rivals.json`.
     """
 
     def __init__(self, config: DictConfig, folder: Path, log: Callable[[str], None]) -> None:
         self._config, self._folder, self._log = config, folder, log
-        self._base: LM | None = None  # where it is not the model of this trial
+        self._base: LM | None = None  # None where this trial is the base model itself
         self._benchmark: Harness = build.benchmark(config)  # type: ignore[assignment]
         scores = self._benchmark.scores()
-        found = objectives(list(config.objectives), scores)
-        self._scores = [o for o in found if o.name == "accuracy" or o.name in scores]
-        self._others = [o for o in found if o not in self._scores]
+        study_objectives = objectives(list(config.objectives), scores)
+        self._score_objectives = [o for o in study_objectives if o.name == "accuracy" or o.name in scores]
+        self._other_objectives = [o for o in study_objectives if o not in self._score_objectives]
         self._settings = Racing(**config.racing)
         self._rivals: list[Mapping[str, Any]] = []
         self._race: racing.Race | None = None
-        self._drawn = self._benchmark.drawn()
-        self._cache: Path | None = None  # of the base model's outcomes
-        self._about: dict[str, Any] = {}
-        self._samples = functools.cache(lambda number: read(folder.parent / str(number) / FILE))  # of an earlier trial
-        self.scores_first = all(o.name in FROM_DISK for o in self._others)
+        self._item_order = self._benchmark.item_order()
+        self._cache: Path | None = None  # folder of the base model's cached outcomes
+        self._cache_key: dict[str, Any] = {}
+        # samples of an earlier trial, by trial number
+        self._samples = functools.cache(lambda number: read(folder.parent / str(number) / FILE))
+        self.scores_first = all(o.name in FROM_DISK for o in self._other_objectives)
 
     def on_loaded(self, lm: LM, served: Served, run: Run) -> Figures:
-        """The divergence from the base model, and the size on disk."""
+        """Returns the divergence from the base model and the size on disk."""
         figures = Figures({"size_bytes": float(disk_bytes(lm))})
         base = build.model(self._config)
         is_base = lm.manifest.get("stages", []) == base.manifest.get("stages", [])
         self._base = None if is_base else base
         if is_base and run.cache is not None and run.stage_cache_bytes:
             self._cache = run.cache
-            self._about = {
+            self._cache_key = {
                 "model": [base.sha256(), base.loading.dtype, base.loading.attention],
                 "hardware": build.hardware(self._config).fingerprint(),
                 "runtime": served.name,
@@ -114,37 +116,41 @@ class EarlyStopping:
                 "code": code_sha256("benchmark", "data", "runtime", "hardware", "model", "nano"),
             }
         try:
-            wanted = divergence.reference(base, served if is_base else None, run, run.device)
-            figures.merge(divergence.divergence(served, wanted))
+            reference = divergence.reference(base, served if is_base else None, run, run.device)
+            figures.merge(divergence.divergence(served, reference))
         except NotImplementedError as error:
             self._log(f"no divergence from the base model: {error}")
         return figures
 
     def base(self) -> Base | None:
-        """The base model, to measure this trial's in turn with; None where it is the same one, or its trial has no figures."""
-        found = (self._told["base"] or {}).get("figures", {})
-        if self._base is None or not {"latency_ms", "peak_memory_bytes"} <= set(found):
+        """Returns the base model, to be measured in turn with this trial's; None for itself or without its figures."""
+        base_figures = (self._snapshot["base"] or {}).get("figures", {})
+        if self._base is None or not {"latency_ms", "peak_memory_bytes"} <= set(base_figures):
             return None
         limit = self._config.limits.memory_bytes
-        return Base(self._base, found["latency_ms"], found["peak_memory_bytes"], limit)
+        return Base(self._base, base_figures["latency_ms"], base_figures["peak_memory_bytes"], limit)
 
     @functools.cached_property
-    def _told(self) -> dict[str, Any]:
+    def _snapshot(self) -> dict[str, Any]:
         path = self._folder / RIVALS
         nothing: dict[str, Any] = {"base": None, "front": [], "scored": {}}
         return nothing | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
 
     def on_measured(self, figures: Figures) -> None:
-        """Finds the rivals.
+        """Finds the rivals, and draws the item order of a race against them.
 
         Raises:
-            Stopped: hopeless.
+            Stopped: the trial is hopeless.
         """
-        if any(o.name not in figures for o in self._others):
-            return  # text is scored last: whether it is matched there is not known before the end
-        told = self._told
-        mine = Trial(-1, Strategy(), figures=figures, sources=figures.sources)
-        self._rivals = [rival for rival in told["front"] if is_at_least_as_good(_trial(rival), mine, self._others)]
+        if any(o.name not in figures for o in self._other_objectives):
+            return  # without all other figures nobody knows which trials are rivals
+        snapshot = self._snapshot
+        candidate = Trial(-1, Strategy(), figures=figures, sources=figures.sources)
+        self._rivals = [
+            rival
+            for rival in snapshot["front"]
+            if is_at_least_as_good(_trial_from_json(rival), candidate, self._other_objectives)
+        ]
         settings = self._settings
         for rival in self._rivals if settings.hopeless_ratio and KL in figures else ():
             bound = max(settings.hopeless_ratio * rival["figures"].get(KL, np.inf), settings.hopeless_floor)
@@ -152,25 +158,25 @@ class EarlyStopping:
                 raise Stopped(
                     Reason.HOPELESS,
                     f"its divergence from the base model is {figures[KL]:.3g} nats a token, that of trial {rival['number']}, "
-                    f"which is no worse in {_names(self._others)}, is {rival['figures'][KL]:.3g}",
+                    f"which is no worse in {_names(self._other_objectives)}, is {rival['figures'][KL]:.3g}",
                     {"share_scored": 0.0},
                 )
         if self._rivals and settings.error_rate:
-            self._draw({int(number): kl for number, kl in told["scored"].items()}, figures.get(KL))
+            self._draw_item_order({int(number): kl for number, kl in snapshot["scored"].items()}, figures.get(KL))
 
     def ordered(self, benchmark: Benchmark) -> Benchmark:
-        """The benchmark, its items in the order that was drawn for this trial; the base model's outcomes may be known."""
+        """Returns the benchmark with the item order of this trial, or with cached outcomes for the base model."""
         if self._cache is not None:
-            return CachedBenchmark(benchmark, self._cache, self._about)  # type: ignore[arg-type]
+            return CachedBenchmark(benchmark, self._cache, self._cache_key)  # type: ignore[arg-type]
         path = self._folder / order.FILE
         return dataclasses.replace(benchmark, order=str(path)) if path.is_file() else benchmark  # type: ignore[type-var]
 
-    def _draw(self, scored: Mapping[int, float | None], kl: float | None) -> None:
-        """Draws the order, and writes it down: `evaluate.py` takes it from there, and so does this trial itself.
+    def _draw_item_order(self, scored: Mapping[int, float | None], kl: float | None) -> None:
+        """Draws the item order and writes it to a file, which this trial and a later `evaluate.py` read.
 
         Args:
-            scored: divergences of trials that were scored on all items, by number.
-            kl: its own.
+            scored: divergence of each trial that was scored on all items, by trial number.
+            kl: divergence of this trial.
         """
         numbers = {*nearest_scored_trials(scored, kl), *(rival["number"] for rival in self._rivals)}
         missed: Counter[order.Item] = Counter()
@@ -179,98 +185,100 @@ class EarlyStopping:
                 if sample.correct is not None:
                     missed[sample.benchmark, sample.doc_hash] += 1 - sample.score  # type: ignore[assignment]
         chances = {item: LEAST_CHANCE + times / len(numbers) for item, times in missed.items()}
-        # drawn anew for each trial: what others are told of an item must not depend on when it comes
-        self._drawn = order.Order(self._benchmark.seed + int(self._folder.name), chances)
-        self._drawn.write(self._folder / order.FILE)
+        # each trial draws its own order: the outcome of an item must not depend on when the item comes
+        self._item_order = order.Order(self._benchmark.seed + int(self._folder.name), chances)
+        self._item_order.write(self._folder / order.FILE)
 
-    def on_round(self, samples: Sequence[Sample], left: int) -> None:
-        """Looks at the race.
+    def on_round(self, samples: Sequence[Sample], items_left: int) -> None:
+        """Compares the outcomes so far with those of the rivals.
 
         Raises:
-            Stopped: dominated.
+            Stopped: the trial is dominated.
         """
         if not self._rivals or not self._settings.error_rate:
             return
         if self._race is None:
-            self._race = self._started()
-        found = self._in_order(samples)
-        scores = table(found, self._scores)
+            self._race = self._start_race()
+        scored_samples = self._sort_scored(samples)
+        scores = score_matrix(scored_samples, self._score_objectives)
         rival = self._race.beaten_by(scores)
         if rival is None:
             return
         estimates = {"share_scored": len(scores) / len(self._race.weights)}
-        for column, objective in enumerate(self._scores):
+        for column, objective in enumerate(self._score_objectives):
             name = objective.name
             middle, low, high = self._race.estimate(scores, rival, column)
             estimates |= {name: middle, f"{name}_low": low, f"{name}_high": high}
         raise Stopped(
             Reason.DOMINATED,
             f"after {len(scores):,} of {len(self._race.weights):,} items trial {rival.number}, which is no worse in "
-            f"{_names(self._others)}, is at least as good in {_names(self._scores)}",
+            f"{_names(self._other_objectives)}, is at least as good in {_names(self._score_objectives)}",
             estimates,
         )
 
-    def _started(self) -> racing.Race:
-        found = [self._in_order(self._samples(rival["number"])) for rival in self._rivals]
-        numbered = zip(self._rivals, found, strict=True)
-        rivals = [racing.Rival(rival["number"], table(samples, self._scores)) for rival, samples in numbered]
-        weights = weights_of(found[0], self._benchmark.specs, self._scores)
-        chances = np.array([self._drawn.chance((s.benchmark, s.doc_hash)) for s in found[0]])
+    def _start_race(self) -> racing.Race:
+        samples_by_rival = [self._sort_scored(self._samples(rival["number"])) for rival in self._rivals]
+        pairs = zip(self._rivals, samples_by_rival, strict=True)
+        rivals = [
+            racing.Rival(rival["number"], score_matrix(samples, self._score_objectives)) for rival, samples in pairs
+        ]
+        weights = weights_of(samples_by_rival[0], self._benchmark.specs, self._score_objectives)
+        chances = np.array([self._item_order.chance((s.benchmark, s.doc_hash)) for s in samples_by_rival[0]])
         return racing.Race(rivals, weights, chances, self._settings.error_rate)
 
-    def _in_order(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Those that are right or wrong, in the order in which items are put."""
+    def _sort_scored(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Returns the samples that are right or wrong, in item order."""
         scored = [s for s in samples if s.correct is not None]
-        return sorted(scored, key=lambda s: self._drawn.time((s.benchmark, s.doc_hash)))
+        return sorted(scored, key=lambda s: self._item_order.time((s.benchmark, s.doc_hash)))
 
 
 def nearest_scored_trials(scored: Mapping[int, float | None], kl: float | None) -> list[int]:
-    """The trials, of those with these divergences, that are most like one with the divergence `kl`."""
+    """Returns the numbers of the scored trials whose divergence is nearest to `kl`, nearest first."""
 
     def distance(number: int) -> float:
-        theirs = scored[number]
-        if theirs is None or kl is None:
+        other_kl = scored[number]
+        if other_kl is None or kl is None:
             return math.inf
-        return abs(math.log((theirs + _KL_FLOOR) / (kl + _KL_FLOOR)))
+        return abs(math.log((other_kl + _KL_FLOOR) / (kl + _KL_FLOOR)))
 
-    return sorted(scored, key=distance)[:ALIKE]
+    return sorted(scored, key=distance)[:NEAREST_TRIALS]
 
 
-def _trial(told: Mapping[str, Any]) -> Trial:
-    """A trial of the front as `rivals.json` has it."""
-    return Trial(told["number"], Strategy(), figures=told["figures"], sources=told["sources"])
+def _trial_from_json(record: Mapping[str, Any]) -> Trial:
+    """Returns a trial from its record in `rivals.json`."""
+    return Trial(record["number"], Strategy(), figures=record["figures"], sources=record["sources"])
 
 
 def weights_of(samples: Sequence[Sample], specs: Sequence[Spec], scores: Sequence[Objective]) -> np.ndarray:
-    """The share [items, scores] that each item has in each score."""
+    """Returns the weight [items, scores] of each item in each score."""
     means = {spec.name: spec.mean for spec in specs if spec.metric is not None}
     items = Counter(s.benchmark for s in samples)
     parts = Counter((s.benchmark, s.subtask) for s in samples)
     subtasks = Counter(benchmark for benchmark, _ in parts)
-    found = np.zeros((len(samples), len(scores)))
+    weights = np.zeros((len(samples), len(scores)))
     for row, sample in enumerate(samples):
         name = sample.benchmark
         share = 1 / items[name] if means[name] == "items" else 1 / parts[name, sample.subtask] / subtasks[name]
         for column, objective in enumerate(scores):
             if objective.name == "accuracy":
-                found[row, column] = share / len(items)
+                weights[row, column] = share / len(items)
             elif objective.name == name or objective.name.startswith(f"{name}_"):
-                found[row, column] = share
-    return found
+                weights[row, column] = share
+    return weights
 
 
-def table(samples: Sequence[Sample], scores: Sequence[Objective]) -> np.ndarray:
-    """The outcome [items, scores] of each item, 0 where it does not count for a score."""
-    found = np.zeros((len(samples), len(scores)))
+def score_matrix(samples: Sequence[Sample], scores: Sequence[Objective]) -> np.ndarray:
+    """Returns the outcome [items, scores] of each item, 0 where it does not count for a score."""
+    outcomes = np.zeros((len(samples), len(scores)))
     for row, sample in enumerate(samples):
         for column, objective in enumerate(scores):
             suffix = objective.name.removeprefix(f"{sample.benchmark}_")
             if objective.name in ("accuracy", sample.benchmark):
-                found[row, column] = sample.score
+                outcomes[row, column] = sample.score
             elif suffix != objective.name and suffix in sample.extra:
-                found[row, column] = float(sample.extra[suffix])
-    return found
+                outcomes[row, column] = float(sample.extra[suffix])
+    return outcomes
 
 
-def _names(found: Sequence[Objective]) -> str:
-    return ", ".join(o.name for o in found) or "anything else"
+def _names(objective_list: Sequence[Objective]) -> str:
+    return ", ".join(o.name for o in objective_list) or "anything else"

@@ -1,6 +1,6 @@
-"""What is known of a strategy before it runs: bytes and memory from its configuration, refusals, and its likely cost.
+"""Forecasts the size, the memory, the feasibility and the cost of a strategy from configurations, before it runs.
 
-The configuration is read in a process of its own that has the libraries for it, so that the search's own stays small and quick.
+A child process reads the configurations, because that needs heavy libraries: the search's own process stays small and quick.
 """
 
 from __future__ import annotations
@@ -18,76 +18,76 @@ from omegaconf import DictConfig, OmegaConf
 from winnow.core.errors import UserError
 from winnow.core.targets import target_of
 from winnow.core.types import Strategy, Trial
-from winnow.search import child
+from winnow.search import child, fork_server
 from winnow.study.costs import Costs
 from winnow.study.policy import Forecaster
 
-# a size from shapes may be off by this much, a memory by that: relative; a constraint is broken beyond it
-KNOWN_TO, ESTIMATED_TO = 0.03, 0.25
-MOST_KEPT = 50_000  # forecasts
+# relative errors of a size from shapes and of a memory estimate; a constraint counts as broken only beyond them
+SIZE_TOLERANCE, MEMORY_TOLERANCE = 0.03, 0.25
+MAX_CACHED = 50_000  # forecasts in memory
 
 
 class Forecasts:
-    """Of a search; one that cannot be made (the process has died) is empty and refuses nothing.
+    """Forecasts for the strategies of a search; a forecast that fails (the child has died) is empty and refuses nothing.
 
     Args:
-        ask: many strategies at once -> for each `figures` that are known, `estimates`, and a `infeasible_reason`.
-        constraints: limits by figure; those that follow from the configuration are checked here.
-        cached: whether stages that trials have in common are made once.
+        compute: returns for each of many strategies the known `figures`, the `estimates` and the `refusal`.
+        constraints: limits by figure; a limit on a forecast figure is checked here.
+        cached: whether stages that several trials share run only once.
     """
 
     def __init__(
         self,
-        ask: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+        compute: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
         constraints: Mapping[str, float] | None = None,
         cached: bool = True,
     ) -> None:
-        self._ask, self._constraints = ask, dict(constraints or {})
-        self._found: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._compute, self._constraints = compute, dict(constraints or {})
+        self._cache: dict[tuple[str, ...], dict[str, Any]] = {}
         self.costs = Costs(cached)
 
     def observe(self, trial: Trial) -> None:
         self.costs.observe(trial)
 
     def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
-        return [found.get("figures", {}) for found in self._of(strategies)]
+        return [forecast.get("figures", {}) for forecast in self._forecasts(strategies)]
 
     def infeasible_reason(self, strategy: Strategy) -> str:
-        (found,) = self._of([strategy])
-        if found.get("refusal"):
-            return str(found["refusal"])
-        for kind, off in (("figures", KNOWN_TO), ("estimates", ESTIMATED_TO)):
-            for name, value in found.get(kind, {}).items():
+        (forecast,) = self._forecasts([strategy])
+        if forecast.get("refusal"):
+            return str(forecast["refusal"])
+        for kind, tolerance in (("figures", SIZE_TOLERANCE), ("estimates", MEMORY_TOLERANCE)):
+            for name, value in forecast.get(kind, {}).items():
                 limit = self._constraints.get(name)
-                if limit is not None and value * (1 - off) > limit:
+                if limit is not None and value * (1 - tolerance) > limit:
                     return f"{name} would be about {value:.4g}, over constraints.{name}={limit:g}"
         return ""
 
     def seconds(self, strategy: Strategy) -> float:
         return self.costs.seconds(strategy)
 
-    def _of(self, strategies: Sequence[Strategy]) -> list[dict[str, Any]]:
-        """What was found of each; all that were not asked for yet are asked for at once."""
-        if len(self._found) + len(strategies) > MOST_KEPT:
-            self._found.clear()
-        new = {s.overrides: s for s in strategies if s.overrides not in self._found}
-        if new:
-            found = self._ask([{"methods": list(s.methods), "knobs": dict(s.knobs)} for s in new.values()])
-            self._found.update(zip(new, found, strict=True))
-        return [self._found[s.overrides] for s in strategies]
+    def _forecasts(self, strategies: Sequence[Strategy]) -> list[dict[str, Any]]:
+        """Returns the forecast of each strategy; computes all missing ones in one call."""
+        if len(self._cache) + len(strategies) > MAX_CACHED:
+            self._cache.clear()
+        missing = {s.overrides: s for s in strategies if s.overrides not in self._cache}
+        if missing:
+            answers = self._compute([{"methods": list(s.methods), "knobs": dict(s.knobs)} for s in missing.values()])
+            self._cache.update(zip(missing, answers, strict=True))
+        return [self._cache[s.overrides] for s in strategies]
 
 
-def smallest(strategies: Sequence[Strategy], outlook: Forecaster, most: int) -> list[Strategy]:
-    """So many of the strategies that can be made, by the size that they are known to have; those of unknown size come last."""
-    found = [s for s in strategies if not outlook.infeasible_reason(s)]
-    sizes = [figures.get("size_bytes", math.inf) for figures in outlook.figures(found)]
-    return [found[place] for place in sorted(range(len(found)), key=sizes.__getitem__)[:most]]
+def smallest(strategies: Sequence[Strategy], forecaster: Forecaster, count: int) -> list[Strategy]:
+    """Returns the `count` smallest feasible strategies by forecast size; strategies of unknown size come last."""
+    feasible = [s for s in strategies if not forecaster.infeasible_reason(s)]
+    sizes = [figures.get("size_bytes", math.inf) for figures in forecaster.figures(feasible)]
+    return [feasible[place] for place in sorted(range(len(feasible)), key=sizes.__getitem__)[:count]]
 
 
 def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -> Forecasts:
-    """Those of the search that `cfg` describes."""
+    """Returns the forecasts of the search that `cfg` describes, computed in a child process."""
     settings = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]), resolve=True)
-    arguments = {"settings": settings, "without": child.left_out()}
+    arguments = {"settings": settings, "without": fork_server.left_out()}
     service = child.Service("winnow.search.forecaster:forecaster", arguments, folder / "log.txt")
 
     def ask(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -102,43 +102,46 @@ def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -
 def forecaster(
     settings: dict[str, Any], without: Sequence[str] = ()
 ) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
-    """In the child: what answers; it imports what stages need `without` the modules that start CUDA."""
+    """Runs in the child: returns the function that computes forecasts.
+
+    It imports the modules that the stages need, `without` those that start CUDA.
+    """
     from winnow import build
     from winnow.method.knobs import Stage
     from winnow.method.pipeline import check_order
-    from winnow.report.dry_run import base_of
+    from winnow.report.dry_run import load_base
 
     cfg = OmegaConf.create(settings)
-    base = base_of(cfg)
-    # a strategy holds all that is not a method's default
-    plain: dict[str, Any] = {name: target_of(node["_target_"])() for name, node in build.methods(cfg).items()}
-    # this process lives beside the trials: CUDA, once started here, would take memory of each GPU
-    machine = base.machine(list(plain.values()), without)
+    base = load_base(cfg)
+    # a strategy holds every knob that differs from the method's default
+    default_stages: dict[str, Any] = {name: target_of(node["_target_"])() for name, node in build.methods(cfg).items()}
+    # this process runs beside the trials: CUDA, once started here, would take memory on each GPU
+    machine = base.machine(list(default_stages.values()), without)
 
     @functools.lru_cache(maxsize=10_000)
     def stage(name: str, knobs: str) -> Stage:
-        # Hydra would take longer to make it than all the rest; what a stage refuses, it refuses here, too
-        made: Stage = dataclasses.replace(plain[name], **json.loads(knobs))
-        return made
+        # instantiation by Hydra would take longer than all the rest; the stage checks its knobs here, too
+        built: Stage = dataclasses.replace(default_stages[name], **json.loads(knobs))
+        return built
 
     def answer(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [one(s["methods"], s["knobs"]) for s in strategies]
+        return [forecast_one(s["methods"], s["knobs"]) for s in strategies]
 
-    def one(methods: list[str], knobs: dict[str, Any]) -> dict[str, Any]:
+    def forecast_one(methods: list[str], knobs: dict[str, Any]) -> dict[str, Any]:
         try:
             stages = {}
             for name in methods:
-                own = f"method.{name}."
-                mine = {k.removeprefix(own): v for k, v in sorted(knobs.items()) if k.startswith(own)}
-                stages[name] = stage(name, json.dumps(mine))
+                prefix = f"method.{name}."
+                stage_knobs = {k.removeprefix(prefix): v for k, v in sorted(knobs.items()) if k.startswith(prefix)}
+                stages[name] = stage(name, json.dumps(stage_knobs))
             check_order(stages)
-            found = base.feasibility(stages, machine)
+            feasibility = base.feasibility(stages, machine)
         except UserError as error:
             return {"refusal": str(error), "figures": {}}
         return {
-            "refusal": found.reason,
-            "figures": {"size_bytes": float(found.last.disk_bytes)},
-            "estimates": {"peak_memory_bytes": float(found.last.serving_bytes)},
+            "refusal": feasibility.reason,
+            "figures": {"size_bytes": float(feasibility.last.disk_bytes)},
+            "estimates": {"peak_memory_bytes": float(feasibility.last.serving_bytes)},
         }
 
     return answer

@@ -1,13 +1,12 @@
-"""The search: asks the policy, has the strategy run, records what came of it, until the budget is spent.
+"""The search loop: asks the policy for a strategy, runs it as a trial and records the outcome, until the budget is spent.
 
-Nothing here knows Hydra: the sweeper passes in `launch`, which runs one trial.
+The loop does not depend on Hydra: the sweeper passes in `launch`, which runs one trial.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,20 +20,20 @@ from winnow.core.errors import Reason, UserError
 from winnow.core.types import Strategy, Trial
 from winnow.search.folders import MESSAGES, Folders
 from winnow.search.forecaster import smallest
+from winnow.search.outcome import failure, read_outcome, trial_from_outcome
 from winnow.search.overrides import command_lines
-from winnow.search.trial import read_outcome
 from winnow.search.views import Views
 from winnow.search.workers import Launch, Workers
 from winnow.study.budget import Budget, Convergence
 from winnow.study.history import should_retry
-from winnow.study.policy import Exhausted, Forecaster, Policy, Suggestion, fresh
+from winnow.study.policy import Exhausted, Forecaster, Policy, Suggestion, untried_strategies
 from winnow.study.space import Space
 from winnow.study.study import Proposal, Study
 
 KEEP = ("front", "all", "none")
-MOST_REFUSED = 20  # proposals in a row, before the space is searched for one that is possible
-DRAWS = 500  # of a large space, for that
-WAIT_S = 2.0  # between looks at what another search is doing
+MAX_REFUSED = 20  # refused proposals in a row after which the loop itself draws a feasible strategy
+DRAWS = 500  # strategies drawn from a large space for that
+WAIT_S = 2.0  # between checks for the results of another search
 
 
 @dataclass
@@ -42,21 +41,21 @@ class Search:
     """One search over one study.
 
     Attributes:
-        outlook: what is known of a strategy before it runs; told of every trial.
+        forecaster: forecasts strategies before they run, and observes every trial.
         launch: runs one trial and returns its outcome.
-        shared: the overrides of every trial, for the command lines that make a trial again.
-        folder: of the study; trials lie in `trials/<number>/`.
-        first: of these the `first_trials` smallest are tried before the policy is asked; the base model is always the very first.
-        keep: which trials' weights stay on disk: of the front, all, or none.
-        workers: trials that run at a time.
-        confirm: scores the front again once the search has ended.
-        convergence: says when nothing more is gained.
+        shared: the overrides of every trial, for the command lines that reproduce a trial.
+        folder: the folder of the study; trials lie in `trials/<number>/`.
+        first: the `first_trials` smallest of these run before the policy is asked; the base model always runs first of all.
+        keep: the trials whose weights stay on disk: those of the front, all, or none.
+        workers: number of trials that run at the same time.
+        confirm: scores the front again after the last trial.
+        convergence: ends the search when further trials gain nothing.
     """
 
     study: Study
     space: Space
     policy: Policy
-    outlook: Forecaster
+    forecaster: Forecaster
     launch: Launch
     budget: Budget
     folder: Path
@@ -69,14 +68,14 @@ class Search:
     workers: int = 1
     confirm: Callable[[], None] | None = None
     convergence: Convergence = field(default_factory=Convergence)
-    _again: list[Suggestion] = field(default_factory=list, init=False)
-    _refused: int = field(default=0, init=False)  # proposals in a row
+    _retries: list[Suggestion] = field(default_factory=list, init=False)
+    _refused_in_a_row: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._trials = Folders(self.folder / "trials")
+        self._folders = Folders(self.folder / "trials")
 
     def run(self) -> None:
-        """Runs trials until the budget or the space is spent; on Ctrl-C the study and its views are left in order.
+        """Runs trials until the budget or the space is exhausted; on Ctrl-C the study and its views stay consistent.
 
         Raises:
             UserError: the base model itself cannot be evaluated, or the disk is full.
@@ -85,179 +84,172 @@ class Search:
         workers = Workers(self.launch, self.workers)
         try:
             self._resume()
-            self._work(workers)
+            self._run_trials(workers)
             if self.confirm is not None:
                 self.confirm()
         except BaseException as error:
-            left = workers.stop(self._trials.cancel)
-            with contextlib.suppress(OSError):  # on a full disk, say, the first error is the one to show
-                self.views.write(self.study.summary(), final=True, mirror=False)  # quick: somebody may be waiting
-            if left:
+            running = workers.stop(self._folders.cancel)
+            with contextlib.suppress(OSError):  # e.g. on a full disk: the first error is the one to show
+                self.views.write(self.study.summary(), final=True, mirror=False)  # without W&B: the user may be waiting
+            if running:
                 self.log(
-                    f"search: {left} trials do not answer; wherever they run, they end when they see that it is over"
+                    f"search: {running} trials do not answer; wherever they run, they end when they see that it is over"
                 )
             if isinstance(error, KeyboardInterrupt):
                 self.log(f"search: interrupted; the same command goes on with study {self.study.name}")
             raise
         self.views.write(self.study.summary(), final=True)
-        self._forget_weights(self.keep)
+        self._remove_weights(self.keep)
 
-    def _work(self, workers: Workers) -> None:
-        ended = ""
+    def _run_trials(self, workers: Workers) -> None:
+        end_reason = ""
         while True:
-            while not ended and workers.free:
-                self._look()
+            while not end_reason and workers.free:
+                self._read_other_searches()
                 if self.study.base is None and self.study.running:
-                    break  # all others are judged by the base model's figures
-                ended = self.budget.spent(self.study) or self.convergence.reached(self.study)
-                if ended:
+                    break  # all other trials are compared with the base model's figures
+                end_reason = self.budget.spent(self.study) or self.convergence.reached(self.study)
+                if end_reason:
                     break
                 try:
-                    proposal = self._next()
+                    proposal = self._next_proposal()
                 except Exhausted as end:
-                    ended = str(end)
+                    end_reason = str(end)
                     break
                 if proposal is not None:
                     self._announce(proposal)
                     workers.start(proposal)
             if not workers.idle:
                 if self._finish(*workers.wait()):
-                    ended = ""  # its budget was not used up
-            elif ended:
+                    end_reason = ""  # the repeated trial still belongs to the budget
+            elif end_reason:
                 break
             else:
-                time.sleep(WAIT_S)  # for the base model's trial, in another search
-        self.log(f"search: {ended}")
+                time.sleep(WAIT_S)  # another search runs the base model's trial
+        self.log(f"search: {end_reason}")
 
     def _resume(self) -> None:
-        before = len(self.study.trials)
-        lost = self._take_over()
+        trials_before = len(self.study.trials)
+        lost_count = self._recover_lost_trials()
         self.study.refresh()
-        again = {trial.decision.get("retried") for trial in self.study.trials}
+        retried = {trial.decision.get("retried") for trial in self.study.trials}
         for trial in self.study.trials:
-            self.outlook.observe(trial)
-            if self.study.runs_again(trial) and trial.number not in again:
+            self.forecaster.observe(trial)
+            if self.study.runs_again(trial) and trial.number not in retried:
                 self._retry(trial)
-        changed = self.study.enter(self.space)
-        left_out = self._leave_out()
+        changed = self.study.enter_space(self.space)
+        left_out = self._drop_outside_space()
         if self.study.base is None and not self.study.running:
-            self.study.seen.discard(
-                Strategy().overrides
-            )  # it failed, and whoever starts again has done something about it
-        if before or lost:
-            more = f"; {lost - left_out} that were cut off will run again" if lost > left_out else ""
+            self.study.proposed.discard(Strategy().overrides)  # it failed, and a restart may have fixed the cause
+        if trials_before or lost_count:
+            note = f"; {lost_count - left_out} that were cut off will run again" if lost_count > left_out else ""
             self.log(
-                f"search: going on with study {self.study.name}: {len(self.study.trials)} trials are finished{more}"
+                f"search: going on with study {self.study.name}: {len(self.study.trials)} trials are finished{note}"
             )
         if (changed and self.study.trials) or left_out:
-            outside = sum(not self.space.holds(trial.strategy) for trial in self.study.trials)
-            more = f", and {left_out} that were cut off do not run again" if left_out else ""
+            outside = sum(not self.space.contains(trial.strategy) for trial in self.study.trials)
+            note = f", and {left_out} that were cut off do not run again" if left_out else ""
             self.log(
                 f"search: the space is another one now: {outside} of the finished trials lie outside it and keep their place "
-                f"on the front{more}"
+                f"on the front{note}"
             )
 
-    def _look(self) -> None:
-        """What other searches have done meanwhile, and what those that have died left behind."""
-        news = self.study.refresh()
-        lost = self._take_over()
-        lost -= self._leave_out()
-        if lost:
-            self.log(f"search: another search has ended; {lost} of its trials will run again")
-        for trial in [*news, *self.study.refresh()]:
-            self.outlook.observe(trial)
+    def _read_other_searches(self) -> None:
+        """Reads the trials that other searches finished, and takes over those of searches that died."""
+        new_trials = self.study.refresh()
+        lost_count = self._recover_lost_trials()
+        lost_count -= self._drop_outside_space()
+        if lost_count:
+            self.log(f"search: another search has ended; {lost_count} of its trials will run again")
+        for trial in [*new_trials, *self.study.refresh()]:
+            self.forecaster.observe(trial)
             self.views.trial(trial, self.study)
             _check_base(trial)
 
-    def _take_over(self) -> int:
-        lost, again = self.study.recover(self._finished)
-        self._again.extend(again)
-        for number in lost:
-            self.study.pay(self._trials.spent(number))
-            self._trials.clear(number, kept=MESSAGES)  # the trial that repeats it names it
-            self._trials.cancel(number)  # a node may still work on it, or get to it later
-        return len(lost)
+    def _recover_lost_trials(self) -> int:
+        lost_numbers, suggestions = self.study.recover(self._read_finished)
+        self._retries.extend(suggestions)
+        for number in lost_numbers:
+            self.study.record_energy(self._folders.spent(number))
+            self._folders.clear(number, keep=MESSAGES)  # the repeated trial refers to them
+            self._folders.cancel(number)  # a node may still run it or start it later
+        return len(lost_numbers)
 
-    def _leave_out(self) -> int:
-        """Takes out of what is to run again all that is not in the space any more; how many those are."""
-        kept = [suggestion for suggestion in self._again if not self.space.objection(suggestion.strategy)]
-        dropped, self._again = len(self._again) - len(kept), kept
+    def _drop_outside_space(self) -> int:
+        """Drops the trials to repeat that are outside the present space; returns their number."""
+        inside = [suggestion for suggestion in self._retries if not self.space.invalid_reason(suggestion.strategy)]
+        dropped, self._retries = len(self._retries) - len(inside), inside
         return dropped
 
-    def _next(self) -> Proposal | None:
-        """What to try now; None where it was refused, which costs nothing and is written down, or another search was faster."""
-        suggestion = self._suggestion()
+    def _next_proposal(self) -> Proposal | None:
+        """Returns the next proposal; None if it was refused (recorded, at no cost) or if another search was faster."""
+        suggestion = self._next_suggestion()
         proposal = self.study.reserve(suggestion, self.space)
         if proposal is None:
             return None
-        refusal = self.space.objection(suggestion.strategy)
+        refusal = self.space.invalid_reason(suggestion.strategy)
         if suggestion.strategy.methods and not refusal:
-            refusal = self.outlook.infeasible_reason(suggestion.strategy)
-        self._trials.clear(proposal.number)  # of an earlier study of this name
-        self._trials.keep_messages(proposal.number, suggestion.messages)
+            refusal = self.forecaster.infeasible_reason(suggestion.strategy)
+        self._folders.clear(proposal.number)  # files of an earlier study of the same name
+        self._folders.keep_messages(proposal.number, suggestion.messages)
         if refusal:
-            outcome = {
-                "figures": {},
-                "sources": {},
-                "reason": Reason.INFEASIBLE.value,
-                "message": refusal,
-                "seconds": {},
-            }
-            self._record(self._made(proposal, outcome))
-            self._refused += 1
+            self._record(self._to_trial(proposal, failure(Reason.INFEASIBLE, refusal)))
+            self._refused_in_a_row += 1
             return None
-        self._refused = 0
+        self._refused_in_a_row = 0
         return proposal
 
-    def _suggestion(self) -> Suggestion:
-        self._again = [s for s in self._again if s.strategy.overrides not in self.study.seen]
-        again = next((s for s in self._again if not s.strategy.methods), None)
-        if Strategy().overrides not in self.study.seen and again is None:
+    def _next_suggestion(self) -> Suggestion:
+        self._retries = [s for s in self._retries if s.strategy.overrides not in self.study.proposed]
+        retry = next((s for s in self._retries if not s.strategy.methods), None)
+        if Strategy().overrides not in self.study.proposed and retry is None:
             return Suggestion(Strategy(), "base")
-        if self._again:
-            self._again.remove(again := again or self._again[0])
-            return again
-        for strategy in self._first:
-            if strategy.overrides not in self.study.seen:
+        if self._retries:
+            self._retries.remove(retry := retry or self._retries[0])
+            return retry
+        for strategy in self._first_strategies:
+            if strategy.overrides not in self.study.proposed:
                 return Suggestion(strategy, "first")
-        if self._refused >= MOST_REFUSED:
-            return self._possible()
-        return self.policy.ask(self.study, self.space, self.outlook)
+        if self._refused_in_a_row >= MAX_REFUSED:
+            return self._draw_feasible()
+        return self.policy.ask(self.study, self.space, self.forecaster)
 
-    def _possible(self) -> Suggestion:
-        """A strategy that is not refused, where the policy has proposed many that are.
+    def _draw_feasible(self) -> Suggestion:
+        """Draws a feasible strategy at random, after many refused proposals of the policy.
 
         Raises:
-            Exhausted: none of the whole space, or of many draws from a large one, is; the message says what forbids them.
+            Exhausted: no strategy of the space, or of many draws from a large one, is feasible; the message names the causes.
         """
         rng = np.random.default_rng([self.study.proposals])
-        strategies = fresh(self.study, self.space, rng, DRAWS)
-        refusals = [self.outlook.infeasible_reason(strategy) for strategy in strategies]
+        strategies = untried_strategies(self.study, self.space, rng, DRAWS)
+        refusals = [self.forecaster.infeasible_reason(strategy) for strategy in strategies]
         for strategy, refusal in zip(strategies, refusals, strict=True):
             if not refusal:
                 return Suggestion(
                     strategy, "search", "drawn at random: the agent's proposals were refused one after the other"
                 )
         causes = Counter(refusal.partition("over ")[2] or refusal for refusal in refusals)
-        told = "; ".join(f"{count:,} by {cause}" for cause, count in causes.most_common(3))
-        raise Exhausted(f"nothing that can be proposed is allowed: of {len(refusals):,} strategies are refused {told}")
+        counts = "; ".join(f"{count:,} by {cause}" for cause, count in causes.most_common(3))
+        raise Exhausted(
+            f"nothing that can be proposed is allowed: of {len(refusals):,} strategies are refused {counts}"
+        )
 
     @functools.cached_property
-    def _first(self) -> list[Strategy]:
-        return smallest(self.first, self.outlook, self.first_trials)
+    def _first_strategies(self) -> list[Strategy]:
+        return smallest(self.first, self.forecaster, self.first_trials)
 
     def _announce(self, proposal: Proposal) -> None:
-        of = f" of {self.budget.trials}" if self.budget.trials else ""
-        self.log(f"trial {proposal.number} ({self.study.run_trials + 1}{of}): {proposal.strategy}")
-        self._trials.prepare(proposal.number, self.study, self.study.fingerprint.get("model", {}).get("sha256"))
+        of_total = f" of {self.budget.trials}" if self.budget.trials else ""
+        self.log(f"trial {proposal.number} ({self.study.run_trials + 1}{of_total}): {proposal.strategy}")
+        self._folders.prepare(proposal.number, self.study, self.study.fingerprint.get("model", {}).get("sha256"))
 
     def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> bool:
-        """Records a trial; returns whether it is to be tried once more."""
-        trial = self._made(proposal, outcome, seconds)
+        """Records a finished trial; returns whether it will run once more."""
+        trial = self._to_trial(proposal, outcome, seconds)
         self._record(trial)
-        again = self.study.runs_again(trial)
-        if again:
-            why = f"failed ({trial.reason}): {trial.message}" if trial.reason else self._disturbed(trial)
+        retry = self.study.runs_again(trial)
+        if retry:
+            why = f"failed ({trial.reason}): {trial.message}" if trial.reason else self._describe_disturbance(trial)
             self.log(f"trial {trial.number} {why}; it is tried once more")
             self._retry(trial)
         if trial.reason is Reason.DISK_FULL:
@@ -265,69 +257,47 @@ class Search:
                 f"outputs={self.folder.parent}: the disk is full ({trial.message}); free some space and go on"
             )
         _check_base(trial)
-        return again
+        return retry
 
-    def _disturbed(self, trial: Trial) -> str:
+    def _describe_disturbance(self, trial: Trial) -> str:
         names = ", ".join(self.study.disturbed(trial))
         return f"is the base model, with which all others are compared, and its {names} was measured beside other work"
 
     def _retry(self, trial: Trial) -> None:
-        self.study.seen.discard(trial.strategy.overrides)
+        self.study.proposed.discard(trial.strategy.overrides)
         record = {**trial.decision, "retried": trial.number}
-        self._again.append(Suggestion(trial.strategy, trial.proposed_by, record=record))
+        self._retries.append(Suggestion(trial.strategy, trial.proposed_by, record=record))
 
     def _record(self, trial: Trial) -> None:
         front = self.study.front
         if not self.study.record(trial):
             self.log(f"trial {trial.number} came too late: another search has taken it for lost, and runs it again")
             return
-        self.outlook.observe(trial)
+        self.forecaster.observe(trial)
         self.views.trial(trial, self.study)
         if self.study.front != front or not trial.complete:
-            self._forget_weights("front" if self.confirm is not None and self.keep == "none" else self.keep)
+            self._remove_weights("front" if self.confirm is not None and self.keep == "none" else self.keep)
 
-    def _made(self, proposal: Proposal, outcome: dict[str, Any], seconds: float | None = None) -> Trial:
-        """The record of an outcome; one without a finite value for every objective is a failure."""
-        reason = Reason(outcome["reason"]) if outcome["reason"] else None
-        message, figures = outcome["message"], outcome["figures"]
-        if reason is None:
-            bad = [o.name for o in self.study.objectives if not math.isfinite(figures.get(o.name, math.nan))]
-            if bad:
-                reason, message = Reason.NOT_FINITE, f"{', '.join(bad)} is not a finite number"
-        suggestion = proposal.suggestion
-        decision = {"why": suggestion.why, "expected_gain": suggestion.expected_gain, **suggestion.record}
-        return Trial(
-            number=proposal.number,
-            strategy=proposal.strategy,
-            figures=figures,
-            sources=outcome["sources"],
-            reason=reason,
-            message=message,
-            estimates=outcome.get("estimates", {}),
-            seconds={**outcome["seconds"], **({} if seconds is None else {"total": round(seconds, 3)})},
-            energy=outcome.get("energy", {}),
-            stages=outcome.get("stages", []),
-            commands=command_lines(self.shared, proposal.strategy, self._trials.of(proposal.number)),
-            proposed_by=suggestion.by,
-            decision=decision,
-        )
+    def _to_trial(self, proposal: Proposal, outcome: dict[str, Any], seconds: float | None = None) -> Trial:
+        commands = command_lines(self.shared, proposal.strategy, self._folders.of(proposal.number))
+        return trial_from_outcome(proposal, outcome, self.study.objectives, commands, seconds)
 
-    def _finished(self, number: int, suggestion: Suggestion) -> Trial | None:
-        """The trial of a killed search whose outcome had reached the disk."""
-        outcome = read_outcome(self._trials.of(number))
+    def _read_finished(self, number: int, suggestion: Suggestion) -> Trial | None:
+        """Returns the trial of a killed search if its outcome is on the disk."""
+        outcome = read_outcome(self._folders.of(number))
         if outcome is None or not set(suggestion.strategy.overrides) <= set(outcome.get("overrides") or ()):
             return None
-        return self._made(Proposal(number, suggestion), outcome)
+        return self._to_trial(Proposal(number, suggestion), outcome)
 
-    def _forget_weights(self, keep: str) -> None:
-        """Removes the weights of trials that `keep` does not name; manifest and figures stay."""
+    def _remove_weights(self, keep: str) -> None:
+        """Removes the weights of all trials outside `keep`; manifests and figures stay."""
         if keep == "all":
             return
-        kept = set(self.study.front) if keep == "front" else set()
+        numbers = set(self.study.front) if keep == "front" else set()
         if self.confirm is not None and self.study.base is not None:
-            kept.add(self.study.base.number)  # compared with, once more, at the end
-        # others may be at work here, too
-        self._trials.drop_weights({trial.number for trial in self.study.trials} - kept)
+            numbers.add(self.study.base.number)  # the confirmation compares the front with it
+        # only finished trials: other searches may use this folder, too
+        self._folders.drop_weights({trial.number for trial in self.study.trials} - numbers)
 
 
 def _check_base(trial: Trial) -> None:

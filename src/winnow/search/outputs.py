@@ -1,9 +1,9 @@
-"""Whether the files of a study's trials lie in `outputs`, wherever the study itself is kept.
+"""Checks that the files of a study's trials lie in `outputs`, wherever the study itself is stored.
 
-A trial needs files of others: the outcomes of their items to race against, their weights to confirm them. A study may be kept on a
-database server, or in a file elsewhere, and so be opened where those are not: on a machine with an `outputs` of its own, or after
-the folder was deleted. So the study and the folder of its trials hold the same token; the first search puts it there. What moves
-with the folder, as `study.db` does by default, fits wherever it goes.
+A trial needs files of other trials: their item outcomes for races, their weights for confirmation. A study may be stored on a
+database server or in a file elsewhere, and so can be opened where these files are missing: on a machine with its own `outputs`, or
+after the folder was deleted. Therefore the study and the folder of its trials hold the same token, which the first search writes. A
+study that moves together with the folder, as `study.db` does by default, fits at any place.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 FILE = "study.json"  # beside the folders of the trials
 
 
-def make(folder: Path) -> None:
-    """Makes a folder that studies lie in.
+def make_folder(folder: Path) -> None:
+    """Creates a folder for studies.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,60 +40,60 @@ def make(folder: Path) -> None:
 
 
 def claim(study: Study, folder: Path) -> None:
-    """Makes the folder of a study, and makes it the one that its trials lie in unless they already lie elsewhere.
+    """Creates the folder of a study and binds the study's trials to it, unless they already lie in another folder.
 
     Raises:
-        UserError: they do, or nothing can be written there.
+        UserError: the trials lie in another folder, or this one cannot be written.
     """
     home = study.home
-    # trials that have run before there were tokens are known by what they left
+    # trials from before tokens existed are recognised by their outcomes
     if _in_use(study) and (home is not None or not any((folder / "trials").glob("*/outcome.json"))):
         check(study, folder)
         return
-    make(folder)
-    token = _token(folder) or _written(folder)
+    make_folder(folder)
+    token = _read_token(folder) or _write_token(folder)
     if home is None or home["token"] != token:
-        study.move_in({"token": token, "began": f"{folder.resolve()} on {platform.node()}"})
+        study.set_home({"token": token, "began": f"{folder.resolve()} on {platform.node()}"})
 
 
 def check(study: Study, folder: Path) -> None:
     """Raises UserError if the files of a study's trials do not lie in this folder, or no longer do."""
     home: Mapping[str, Any] = study.home or {}
-    found = _token(folder)
-    if found is not None and found == home.get("token"):
+    token = _read_token(folder)
+    if token is not None and token == home.get("token"):
         return
     raise UserError(
         f"outputs={folder.parent}: the trials of study={study.name} need one another's files, and {folder / 'trials'} "
-        f"{'belongs to another study' if found else 'does not hold them'}; they began in {home.get('began', 'another place')}. "
+        f"{'belongs to another study' if token else 'does not hold them'}; they began in {home.get('began', 'another place')}. "
         f"Give the outputs=FOLDER that has them (all machines of a study must share it), or a new study=NAME"
     )
 
 
 def _in_use(study: Study) -> bool:
-    """Whether there is anything that later trials may need."""
+    """Returns whether the study has trials whose files later trials may need."""
     return bool(study.running) or any(trial.complete for trial in study.trials)
 
 
-def _token(folder: Path) -> str | None:
+def _read_token(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / "trials" / FILE).read_text(encoding="utf-8"))["token"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _written(folder: Path) -> str:
-    """Puts a token there; of two searches that begin at once the first one's stays."""
+def _write_token(folder: Path) -> str:
+    """Writes a token and returns the one that is there: of two searches that begin at once, the first one wins."""
     path = folder / "trials" / FILE
     scratch = path.with_name(f".{uuid.uuid4().hex}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch.write_text(json.dumps({"token": uuid.uuid4().hex}) + "\n", encoding="utf-8")
     try:
         with contextlib.suppress(FileExistsError):
-            os.link(scratch, path)  # never over another one
-    except OSError:  # a file system without links
+            os.link(scratch, path)  # never overwrites another token
+    except OSError:  # the file system has no links
         scratch.replace(path)
     scratch.unlink(missing_ok=True)
-    token = _token(folder)
+    token = _read_token(folder)
     if token is None:
         raise UserError(f"{path} cannot be read; remove it, or give another folder with outputs=FOLDER")
     return token

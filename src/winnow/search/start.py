@@ -1,4 +1,4 @@
-"""From a composed `conf/search.yaml` to a running `Search`: everything is checked before anything is written."""
+"""Builds a `Search` from a composed `conf/search.yaml` and runs it; checks everything before anything is written."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from winnow.core.types import Slot, Strategy
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
 from winnow.model.loading import Loading
-from winnow.search import child, decoding, forecaster, holdout, outputs, overrides, trial
+from winnow.search import child, decoding, forecaster, fork_server, holdout, outputs, overrides, trial
 from winnow.search.early_stopping import Racing
-from winnow.search.launching import Launching, shares
+from winnow.search.launching import Launching, device_shares
 from winnow.search.loop import KEEP, Search
 from winnow.search.views import Views
 from winnow.search.workers import Launch
@@ -39,13 +39,13 @@ from winnow.study.policy import Policy
 from winnow.study.space import Space, read_space
 from winnow.study.study import Proposal, Study
 
-OF_NODE = ("cpu", "cores", "threads", "gpus")  # of the hardware: on a cluster not those of the machine that searches
+MACHINE_FIELDS = ("cpu", "cores", "threads", "gpus")  # left out of the fingerprint where trials run on other machines
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a search is told that is a number or a word, and that no part of it is made from."""
+    """The plain settings of a search: those from which no object is built."""
 
     workers: int
     first_trials: int
@@ -70,7 +70,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a trial; None is without."""
+    """Limits of a trial; None is no limit."""
 
     minutes: float | None
     memory_bytes: float | None
@@ -81,23 +81,23 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
 
     Args:
         config: the composed configuration; `method` holds the methods of the space.
-        arguments: the overrides as typed.
+        arguments: the overrides as typed by the user.
         launching: runs the trials.
     """
     from winnow.report.table import front_table
 
-    typed = overrides.parse(arguments)
-    space = read_space({name: _plain(node) for name, node in build.methods(config).items()}, typed.narrowed)
+    command_line = overrides.parse(arguments)
+    space = read_space({name: _plain(node) for name, node in build.methods(config).items()}, command_line.narrowed)
     _check_settings(config)
     _check_fixed(config, space)
     first = first_strategies(space, config) if config.recipe is None else []
-    budget = _made(Budget, config.budget, "budget")
+    budget = _build(Budget, config.budget, "budget")
     convergence = Convergence(config.convergence if config.recipe is None else None)
     lm, hardware, benchmark = build.model(config, not config.dry_run), build.hardware(config), build.benchmark(config)
-    config, typed = _pinned(config, typed, lm)
+    config, command_line = _pin_model(config, command_line, lm)
     scores = benchmark.scores()
     holdout.check(config.confirm, benchmark)
-    wanted = objectives(list(config.objectives), scores)
+    study_objectives = objectives(list(config.objectives), scores)
     limits = constraints(_plain(config.constraints), scores)
     if config.dry_run:
         from winnow.report.dry_run import search_table
@@ -107,34 +107,34 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     policy = _policy(config, space)
     if launching.here:
         hardware.check()
-    devices = shares(hardware, config.workers) if launching.here else [{}] * config.workers
-    child.start_server(trial.preloads(config))
-    hardware, typed = decoding.settle(config, hardware, launching.here, typed, lm, say)
-    machine = {k: v for k, v in hardware.fingerprint().items() if launching.here or k not in OF_NODE}
-    held = fingerprint(config, lm, machine)
+    devices = device_shares(hardware, config.workers) if launching.here else [{}] * config.workers
+    fork_server.start_server(trial.preloads(config))
+    hardware, command_line = decoding.resolve_hardware(config, hardware, launching.here, command_line, lm, say)
+    machine = {k: v for k, v in hardware.fingerprint().items() if launching.here or k not in MACHINE_FIELDS}
+    study_fingerprint = fingerprint(config, lm, machine)
 
     folder = Path(config.outputs) / config.study
     url = str(config.storage or storage.sqlite_url(folder / "study.db"))
     if (file := storage.sqlite_file(url)) is not None:
-        outputs.make(file.parent)
+        outputs.make_folder(file.parent)
     storage.claim(url, config.study)
-    study = open_study(config.study, url, wanted, held, limits)
+    study = open_study(config.study, url, study_objectives, study_fingerprint, limits)
     outputs.claim(study, folder)
     _write_spec(folder, lm)
     logging.getLogger("hydra").setLevel(logging.WARNING)
     launching.prepare(config.workers)
 
-    run_trial, run_confirmation = _jobs(study, folder, typed, launching, devices)
+    run_trial, run_confirmation = _job_runners(study, folder, command_line, launching, devices)
     tracker = _tracker(config, folder)
     run = Search(
         study=study,
         space=space,
         policy=policy,
-        outlook=forecaster.forecasts(config, folder, limits),
+        forecaster=forecaster.forecasts(config, folder, limits),
         launch=run_trial,
         budget=budget,
         folder=folder,
-        shared=_shared(config, typed.shared),
+        shared=_shared_overrides(config, command_line.shared),
         views=Views(folder, say, tracker),
         log=say,
         first=first,
@@ -146,8 +146,10 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         if config.confirm
         else None,
     )
-    signal.signal(signal.SIGTERM, _interrupt)  # Slurm's way of asking
-    say(f"search: {len(space.methods)} methods, objectives {', '.join(o.name for o in wanted)}; study in {folder}")
+    signal.signal(signal.SIGTERM, _interrupt)  # Slurm stops a job this way
+    say(
+        f"search: {len(space.methods)} methods, objectives {', '.join(o.name for o in study_objectives)}; study in {folder}"
+    )
     try:
         run.run()
     finally:
@@ -156,24 +158,28 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     print(f"report: {(folder / 'report.html').resolve()}")
 
 
-def _jobs(
-    study: Study, folder: Path, typed: overrides.Typed, launching: Launching, devices: Sequence[Mapping[str, str]]
+def _job_runners(
+    study: Study,
+    folder: Path,
+    command_line: overrides.CommandLine,
+    launching: Launching,
+    devices: Sequence[Mapping[str, str]],
 ) -> tuple[Launch, Launch]:
-    """What runs a trial, and the confirmation of one, on the devices of a worker."""
+    """Returns the functions that run a trial and the confirmation of a trial, each on the devices of its worker."""
 
     def run_trial(proposal: Proposal, worker: int) -> dict[str, Any]:
-        outputs.check(study, folder)  # a disk may be gone, or another search have begun elsewhere at the same moment
-        return launching.run(proposal.number, typed.of_trial(proposal.strategy), devices[worker])
+        outputs.check(study, folder)  # the disk may be gone, or another search may have claimed another folder
+        return launching.run(proposal.number, command_line.of_trial(proposal.strategy), devices[worker])
 
     def run_confirmation(proposal: Proposal, worker: int) -> dict[str, Any]:
-        lines = [*typed.of_trial(proposal.strategy), *holdout.overrides(proposal.number)]
+        lines = [*command_line.of_trial(proposal.strategy), *holdout.overrides(proposal.number)]
         return launching.run(proposal.number, lines, devices[worker])
 
     return run_trial, run_confirmation
 
 
 def _check_settings(config: DictConfig) -> None:
-    """Raises UserError for a setting that a trial would refuse, or that means nothing."""
+    """Raises UserError for a setting that a trial would refuse or that has no meaning."""
     build.calibration(config)
     check_scalars(Run, {"seed": config.seed})
     check_seed(config.seed)
@@ -181,13 +187,13 @@ def _check_settings(config: DictConfig) -> None:
         raise UserError(
             f"study={config.study} is no name of a folder; give one without line breaks, dots alone, and ${{"
         )
-    _made(Settings, {field.name: config[field.name] for field in dataclasses.fields(Settings)})
-    _made(Limits, config.limits, "limits")
-    _made(Racing, config.racing, "racing")
+    _build(Settings, {field.name: config[field.name] for field in dataclasses.fields(Settings)})
+    _build(Limits, config.limits, "limits")
+    _build(Racing, config.racing, "racing")
 
 
 def _check_fixed(config: DictConfig, space: Space) -> None:
-    """Raises UserError for a setting of a method that all its trials would have, and refuse."""
+    """Raises UserError for a fixed setting of a method that all its trials would refuse."""
     for method in (method for method in space.methods if method.fixed):
         prefix = f"method.{method.name}."
         knobs = method.defaults(functools.partial(OmegaConf.select, config))
@@ -196,53 +202,55 @@ def _check_fixed(config: DictConfig, space: Space) -> None:
         build.instantiate(OmegaConf.create(node), prefix.strip("."))
 
 
-def _pinned(config: DictConfig, typed: overrides.Typed, lm: LM) -> tuple[DictConfig, overrides.Typed]:
-    """The settings with the base model where it lies now, if that is elsewhere than they say: all trials begin with it."""
-    given = config.model.get("path")
-    if not lm.path or not given or Path(lm.path) == Path(given):
-        return config, typed
+def _pin_model(
+    config: DictConfig, command_line: overrides.CommandLine, lm: LM
+) -> tuple[DictConfig, overrides.CommandLine]:
+    """Returns configuration and command line with the folder of the base model, if it differs from `model.path`."""
+    path = config.model.get("path")
+    if not lm.path or not path or Path(lm.path) == Path(path):
+        return config, command_line
     config = copy.deepcopy(config)
     config.model.path, config.model.name = lm.path, lm.name
-    return config, typed.pinned(lm)
+    return config, command_line.with_model(lm)
 
 
 def _plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def _made(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """A dataclass from settings of the types that it wants."""
+def _build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Builds a dataclass from settings after checking their types."""
     check_scalars(kind, values, where)
     return kind(**values)
 
 
 def fingerprint(config: DictConfig, lm: LM, hardware: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for two trials to be comparable."""
+    """Returns the settings that must be equal for two trials to be comparable."""
     from winnow.data import corpus
     from winnow.model import manifest
 
-    items: str | None = build.benchmark(config).content()  # type: ignore[attr-defined]
+    content: str | None = build.benchmark(config).content()  # type: ignore[attr-defined]
     calibration = build.calibration(config)
     model = OmegaConf.to_container(config.model, resolve=True)
     benchmark = OmegaConf.to_container(config.benchmark, resolve=True)
     assert isinstance(model, dict) and isinstance(benchmark, dict)
-    kept = {k: v for k, v in model.items() if k in ("name", "dtype", "attention")}
+    model_fields = {k: v for k, v in model.items() if k in ("name", "dtype", "attention")}
     return {
-        "model": {**kept, "sha256": lm.sha256()},
-        "benchmark": {k: v for k, v in benchmark.items() if not str(k).startswith("_")} | _content(items),
+        "model": {**model_fields, "sha256": lm.sha256()},
+        "benchmark": {k: v for k, v in benchmark.items() if not str(k).startswith("_")} | _content_entry(content),
         "hardware": dict(hardware),
-        "calibration": dataclasses.asdict(calibration) | _content(corpus.content(calibration)),
+        "calibration": dataclasses.asdict(calibration) | _content_entry(corpus.content(calibration)),
         "seed": config.seed,
         "versions": manifest.versions(),
     }
 
 
-def _content(sha256: str | None) -> dict[str, str]:
+def _content_entry(sha256: str | None) -> dict[str, str]:
     return {} if sha256 is None else {"content": sha256}
 
 
 def _policy(config: DictConfig, space: Space) -> Policy:
-    """Who proposes; what it needs, a key or a terminal, is asked for now."""
+    """Builds the policy; raises UserError if an API key or a terminal that it needs is missing."""
     defaults = functools.partial(OmegaConf.select, config)
     if config.recipe is not None:
         return read_recipe(OmegaConf.to_container(config.recipe, resolve=True), space, defaults)  # type: ignore[arg-type]
@@ -256,19 +264,19 @@ def _policy(config: DictConfig, space: Space) -> Policy:
 
 
 def first_strategies(space: Space, config: DictConfig) -> list[Strategy]:
-    """Each method of the slots in `first_slots` alone, at its defaults: of these come a few points before the policy begins."""
+    """Returns each method of the slots in `first_slots` alone, at its defaults; the search tries some of them before the policy."""
     slots = set()
     for name in config.first_slots:
         if str(name).upper() not in Slot.__members__:
-            known = ", ".join(slot.name.lower() for slot in Slot)
-            raise UserError(f"first_slots=[{name}]: there is no such slot; they are {known}")
+            slot_names = ", ".join(slot.name.lower() for slot in Slot)
+            raise UserError(f"first_slots=[{name}]: there is no such slot; they are {slot_names}")
         slots.add(Slot[str(name).upper()])
-    default = functools.partial(OmegaConf.select, config)
-    return [Strategy((m.name,), m.defaults(default)) for m in space.methods if m.slot in slots]
+    defaults = functools.partial(OmegaConf.select, config)
+    return [Strategy((m.name,), m.defaults(defaults)) for m in space.methods if m.slot in slots]
 
 
-def _shared(config: DictConfig, typed: Sequence[str]) -> list[str]:
-    """The settings that a trial's own command lines need: the groups chosen, and what the user typed."""
+def _shared_overrides(config: DictConfig, typed: Sequence[str]) -> list[str]:
+    """Returns the overrides that the command lines of a trial need: the chosen config groups and what the user typed."""
     groups = {o.split("=")[0] for o in typed}
     choices = config.hydra.runtime.choices
     chosen = [f"{group}={choices[group]}" for group in ("model", "benchmark", "hardware") if group not in groups]
@@ -277,19 +285,19 @@ def _shared(config: DictConfig, typed: Sequence[str]) -> list[str]:
 
 
 def _write_spec(folder: Path, lm: LM) -> None:
-    """`model_spec.json`: what is known of the base model from its configuration alone. In a child: it needs torch."""
+    """Writes `model_spec.json`, the specification of the base model, in a child process because that needs torch."""
     path = folder / "model_spec.json"
     if not path.is_file():
         try:
-            known = {"path": lm.path, "loading": dataclasses.asdict(lm.loading)}
-            result = child.call("winnow.search.start:model_spec", known, child.Limits(), say, folder / "log.txt")
+            arguments = {"path": lm.path, "loading": dataclasses.asdict(lm.loading)}
+            result = child.call("winnow.search.start:model_spec", arguments, child.Limits(), say, folder / "log.txt")
         except child.Failed as failed:
             raise UserError(f"model.path={lm.path} cannot be read: {failed.message}") from None
         write_json(path, result)
 
 
 def model_spec(path: str, loading: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
-    """In the child: the specification of the model at `path`."""
+    """Runs in the child: returns the specification of the model at `path`."""
     from winnow.model.spec import spec
 
     return spec(LM(path, loading=Loading(**loading)).config()).to_json()

@@ -1,4 +1,4 @@
-"""What a person and other programs see of a study while it runs and after: rebuilt from the study each time."""
+"""Writes the views of a study (`front.json`, `final_results.json`, report, W&B), rebuilt from the study each time."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ class Views:
     """Writes `front.json`, `final_results.json` and `report.html` into the study's folder, and mirrors to W&B.
 
     Attributes:
-        tracker: mirrors a summary to W&B; None where that is disabled.
+        tracker: mirrors a summary to W&B; None if W&B is disabled.
     """
 
     folder: Path
     log: Callable[[str], None]
     tracker: Any = None
-    _reported: float = field(default_factory=time.monotonic)
+    _reported_at: float = field(default_factory=time.monotonic)
     _front: tuple[int, ...] = ()
 
     def trial(self, trial: Trial, study: Study) -> None:
-        """After a finished trial: a line; `front.json` if the front is another one; and from time to time the report."""
+        """Logs a finished trial; writes the views if the front has changed or the report is old."""
         from winnow.report.table import trial_line
 
         self.log(trial_line(trial, study.objectives, study.front))
-        if study.front != self._front or time.monotonic() - self._reported > REPORT_EVERY_S:
+        if study.front != self._front or time.monotonic() - self._reported_at > REPORT_EVERY_S:
             self.write(study.summary(), final=False)
 
     def write(self, summary: Summary, final: bool, mirror: bool = True) -> None:
+        """Writes `front.json`, and the other views if this is the final state or the report is old."""
         from winnow.report.html import write_report
         from winnow.report.table import front_json, results_json
 
         self._front = summary.front
         write_json(self.folder / "front.json", front_json(summary))
-        if final or time.monotonic() - self._reported > REPORT_EVERY_S:
+        if final or time.monotonic() - self._reported_at > REPORT_EVERY_S:
             write_json(self.folder / "final_results.json", results_json(summary))
             write_report(self.folder / "report.html", summary)
-            self._reported = time.monotonic()
+            self._reported_at = time.monotonic()
         if final and mirror and self.tracker is not None:
             self.tracker.mirror(summary)

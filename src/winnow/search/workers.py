@@ -1,4 +1,4 @@
-"""Runs trials, each in a thread of its own: a worker that is free gets the next one at once."""
+"""Runs each trial in a thread of its own; a free worker gets the next trial at once."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 
 from winnow.study.study import Proposal
 
-Launch = Callable[[Proposal, int], dict[str, Any]]  # and the worker's number, from 0 -> outcome
-Ended = tuple[Proposal, dict[str, Any], float]
-STOP_S = 15.0  # what trials are given to end in
-START_S = 1.0  # what a thread is given to start in
+Launch = Callable[[Proposal, int], dict[str, Any]]  # (proposal, worker number from 0) -> outcome
+EndedTrial = tuple[Proposal, dict[str, Any], float]
+STOP_S = 15.0  # time for trials to end
+START_S = 1.0  # time for a thread to start
 
 
 class Workers:
-    """`count` of them.
+    """Runs up to `count` trials at the same time.
 
-    Threads, because whatever runs a trial (a child process, joblib, Ray, Slurm) is waited for. The caller's own thread
-    only waits, and so is always there for Ctrl-C.
+    Workers are threads, because they only wait for whatever runs the trial (a child process, joblib, Ray, Slurm). The caller's own
+    thread only waits, too, and so can always react to Ctrl-C.
     """
 
     def __init__(self, launch: Launch, count: int) -> None:
         self._launch, self._count = launch, count
         self._free = list(range(count))[::-1]
         self._running: dict[int, tuple[Proposal, threading.Thread]] = {}
-        self._ended: queue.Queue[tuple[int, Ended | BaseException]] = queue.Queue()
+        self._results: queue.Queue[tuple[int, EndedTrial | BaseException]] = queue.Queue()
 
     @property
     def free(self) -> bool:
@@ -36,7 +36,7 @@ class Workers:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing runs, and all that did was handed over."""
+        """Whether no trial runs and `wait` has returned all ended trials."""
         return len(self._free) == self._count
 
     def start(self, proposal: Proposal) -> None:
@@ -47,30 +47,29 @@ class Workers:
         self._running[worker] = proposal, thread
         thread.start()
 
-    def wait(self) -> Ended:
-        """The next trial that has ended.
+    def wait(self) -> EndedTrial:
+        """Waits for the next trial to end; returns its proposal, its outcome and its wall time in s.
 
         Raises:
-            BaseException: what its launch raised.
+            BaseException: whatever the launch of the trial raised.
         """
-        worker, found = self._ended.get()
+        worker, result = self._results.get()
         del self._running[worker]
         self._free.append(worker)
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def stop(self, cancel: Callable[[int], None]) -> int:
-        """Has what runs cancelled, and waits for it; returns how many trials had not ended after `STOP_S`."""
+        """Cancels all running trials and waits for them; returns the number of trials that still run after `STOP_S`."""
         for proposal, _ in self._running.values():
             cancel(proposal.number)
         deadline = time.monotonic() + STOP_S
-        with contextlib.suppress(KeyboardInterrupt):  # once more: it cannot wait
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C ends the wait
             for _, thread in self._running.values():
-                started = time.monotonic() + START_S
-                while (
-                    thread.ident is None and time.monotonic() < started
-                ):  # the interrupt came while it was being started
+                start_deadline = time.monotonic() + START_S
+                # the interrupt may have come while the thread was being started
+                while thread.ident is None and time.monotonic() < start_deadline:
                     time.sleep(0.01)
                 if thread.ident is not None:
                     thread.join(max(0.0, deadline - time.monotonic()))
@@ -80,6 +79,6 @@ class Workers:
         started = time.perf_counter()
         try:
             outcome = self._launch(proposal, worker)
-            self._ended.put((worker, (proposal, outcome, time.perf_counter() - started)))
+            self._results.put((worker, (proposal, outcome, time.perf_counter() - started)))
         except BaseException as error:
-            self._ended.put((worker, error))
+            self._results.put((worker, error))

@@ -1,4 +1,4 @@
-"""When a search ends: what it may spend, and how long it may go without gaining anything."""
+"""Decides when a search ends: what it may spend, and how many trials it may run without a gain."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from winnow.study.history import History
 
 @dataclass
 class Budget:
-    """What a search may spend; None is without limit.
+    """The limits of a search; None means no limit.
 
     Attributes:
-        trials: that were run, of the whole study.
-        hours: of this start.
-        kwh, co2_kg: of the whole study's trials.
-        usd, tokens: of the language model that steers, in the whole study.
+        trials: trials of the whole study that were run.
+        hours: duration of this start of the search.
+        kwh, co2_kg: energy and emissions of the whole study's trials.
+        usd, tokens: cost of the language model that steers, in the whole study.
     """
 
     trials: int | None = 20
@@ -42,7 +42,7 @@ class Budget:
         self._started = time.monotonic()
 
     def spent(self, history: History) -> str:
-        """Which limit was reached, in words; empty as long as there is something left."""
+        """Returns the limit that was reached, in words; "" if none was."""
         if self.trials is not None and history.run_trials + len(history.running) >= self.trials:
             return f"budget.trials={self.trials} is spent"
         if self.hours is not None and time.monotonic() - self._started > 3600 * self.hours:
@@ -54,15 +54,15 @@ class Budget:
         return ""
 
     def llm_budget_spent(self, history: History) -> str:
-        """Which limit of the language model was reached, in words; the search goes on without it."""
+        """Returns the limit of the language model that was reached, in words; the search then goes on without the model."""
         if self.tokens is not None and history.tokens >= self.tokens:
             return f"budget.tokens={self.tokens} is spent"
         if self.usd is not None and history.usd >= self.usd:
             return f"budget.usd={self.usd:g} is spent"
         return ""
 
-    def left(self, history: History) -> dict[str, float]:
-        """What is left of each limit that there is."""
+    def remaining(self, history: History) -> dict[str, float]:
+        """Returns what is left of each limit that is set."""
         used = {
             "trials": history.run_trials + len(history.running),
             "hours": (time.monotonic() - self._started) / 3600,
@@ -80,7 +80,7 @@ class Convergence:
     """Ends a search that gains nothing.
 
     Attributes:
-        trials: run one after the other without a new one on the front; None goes on.
+        trials: this many trials in a row without a new one on the front end the search; None never ends it.
     """
 
     trials: int | None = None
@@ -90,6 +90,7 @@ class Convergence:
             raise UserError(f"convergence={self.trials} ends the search before it begins; give 1 or more, or null")
 
     def reached(self, history: History) -> str:
+        """Returns why the search has converged, in words; "" if it has not."""
         if self.trials is not None and history.since_gain >= self.trials:
             return f"converged: {history.since_gain} trials in a row have gained nothing (convergence={self.trials})"
         return ""

@@ -1,8 +1,8 @@
-"""Under which names the storage of a study has the parameters of its trials.
+"""Assigns the names under which the storage of a study has the parameters of its trials.
 
-Optuna takes one kind of distribution a name, and of choices just the same ones. The space of a study may change from one start to
-the next, so a parameter whose distribution does not go with the one that its name already has gets a name of its own:
-`slot.quantize`, then `slot.quantize#2`. Nothing is read back from these: they are there for optuna-dashboard and other programs.
+Optuna allows one kind of distribution per name, and one list of choices. The space of a study may change from one start to the
+next, so a parameter whose distribution is incompatible with the stored one gets a new name: `slot.quantize`, then
+`slot.quantize#2`. winnow reads nothing back from these parameters: they serve optuna-dashboard and other programs.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ if TYPE_CHECKING:
 
 
 class Columns:
-    """The names that are taken, each with a distribution that was stored under it."""
+    """The parameter names of a study, each with a distribution that was stored under it."""
 
     def __init__(self) -> None:
-        self._taken: dict[str, BaseDistribution] = {}
+        self._stored: dict[str, BaseDistribution] = {}
 
     def learn(self, distributions: Mapping[str, BaseDistribution]) -> None:
-        """Notes what a trial was stored with."""
-        self._taken.update(distributions)
+        """Remembers the distributions that a trial was stored with."""
+        self._stored.update(distributions)
 
-    def of(
-        self, parameters: Mapping[str, Any], wanted: Mapping[str, BaseDistribution]
+    def assign(
+        self, parameters: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
     ) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-        """The parameters and their distributions by the names that they are stored under."""
+        """Returns the parameters and their distributions by the names that they can be stored under."""
         values: dict[str, Any] = {}
-        distributions: dict[str, BaseDistribution] = {}
+        stored_distributions: dict[str, BaseDistribution] = {}
         for key, value in parameters.items():
             for number in itertools.count(1):
                 name = key if number == 1 else f"{key}#{number}"
-                if (distribution := self._fitting(name, value, wanted[key])) is not None:
-                    values[name], distributions[name] = value, distribution
+                if (distribution := self._storable(name, value, distributions[key])) is not None:
+                    values[name], stored_distributions[name] = value, distribution
                     break
-        return values, distributions
+        return values, stored_distributions
 
-    def _fitting(self, name: str, value: Any, wanted: BaseDistribution) -> BaseDistribution | None:
-        """What a value can be stored with under a name: as wanted, or as the name has it already; None if neither goes."""
+    def _storable(self, name: str, value: Any, distribution: BaseDistribution) -> BaseDistribution | None:
+        """Returns a distribution to store a value with under a name: its own, else the name's; None if neither is possible."""
         from optuna.distributions import check_distribution_compatibility
 
-        taken = self._taken.get(name)
-        if taken is None:
-            return wanted
+        stored = self._stored.get(name)
+        if stored is None:
+            return distribution
         try:
-            check_distribution_compatibility(taken, wanted)
+            check_distribution_compatibility(stored, distribution)
         except ValueError:
-            return taken if _holds(taken, value) else None
-        return wanted
+            return stored if _contains(stored, value) else None
+        return distribution
 
 
-def _holds(distribution: BaseDistribution, value: Any) -> bool:
-    """Whether a distribution has a value, and gives back the same one."""
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Returns True if a distribution contains a value and restores it unchanged."""
     try:
         internal = distribution.to_internal_repr(value)
-        back = distribution.to_external_repr(internal)
+        restored = distribution.to_external_repr(internal)
     except (ValueError, TypeError):
         return False
-    return bool(distribution._contains(internal)) and type(back) is type(value) and back == value
+    return bool(distribution._contains(internal)) and type(restored) is type(value) and restored == value

@@ -1,4 +1,4 @@
-"""What a strategy will take, in seconds, as far as the trials so far tell: its stages that nobody has applied yet, and the rest."""
+"""Estimates the duration of a strategy from the trials so far: its stages that are not cached yet, and its evaluation."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from collections.abc import Iterator
 from winnow.core.types import Strategy, Trial
 
 Prefix = tuple[tuple[str, tuple[str, ...]], ...]
-UNKNOWN_S = 1.0  # of a stage that was never seen: as good as free, so that it is tried
+UNKNOWN_S = 1.0  # duration of a stage that was never run: nearly free, so that it is tried
 
 
 def prefixes(strategy: Strategy) -> Iterator[Prefix]:
-    """The first stages with their knobs: one of them, two, and so on to all."""
-    found: list[tuple[str, tuple[str, ...]]] = []
+    """Yields the first stages with their knobs: one stage, two stages, and so on to all."""
+    stages: list[tuple[str, tuple[str, ...]]] = []
     for method in strategy.methods:
         own = f"method.{method}."
-        found.append((method, tuple(o for o in strategy.overrides if o.startswith(own))))
-        yield tuple(found)
+        stages.append((method, tuple(o for o in strategy.overrides if o.startswith(own))))
+        yield tuple(stages)
 
 
 class Costs:
-    """Means over trials: of each method's stage, and of evaluations that came to their end.
+    """Mean durations over trials: of each method's stage, and of finished evaluations.
 
     Args:
-        cached: whether what the first stages of a pipeline made is kept for others.
+        cached: True if the results of the first stages of a pipeline are cached for other pipelines.
     """
 
     def __init__(self, cached: bool = True) -> None:
         self._cached = cached
         self._stages: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         self._evaluations = [0.0, 0]
-        self._made: set[Prefix] = set()
+        self._cached_prefixes: set[Prefix] = set()
 
     def observe(self, trial: Trial) -> None:
         for stage in trial.stages:
             if not stage["reused"]:
                 _add(self._stages[stage["method"]], stage["seconds"])
         if self._cached:
-            self._made.update(list(prefixes(trial.strategy))[: len(trial.stages)])
+            self._cached_prefixes.update(list(prefixes(trial.strategy))[: len(trial.stages)])
         if trial.complete:
             _add(self._evaluations, trial.seconds.get("evaluate", 0.0))
 
     def seconds(self, strategy: Strategy) -> float:
-        """Expected: stages that an earlier trial has applied in the same way are taken from the stage cache."""
-        known = list(prefixes(strategy))
-        begun = max((n for n, prefix in enumerate(known, 1) if prefix in self._made), default=0)
-        stages = sum(_mean(self._stages[method], UNKNOWN_S) for method in strategy.methods[begun:])
+        """Returns the expected duration; stages that an earlier trial has applied in the same way come from the stage cache."""
+        numbered = enumerate(prefixes(strategy), 1)
+        cached_stages = max((n for n, prefix in numbered if prefix in self._cached_prefixes), default=0)
+        stages = sum(_mean(self._stages[method], UNKNOWN_S) for method in strategy.methods[cached_stages:])
         return stages + _mean(self._evaluations, UNKNOWN_S)
 
 
@@ -55,5 +55,5 @@ def _add(total: list[float], value: float) -> None:
     total[1] += 1
 
 
-def _mean(total: list[float], otherwise: float) -> float:
-    return total[0] / total[1] if total[1] else otherwise
+def _mean(total: list[float], default: float) -> float:
+    return total[0] / total[1] if total[1] else default

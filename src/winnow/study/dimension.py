@@ -1,4 +1,4 @@
-"""One knob to search over: which values it has, which of them is nearest to another one, and how a user narrows it."""
+"""Defines one dimension of the search space: the values of a knob, the nearest one to a given value, and its narrowing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from winnow.method.knobs import Knob, is_number, same
 
 
 class Suggest(Protocol):
-    """What a strategy is drawn with; Optuna's `Trial` is one."""
+    """Draws the values of a strategy's parameters; Optuna's `Trial` has this interface."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
@@ -21,10 +21,10 @@ class Suggest(Protocol):
 
 @dataclass(frozen=True)
 class Dimension:
-    """One knob to search over: `choices`, or numbers from `low` to `high`; `when` names what it depends on.
+    """One knob to search over: `choices`, or numbers from `low` to `high`; `when` names the values that it depends on.
 
     Attributes:
-        knob: what the method itself allows, searched over or not.
+        knob: all values that the method itself allows.
     """
 
     key: str  # method.<name>.<knob>
@@ -36,15 +36,15 @@ class Dimension:
     when: Mapping[str, Any] = field(default_factory=dict)  # full key -> value
     knob: Knob = field(default_factory=Knob)
 
-    def holds(self, value: Any) -> bool:
-        """Whether the value is searched over."""
+    def contains(self, value: Any) -> bool:
+        """Returns True if the value is searched over."""
         if self.choices:
             return any(same(value, choice) for choice in self.choices)
-        whole = is_number(value) and (not self.integer or float(value).is_integer())
-        return whole and self.low <= value <= self.high
+        valid_number = is_number(value) and (not self.integer or float(value).is_integer())
+        return valid_number and self.low <= value <= self.high
 
     def nearest(self, value: Any) -> Any:
-        """The value as the space has it; for one outside, the nearest number, or the first choice where none is near."""
+        """Returns the equal value in the space, else the nearest number, else the first choice."""
         if not self.choices:
             return self.rounded(value if is_number(value) else self.low)
         equal = [choice for choice in self.choices if same(value, choice)]
@@ -54,14 +54,14 @@ class Dimension:
         return min(numbers, key=lambda choice: abs(choice - value))
 
     def rounded(self, value: float) -> float | int:
-        """A number with the digits that the space has, within the range."""
+        """Returns the number clipped to the range, with 6 significant digits or as an integer."""
         inside = min(self.high, max(self.low, value))
         if self.integer:
             return round(inside)
         return float(min(self.high, max(self.low, float(f"{inside:.6g}"))))
 
     def grid(self, points: int) -> list[Any]:
-        """The choices, or `points` values spread evenly (in the logarithm, for a log scale)."""
+        """Returns the choices, or `points` evenly spaced values (in the logarithm, for a log scale)."""
         if self.choices:
             return list(self.choices)
         if points == 1 or self.low == self.high:
@@ -78,7 +78,7 @@ class Dimension:
         return self.rounded(suggest.suggest_float(self.key, self.low, self.high, log=self.log))
 
     def distribution(self) -> Any:
-        """The one that Optuna draws its values from."""
+        """Returns the Optuna distribution of the values."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choices:
@@ -93,58 +93,60 @@ class Dimension:
         return f"{'whole numbers ' if self.integer else ''}from {self.low:g} to {self.high:g}"
 
 
-def searched(key: str, knob: Knob) -> Dimension:
-    """All of a knob that is searched over unless a user says otherwise."""
+def default_dimension(key: str, knob: Knob) -> Dimension:
+    """Returns the dimension of a knob that no user has narrowed."""
     low, high = knob.search_range or (knob.low or 0.0, knob.high or 0.0)
-    return _ranging(key, knob, low, high) if not knob.choices else _choosing(key, knob, knob.searched or knob.choices)
+    return _range(key, knob, low, high) if not knob.choices else _choices(key, knob, knob.searched or knob.choices)
 
 
-def narrowed(key: str, knob: Knob, value: Any) -> Dimension:
-    """A knob as a user narrows it.
+def narrowed_dimension(key: str, knob: Knob, value: Any) -> Dimension:
+    """Returns the dimension of a knob that a user has narrowed.
 
     Args:
         value: a fixed value; or a `Knob` with choices, or with `low` and `high`.
 
     Raises:
-        UserError: it leaves nothing, or goes beyond what the knob allows.
+        UserError: the narrowing leaves nothing, or exceeds what the knob allows.
     """
     if isinstance(value, list | tuple):
         words = ",".join(map(str, value))
         raise UserError(f"{key}=[{words}]: a knob takes one value; search over several with {key}=choice({words})")
     if not isinstance(value, Knob) or value.choices:
         values = value.choices if isinstance(value, Knob) else (value,)
-        for one in values:
-            if not knob.allows(one):
-                raise UserError(f"{key}={one} is out of range: it takes {knob.described}")
-        return _choosing(key, knob, values)
+        for choice in values:
+            if not knob.allows(choice):
+                raise UserError(f"{key}={choice} is out of range: it takes {knob.allowed_values}")
+        return _choices(key, knob, values)
     low, high = value.low or 0.0, value.high or 0.0
-    given = f"{key}=interval({low:g},{high:g})"
+    interval = f"{key}=interval({low:g},{high:g})"
     if knob.choices:
         inside = [c for c in knob.choices if is_number(c) and low <= c <= high]
         if not inside:
-            raise UserError(f"{given} leaves nothing: it takes {knob.described}")
-        return _choosing(key, knob, inside)
+            raise UserError(f"{interval} leaves nothing: it takes {knob.allowed_values}")
+        return _choices(key, knob, inside)
     if low > high:
-        raise UserError(f"{given} leaves nothing: its first number is the larger one; write interval({high:g},{low:g})")
+        raise UserError(
+            f"{interval} leaves nothing: its first number is the larger one; write interval({high:g},{low:g})"
+        )
     if knob.integer:
         first, last = math.ceil(low), math.floor(high)
         if first > last:
-            raise UserError(f"{given} leaves nothing: it takes {knob.described}")
+            raise UserError(f"{interval} leaves nothing: it takes {knob.allowed_values}")
         low, high = first, last
-    ends = replace(knob, integer=False)
-    if not (ends.allows(low) and ends.allows(high)):
-        raise UserError(f"{given} is out of range: it takes {knob.described}")
-    return _ranging(key, knob, low, high)
+    real_valued = replace(knob, integer=False)
+    if not (real_valued.allows(low) and real_valued.allows(high)):
+        raise UserError(f"{interval} is out of range: it takes {knob.allowed_values}")
+    return _range(key, knob, low, high)
 
 
-def _ranging(key: str, knob: Knob, low: float, high: float) -> Dimension:
+def _range(key: str, knob: Knob, low: float, high: float) -> Dimension:
     return Dimension(key, (), low, high, knob.log, knob.integer, knob=knob)
 
 
-def _choosing(key: str, knob: Knob, values: Sequence[Any]) -> Dimension:
-    """Each value once, in the order of the knob's own choices, or of numbers: however they were typed, the space is the same."""
+def _choices(key: str, knob: Knob, values: Sequence[Any]) -> Dimension:
+    """Returns a dimension of distinct choices, in the order of the knob's own choices, or sorted: equal sets give equal spaces."""
     if knob.choices:
-        chosen = [choice for choice in knob.choices if any(same(choice, value) for value in values)]
+        choices = [choice for choice in knob.choices if any(same(choice, value) for value in values)]
     else:
-        chosen = sorted({int(value) if knob.integer else value for value in values})
-    return Dimension(key, tuple(chosen), knob=knob)
+        choices = sorted({int(value) if knob.integer else value for value in values})
+    return Dimension(key, tuple(choices), knob=knob)

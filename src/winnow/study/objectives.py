@@ -1,4 +1,4 @@
-"""Figures that a study can optimise, by name, each with its direction."""
+"""Defines the figures that a study can optimise, each with its direction, and the constraints on them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from winnow.core.errors import UserError
 from winnow.core.types import Objective
 
-# A few bytes of a header, or the noise of a clock, must not put a strategy on the front
+# resolutions: a few bytes of a header, or the noise of a clock, must not put a strategy on the front
 BYTES, TIME = 0.001, 0.05
-KL = "kl_to_base"  # the divergence from the base model in nats a token: not optimised, but told early and cheaply
+KL = "kl_to_base"  # divergence from the base model, nats per token: not optimised, but an early and cheap signal
 
-# what the meters and every benchmark report; benchmarks add one score a task
+# the figures that meters and all benchmarks report; benchmarks add one score per task
 KNOWN: dict[str, Objective] = {
     o.name: o
     for o in (
@@ -38,66 +38,75 @@ KNOWN: dict[str, Objective] = {
 
 
 def objectives(names: Sequence[str], scores: Sequence[str]) -> tuple[Objective, ...]:
-    """The objectives of a study.
+    """Returns the objectives of a study.
 
     Args:
-        names: as the user gave them.
-        scores: the benchmark's own scores (all better when higher), allowed beside `KNOWN`.
+        names: the names in the user's order.
+        scores: the benchmark's own scores (all better when higher), allowed in addition to `KNOWN`.
 
     Raises:
-        UserError: none, one twice, or a name that nothing reports.
+        UserError: there is no name, a name twice, or a name that nothing reports.
     """
-    known = KNOWN | {name: Objective(name, True) for name in scores}
+    reported = KNOWN | {name: Objective(name, True) for name in scores}
     if not names:
         raise UserError("objectives=[] is empty; give some, e.g. objectives=[accuracy,size_bytes]")
     for name in names:
         if list(names).count(name) > 1:
             raise UserError(f"objectives={list(names)}: {name} is there twice")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=2)
+        if name not in reported:
+            near = difflib.get_close_matches(name, reported, n=2)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"objectives: {name} is not reported; {hint}there are: {', '.join(known)}")
-    return tuple(known[name] for name in names)
+            raise UserError(f"objectives: {name} is not reported; {hint}there are: {', '.join(reported)}")
+    return tuple(reported[name] for name in names)
 
 
 ACCURACY_DROP = "accuracy_drop"
 ALIASES = {"memory_bytes": "peak_memory_bytes"}
 
 
-def constraints(given: Any, scores: Sequence[str]) -> dict[str, float]:
-    """Limits that what comes onto the front has to keep, by figure.
+def constraints(limits: Any, scores: Sequence[str]) -> dict[str, float]:
+    """Returns the limits that trials of the front must keep, by figure.
 
     Args:
-        given: a mapping, or None: upper limits of figures of which less is better, lower ones of those of which more is;
+        limits: a mapping, or None: upper limits of figures to minimise, lower limits of figures to maximise;
             `accuracy_drop` is how far the accuracy may lie below the base model's.
+        scores: the benchmark's own scores, as in `objectives`.
 
     Raises:
-        UserError: a figure that nothing reports, or a limit that is no number.
+        UserError: a figure that nothing reports, or a limit that is not a number.
     """
-    if not isinstance(given, Mapping | None):
-        raise UserError(f"constraints={given} has no limits in it; give e.g. constraints={{accuracy_drop: 0.02}}")
-    known = KNOWN | {name: Objective(name, True) for name in scores}
-    given = {ALIASES.get(name, name): limit for name, limit in (given or {}).items()}
-    for name, limit in given.items():
-        if name != ACCURACY_DROP and name not in known:
-            near = difflib.get_close_matches(name, [ACCURACY_DROP, *known], n=2)
+    if not isinstance(limits, Mapping | None):
+        raise UserError(f"constraints={limits} has no limits in it; give e.g. constraints={{accuracy_drop: 0.02}}")
+    reported = KNOWN | {name: Objective(name, True) for name in scores}
+    limits = {ALIASES.get(name, name): limit for name, limit in (limits or {}).items()}
+    for name, limit in limits.items():
+        if name != ACCURACY_DROP and name not in reported:
+            near = difflib.get_close_matches(name, [ACCURACY_DROP, *reported], n=2)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"constraints.{name} is not reported; {hint}there are: {ACCURACY_DROP}, {', '.join(known)}")
+            raise UserError(
+                f"constraints.{name} is not reported; {hint}there are: {ACCURACY_DROP}, {', '.join(reported)}"
+            )
         if isinstance(limit, bool) or not isinstance(limit, int | float):
             raise UserError(f"constraints.{name}={limit} is no number; give e.g. constraints={{accuracy_drop: 0.02}}")
-    return {name: float(limit) for name, limit in given.items()}
+    return {name: float(limit) for name, limit in limits.items()}
 
 
-def broken(figures: Mapping[str, float], limits: Mapping[str, float], base: Mapping[str, float] | None) -> list[str]:
-    """Which constraints a trial's figures break, in words."""
-    found = []
+def broken_constraints(
+    figures: Mapping[str, float], limits: Mapping[str, float], base: Mapping[str, float] | None
+) -> list[str]:
+    """Returns a phrase for each constraint that a trial's figures break.
+
+    Args:
+        base: figures of the base model.
+    """
+    broken = []
     for name, limit in limits.items():
         if name == ACCURACY_DROP:
             drop = base["accuracy"] - figures["accuracy"] if base and "accuracy" in figures else 0.0
             if drop > limit:
-                found.append(f"its accuracy is {drop:.3f} below the base model's, over accuracy_drop={limit:g}")
+                broken.append(f"its accuracy is {drop:.3f} below the base model's, over accuracy_drop={limit:g}")
         elif name in figures:
             more_is_better = name not in KNOWN or KNOWN[name].maximize
             if figures[name] < limit if more_is_better else figures[name] > limit:
-                found.append(f"{name} is {figures[name]:.4g}, {'below' if more_is_better else 'over'} {limit:g}")
-    return found
+                broken.append(f"{name} is {figures[name]:.4g}, {'below' if more_is_better else 'over'} {limit:g}")
+    return broken

@@ -1,4 +1,4 @@
-"""Opens a study: made where it is new, compared with what is wanted of it where it is not."""
+"""Opens a study: creates a new one, and compares the settings of an existing one with those of this search."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ def open_study(
     """Opens or creates a study.
 
     Args:
-        url: of an Optuna storage; `sqlite:///...` files are checked for damage first.
+        url: URL of an Optuna storage; `sqlite:///...` files are checked for damage first.
+        option: the option that names the study, for error messages.
 
     Raises:
         UserError: the storage is damaged or cannot be reached, or holds a study of another model, benchmark, hardware or
-            objectives (the difference is named).
+            objectives (the message names the difference).
     """
     import optuna
 
     study = storage.connect(name, url, [o.direction for o in objectives])
-    wanted = {"fingerprint": dict(fingerprint), "objectives": [asdict(o) for o in objectives]}
-    with storage.reaching(url):
+    settings = {"fingerprint": dict(fingerprint), "objectives": [asdict(o) for o in objectives]}
+    with storage.as_user_errors(url):
         if "fingerprint" not in study.user_attrs:
-            for key, value in wanted.items():
+            for key, value in settings.items():
                 study.set_user_attr(key, value)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([o.name for o in objectives])  # optuna-dashboard shows them
-        held = {key: study.user_attrs[key] for key in wanted}  # another search may have been faster
-        differences = _differences(held, json.loads(json.dumps(wanted)))
+        stored = {key: study.user_attrs[key] for key in settings}  # another search may have stored its settings first
+        differences = _differences(stored, json.loads(json.dumps(settings)))
         if differences:
             raise UserError(
                 f"{option}={name} holds trials of other settings ({'; '.join(differences[:4])}); they cannot be "
@@ -52,17 +53,18 @@ def open_study(
         return Study(study, objectives, fingerprint, limits, "" if storage.sqlite_file(url) else url)
 
 
-def _differences(held: Any, wanted: Any, key: str = "") -> list[str]:
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        found = []
-        for name in [*held, *(k for k in wanted if k not in held)]:
-            found += _differences(
-                held.get(name), wanted.get(name), f"{key}.{name}".strip(".").removeprefix("fingerprint.")
+def _differences(stored: Any, current: Any, key: str = "") -> list[str]:
+    """Returns one phrase for each setting that differs, by its dotted key."""
+    if isinstance(stored, dict) and isinstance(current, dict):
+        differences = []
+        for name in [*stored, *(k for k in current if k not in stored)]:
+            differences += _differences(
+                stored.get(name), current.get(name), f"{key}.{name}".strip(".").removeprefix("fingerprint.")
             )
-        return found
-    if key == "objectives" and held != wanted:
-        held, wanted = ([o["name"] for o in side] for side in (held, wanted))
-    return [f"{key}: {_brief(held)} there, {_brief(wanted)} here"] if held != wanted else []
+        return differences
+    if key == "objectives" and stored != current:
+        stored, current = ([o["name"] for o in side] for side in (stored, current))
+    return [f"{key}: {_brief(stored)} there, {_brief(current)} here"] if stored != current else []
 
 
 def _brief(value: Any) -> str:

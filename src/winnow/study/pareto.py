@@ -1,7 +1,7 @@
-"""Non-dominated points and hypervolume, by moocore.
+"""Computes non-dominated points and hypervolume, with moocore.
 
-The front does not rest on a figure whose measurement was disturbed: such a figure counts as worse than any other. So it puts no
-other trial off the front, and its own trial is on the front only for what its other figures are worth.
+The front does not rest on a figure whose measurement was disturbed: such a figure counts as worse than any other. So it removes
+no other trial from the front, and its own trial is on the front only because of its other figures.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 
 from winnow.core.types import Objective, Trial
 
-WORST = 1e300  # moocore 0.3.2 takes points for non-dominated that are infinite in two of four objectives
+WORST = 1e300  # not infinite: moocore 0.3.2 treats points that are infinite in two of four objectives as non-dominated
 
 
 def points(trials: Sequence[Trial], objectives: Sequence[Objective]) -> np.ndarray:
-    """Objective values [trials, objectives] of complete trials, signed so that less is better; `WORST` where disturbed."""
+    """Returns objective values [trials, objectives] of complete trials, signed so that less is better; `WORST` where disturbed."""
     signs = [-1.0 if o.maximize else 1.0 for o in objectives]
     rows = [
         [WORST if t.disturbed(o.name) else sign * t.figures[o.name] for o, sign in zip(objectives, signs, strict=True)]
@@ -25,8 +25,8 @@ def points(trials: Sequence[Trial], objectives: Sequence[Objective]) -> np.ndarr
     return np.array(rows, dtype=float).reshape(len(rows), len(objectives))
 
 
-def snapped(values: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
-    """The values with positive columns of a resolution on a logarithmic grid of that step, so that near-equal ones are equal."""
+def snap_to_resolution(values: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
+    """Rounds columns without zeros to a logarithmic grid with the resolution as step, so that near-equal values are equal."""
     values = values.copy()
     for column, objective in enumerate(objectives):
         size = np.abs(values[:, column])
@@ -36,22 +36,26 @@ def snapped(values: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
 
 
 def front(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[int, ...]:
-    """Numbers of the complete trials that no other dominates, differences below an objective's resolution aside; of equal
-    points the first."""
+    """Returns the numbers of the complete trials that no other dominates, and of equal ones the first.
+
+    Values that differ by less than an objective's resolution are equal.
+    """
     import moocore
 
     complete = [t for t in trials if t.complete]
     if not complete:
         return ()
-    keep = moocore.is_nondominated(snapped(points(complete, objectives), objectives), maximise=False, keep_weakly=False)
-    return tuple(t.number for t, kept in zip(complete, keep, strict=True) if kept)
+    values = snap_to_resolution(points(complete, objectives), objectives)
+    mask = moocore.is_nondominated(values, maximise=False, keep_weakly=False)
+    return tuple(t.number for t, nondominated in zip(complete, mask, strict=True) if nondominated)
 
 
-MARGIN = 0.1  # past the worst value, as a share of the range: so that extreme points count
+# distance of the reference point past the worst value, as a share of the range: so that extreme points count
+MARGIN = 0.1
 
 
-def added(front: np.ndarray, point: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
-    """The hypervolume that a point adds to a front, as a share of the box between `low` and a margin past `high`.
+def hypervolume_gain(front: np.ndarray, point: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
+    """Returns the hypervolume that a point adds to a front, as a share of the box between `low` and a margin past `high`.
 
     Points of the front that are `WORST` in an objective dominate nothing in the box.
     """
@@ -68,9 +72,9 @@ def added(front: np.ndarray, point: np.ndarray, low: np.ndarray, high: np.ndarra
 
 
 def hypervolume_series(trials: Sequence[Trial], objectives: Sequence[Objective]) -> tuple[float, ...]:
-    """The share of the box between the best and the worst values of the study that is dominated after each trial.
+    """Returns the share of the box between the best and the worst values of the study that is dominated after each trial.
 
-    Normalised over all complete trials, so the series of one study can be compared within itself only. Trials with an objective
+    The series is normalised over all complete trials, so it can be compared within one study only. Trials with an objective
     whose measurement was disturbed add nothing.
     """
     import moocore
@@ -84,38 +88,46 @@ def hypervolume_series(trials: Sequence[Trial], objectives: Sequence[Objective])
     scaled = dict(zip((t.number for t in complete), (values - low) / span, strict=True))
     reference = np.full(len(objectives), 1 + MARGIN)
     full = (1 + MARGIN) ** len(objectives)
-    series, seen = [], []
+    series, dominating = [], []
     for trial in trials:
         if trial.number in scaled:
-            seen.append(scaled[trial.number])
-        series.append(float(moocore.hypervolume(np.array(seen), ref=reference)) / full if seen else 0.0)
+            dominating.append(scaled[trial.number])
+        volume = float(moocore.hypervolume(np.array(dominating), ref=reference)) / full if dominating else 0.0
+        series.append(volume)
     return tuple(series)
 
 
-def is_at_least_as_good(rival: Trial, trial: Trial, others: Sequence[Objective]) -> bool:
-    """Whether a rival is at least as good in these objectives, differences below their resolution aside.
+def is_at_least_as_good(rival: Trial, trial: Trial, objectives: Sequence[Objective]) -> bool:
+    """Returns True if a rival is at least as good in these objectives, differences below their resolution aside.
 
     As on the front, a figure whose measurement was disturbed is worse than any other.
     """
-    if not others:
+    if not objectives:
         return True
-    first, second = snapped(points([rival, trial], others), others)
+    first, second = snap_to_resolution(points([rival, trial], objectives), objectives)
     return bool((first <= second).all())
 
 
 def fails_on_holdout(
     trial: Trial, front: Sequence[Trial], confirmed: Mapping[int, Mapping[str, float]], objectives: Sequence[Objective]
 ) -> str:
-    """Why a trial's place on the front does not hold on fresh items; empty where it does, or nobody knows."""
-    scores = [o for o in objectives if o.name in confirmed.get(trial.number, {})]
-    others = [o for o in objectives if o not in scores]
-    if not scores or any(o.name not in trial.figures for o in others):
+    """Returns why a trial loses its place on the front with holdout scores; "" if it keeps the place or has no such scores.
+
+    Args:
+        confirmed: scores on holdout items, by trial number.
+    """
+    scored = [o for o in objectives if o.name in confirmed.get(trial.number, {})]
+    unscored = [o for o in objectives if o not in scored]
+    if not scored or any(o.name not in trial.figures for o in unscored):
         return ""
-    mine = confirmed[trial.number]
+    scores = confirmed[trial.number]
     for rival in front:
-        theirs = confirmed.get(rival.number)
-        if rival.number == trial.number or theirs is None or not is_at_least_as_good(rival, trial, others):
+        rival_scores = confirmed.get(rival.number)
+        if rival.number == trial.number or rival_scores is None or not is_at_least_as_good(rival, trial, unscored):
             continue
-        if all(theirs[o.name] >= mine[o.name] if o.maximize else theirs[o.name] <= mine[o.name] for o in scores):
+        if all(
+            rival_scores[o.name] >= scores[o.name] if o.maximize else rival_scores[o.name] <= scores[o.name]
+            for o in scored
+        ):
             return f"trial {rival.number} is no worse in anything else, and as good on fresh items"
     return ""

@@ -1,4 +1,4 @@
-"""What every policy is given and gives: a history in, a suggestion out. It changes nothing; the search decides what runs."""
+"""Defines the interface of policies: a history in, a suggestion out. A policy changes nothing; the search decides what runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from winnow.core.types import Strategy, Trial
 from winnow.study.history import History
 from winnow.study.space import Space
 
-ENUMERABLE = 2000  # a space of so many strategies is looked at whole
+ENUMERABLE = 2000  # up to this many strategies, policies consider the whole space
 
 
 class Exhausted(Exception):
@@ -24,11 +24,11 @@ class Suggestion:
     """A strategy to try next, and why.
 
     Attributes:
-        by: the agent whose idea it was.
-        expected_gain: of hypervolume, as a share of all that could be dominated; None where the agent does not say.
-        record: what it takes to retrace the decision: the brief's hash, what another agent would have proposed. `tokens`
+        by: the agent that proposed it.
+        expected_gain: the expected gain of hypervolume, as a share of the box that could be dominated; None if unknown.
+        record: what is needed to retrace the decision: the brief's hash, what another agent would have proposed. `tokens`
             (`input` and `output`) and `usd` in it count against the budget.
-        messages: what was said with a language model, whole; it is kept as `messages.json` in the trial's folder.
+        messages: the full conversation with a language model, stored as `messages.json` in the trial's folder.
     """
 
     strategy: Strategy
@@ -40,31 +40,31 @@ class Suggestion:
 
 
 class Forecaster(Protocol):
-    """What can be told of a strategy before it runs."""
+    """Predicts properties of a strategy before it runs."""
 
     def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
-        """Of each, those that follow from the configuration alone, such as `size_bytes`; empty where none does."""
+        """Returns the figures that follow from the configuration alone, such as `size_bytes`, for each strategy; may be empty."""
 
     def infeasible_reason(self, strategy: Strategy) -> str:
-        """Why it cannot be made or served here, or breaks a constraint; empty where it can be tried."""
+        """Returns why it cannot be made or served here, or breaks a constraint; "" if it can be tried."""
 
     def seconds(self, strategy: Strategy) -> float:
-        """What it is expected to take."""
+        """Returns the expected duration of its trial."""
 
     def observe(self, trial: Trial) -> None:
-        """Is told of every finished trial."""
+        """Learns from a finished trial."""
 
 
 class Policy(Protocol):
-    """Who proposes the next strategy."""
+    """Proposes the next strategy."""
 
-    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
-        """Raises Exhausted if there is no strategy that was not tried."""
+    def ask(self, history: History, space: Space, forecaster: Forecaster) -> Suggestion:
+        """Returns the next suggestion; raises Exhausted if every strategy was tried."""
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Uniform choices, for `Space.draw`."""
+class UniformDraw:
+    """Draws uniformly at random, for `Space.draw`."""
 
     rng: np.random.Generator
 
@@ -83,54 +83,60 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Near(Draw):
-    """Like `Draw`, but most choices are those of a strategy, given by its `Space.parameters`."""
+class NearbyDraw(UniformDraw):
+    """Draws a variation of a strategy, given by its `Space.parameters`: each choice stays with `keep_probability`."""
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    kept: float = 0.75
+    keep_probability: float = 0.75
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        if name in self.parameters and self.rng.random() < self.kept:
+        if name in self.parameters and self.rng.random() < self.keep_probability:
             return self.parameters[name]
         return super().suggest_categorical(name, choices)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        if name in self.parameters and self.rng.random() < self.kept:
+        if name in self.parameters and self.rng.random() < self.keep_probability:
             return float(self.parameters[name])
         return super().suggest_float(name, low, high, log=log)
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        if name in self.parameters and self.rng.random() < self.kept:
+        if name in self.parameters and self.rng.random() < self.keep_probability:
             return int(self.parameters[name])
         return super().suggest_int(name, low, high, log=log)
 
 
-def fresh(history: History, space: Space, rng: np.random.Generator, count: int, near: float = 0.5) -> list[Strategy]:
-    """Strategies that were not proposed: all of a small space, else `count`, a share `near` of them like one on the front.
+def untried_strategies(
+    history: History, space: Space, rng: np.random.Generator, count: int, near: float = 0.5
+) -> list[Strategy]:
+    """Returns strategies that were not proposed: all of a small space, else `count` random ones.
+
+    Args:
+        near: the share of the random ones that are variations of a strategy on the front.
 
     Raises:
         Exhausted: there is none.
     """
     if (size := space.size()) is not None and size <= ENUMERABLE:
-        found = [s for s in space.all(1) if s.overrides not in history.seen]
-        if not found:
+        untried = [s for s in space.all(1) if s.overrides not in history.proposed]
+        if not untried:
             raise Exhausted("every strategy of the space was tried")
-        return found
+        return untried
     front = [space.parameters(trial.strategy) for trial in history.on_front]
-    made: dict[tuple[str, ...], Strategy] = {}
+    strategies: dict[tuple[str, ...], Strategy] = {}
     for attempt in range(20 * count):
-        if len(made) == count:
+        if len(strategies) == count:
             break
-        alike = front and (attempt + 1) * near // 1 > attempt * near // 1
-        strategy = space.draw(Near(rng, front[int(rng.integers(len(front)))]) if alike else Draw(rng))
-        if strategy.overrides not in history.seen:
-            made[strategy.overrides] = strategy
-    if not made:
+        vary_front = front and (attempt + 1) * near // 1 > attempt * near // 1
+        draw = NearbyDraw(rng, front[int(rng.integers(len(front)))]) if vary_front else UniformDraw(rng)
+        strategy = space.draw(draw)
+        if strategy.overrides not in history.proposed:
+            strategies[strategy.overrides] = strategy
+    if not strategies:
         raise Exhausted(f"no untried strategy was found in {20 * count} draws; the space seems to be exhausted")
-    return list(made.values())
+    return list(strategies.values())
 
 
-def drawn(space: Space, rng: np.random.Generator, count: int) -> list[Strategy]:
-    """So many strategies of a large space at random; less where they repeat themselves."""
-    found = (space.draw(Draw(rng)) for _ in range(2 * count))
-    return list({s.overrides: s for s in found}.values())[:count]
+def random_strategies(space: Space, rng: np.random.Generator, count: int) -> list[Strategy]:
+    """Returns up to `count` distinct random strategies of a large space, from twice as many draws."""
+    strategies = (space.draw(UniformDraw(rng)) for _ in range(2 * count))
+    return list({s.overrides: s for s in strategies}.values())[:count]

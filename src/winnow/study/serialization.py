@@ -1,4 +1,4 @@
-"""Strategies and trials as plain JSON, as a study holds them."""
+"""Converts strategies and trials to and from the plain JSON that a study stores."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def strategy_json(strategy: Strategy) -> dict[str, Any]:
     return {"methods": list(strategy.methods), "knobs": dict(strategy.knobs)}
 
 
-def strategy_from(data: Mapping[str, Any]) -> Strategy:
+def strategy_from_json(data: Mapping[str, Any]) -> Strategy:
     return Strategy(tuple(data["methods"]), dict(data["knobs"]))
 
 
 def trial_json(trial: Trial) -> dict[str, Any]:
-    """A trial as plain JSON; figures that are not finite become None."""
+    """Returns a trial as plain JSON; figures that are not finite become None."""
     figures = {k: v if math.isfinite(v) else None for k, v in trial.figures.items()}
     return {
         "number": trial.number,
@@ -39,10 +39,10 @@ def trial_json(trial: Trial) -> dict[str, Any]:
 
 
 def trial_from_json(data: Mapping[str, Any]) -> Trial:
-    """The inverse of `trial_json`."""
+    """Returns the trial that `trial_json` has converted."""
     return Trial(
         number=data["number"],
-        strategy=strategy_from(data["strategy"]),
+        strategy=strategy_from_json(data["strategy"]),
         figures={k: math.nan if v is None else v for k, v in data["figures"].items()},
         sources=data["sources"],
         reason=Reason(data["reason"]) if data["reason"] else None,

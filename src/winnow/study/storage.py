@@ -1,8 +1,9 @@
-"""Where a study is kept, and who may write to it: one search on an SQLite file, any number on a database server.
+"""Opens the storage of a study and controls who may write to it: one search on an SQLite file, several on a database server.
 
-A file belongs to the search that holds its lock, which the kernel takes back from the dead. On a server each search signs its
-trials, and beats for them while they run: what stays silent for `GRACE_S`, or whose process is gone from this machine, is taken
-over by the others. Beats are counters that the others watch with their own clocks, so clocks need not agree.
+A file belongs to the search that holds its lock, which the kernel releases when the process dies. On a server each search signs
+its trials, and sends heartbeats for them while they run. Other searches take over a trial without a heartbeat for `GRACE_S`, or
+whose process has ended on this machine. Heartbeats are counters that the others time with their own clocks, so clocks need not
+agree.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 BEAT_S = 15.0
 GRACE_S = 180.0  # longer than a database server takes to start again
-_ATTEMPTS = 5  # to open one that another search is just making
+_ATTEMPTS = 5  # attempts to open a storage that another search is just creating
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file of an SQLite URL; None for a database server."""
+    """Returns the file of an SQLite URL; None for a database server."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -44,7 +45,7 @@ def sqlite_file(url: str) -> Path | None:
 
 
 def sqlite_url(file: Path) -> str:
-    """The URL of an SQLite file, whatever its path is made of."""
+    """Returns the URL of an SQLite file; the path may hold any characters."""
     from sqlalchemy.engine import URL
 
     url: str = URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
@@ -52,10 +53,10 @@ def sqlite_url(file: Path) -> str:
 
 
 def claim(url: str, study: str) -> None:
-    """Takes the lock of an SQLite file, until this process ends, however it ends; a database server needs none.
+    """Locks an SQLite file until this process ends, also by a kill; a database server needs no lock.
 
     Raises:
-        UserError: another search holds it.
+        UserError: another search holds the lock.
     """
     path = sqlite_file(url)
     if path is None:
@@ -75,17 +76,17 @@ def claim(url: str, study: str) -> None:
 
 
 def connect(name: str, url: str, directions: list[str]) -> optuna.Study:
-    """Opens or creates a study in Optuna's storage, whatever it holds."""
+    """Opens or creates a study in Optuna's storage, without a check of its settings."""
     import optuna
     from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-    with reaching(url):
+    with as_user_errors(url):
         for attempt in range(_ATTEMPTS):
             try:
                 return optuna.create_study(
                     study_name=name, storage=_open(url), directions=directions, load_if_exists=True
                 )
-            # two searches that make the tables at once stumble over one another
+            # two searches that create the tables at the same time get one of these errors
             except (ProgrammingError, IntegrityError):
                 if sqlite_file(url) is not None or attempt == _ATTEMPTS - 1:
                     raise
@@ -93,15 +94,15 @@ def connect(name: str, url: str, directions: list[str]) -> optuna.Study:
     raise AssertionError
 
 
-def existing(name: str, url: str) -> optuna.Study:
-    """A study to read from.
+def load_study(name: str, url: str) -> optuna.Study:
+    """Opens an existing study, to read from it.
 
     Raises:
-        UserError: the storage holds none of that name, is damaged, or cannot be reached.
+        UserError: the storage holds no study of that name, is damaged, or cannot be reached.
     """
     import optuna
 
-    with reaching(url):
+    with as_user_errors(url):
         try:
             return optuna.load_study(study_name=name, storage=_open(url))
         except KeyError:
@@ -113,16 +114,16 @@ def _open(url: str) -> optuna.storages.RDBStorage:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if (path := sqlite_file(url)) is None:
-        # a connection that the server has closed meanwhile is made anew
+        # replace a connection that the server has closed in the meantime
         return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     check_sqlite(path)
-    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"factory": _Ahead}})
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"factory": _WriteAheadConnection}})
 
 
-class _Ahead(sqlite3.Connection):
-    """Writes to a log first (https://sqlite.org/wal.html): no wait for the disk at each commit.
+class _WriteAheadConnection(sqlite3.Connection):
+    """An SQLite connection with a write-ahead log (https://sqlite.org/wal.html), which does not wait for the disk at each commit.
 
-    A kill loses nothing; where the power fails the last trials may be lost here, and are found again in their folders.
+    A kill loses nothing. A power failure may lose the last trials here; the next start reads them from their folders.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -132,8 +133,8 @@ class _Ahead(sqlite3.Connection):
 
 
 @contextlib.contextmanager
-def reaching(url: str) -> Iterator[None]:
-    """What a storage that fails becomes: an error for the user, without the password."""
+def as_user_errors(url: str) -> Iterator[None]:
+    """Turns errors of a storage into UserErrors, without the password of the URL."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
@@ -153,11 +154,11 @@ def reaching(url: str) -> Iterator[None]:
 
 
 def check_sqlite(path: Path) -> None:
-    """Raises UserError if a study's file is there and is not a whole SQLite database."""
+    """Raises UserError if a study's file exists and is not an intact SQLite database."""
     if not path.exists():
         return
     try:
-        # writable: a kill in the middle of a transaction leaves a journal, which is rolled back when the file is next opened
+        # opened for writing: a kill in a transaction leaves a journal, which is rolled back when the file is next opened
         with sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True) as connection:
             verdict = connection.execute("PRAGMA quick_check").fetchone()[0]
         connection.close()
@@ -170,18 +171,18 @@ def check_sqlite(path: Path) -> None:
         )
 
 
-def signature() -> dict[str, Any]:
-    """Of this process: enough to tell, on the same machine, whether it still lives."""
+def process_signature() -> dict[str, Any]:
+    """Returns what identifies this process, so that others on the same machine can see whether it is alive."""
     return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
-def gone(owner: Mapping[str, Any]) -> bool:
-    """Whether the process that signed ran on this machine and has ended; of other machines nothing is known."""
+def has_ended(owner: Mapping[str, Any]) -> bool:
+    """Returns True if the process with this signature ran on this machine and has ended; False for other machines."""
     return bool(owner["machine"] == _machine()) and _started(owner["pid"]) != owner["started"]
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, in ticks since the boot (proc(5), `stat`, field 22), which no clock can move."""
+    """Returns the start of a process in ticks since the boot (proc(5), `stat`, field 22), which no change of a clock affects."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except OSError:
@@ -190,7 +191,7 @@ def _started(pid: int) -> str | None:
 
 @functools.cache
 def _machine() -> str:
-    """This boot of this kernel, and the process ids that are seen from here: a container has its own."""
+    """Returns an id of this boot of the kernel and of this namespace of process ids: a container has its own."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -198,16 +199,17 @@ def _machine() -> str:
         return uuid.uuid4().hex
 
 
-class Silence:
-    """Tells who has not beaten for `GRACE_S`, by this process's own clock."""
+class HeartbeatMonitor:
+    """Detects trials without a heartbeat for `GRACE_S`, by this process's own clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._heard: dict[int, tuple[Any, float]] = {}  # by trial: its last beat, and when that was new
+        self._last_beats: dict[int, tuple[Any, float]] = {}  # trial number -> its last heartbeat, and when that was new
 
-    def since_long(self, number: int, beat: Any) -> bool:
-        last, when = self._heard.setdefault(number, (beat, self._clock()))
+    def is_overdue(self, number: int, beat: Any) -> bool:
+        """Returns True if the heartbeat of a trial has not changed for `GRACE_S`."""
+        last, when = self._last_beats.setdefault(number, (beat, self._clock()))
         if beat != last:
-            self._heard[number] = (beat, self._clock())
+            self._last_beats[number] = (beat, self._clock())
             return False
         return self._clock() - when > GRACE_S

@@ -1,8 +1,8 @@
-"""How many tokens a device takes at a time: found once by doubling, and remembered for the model, the length and the hardware.
+"""Chooses the tokens per device by doubling, and caches the result by model, document length and hardware.
 
-On CUDA a forward and a backward pass is made with n, 2n, 4n tokens, until the allocator's peak would pass the limit or a step's
-share is reached; on a processor, where a peak cannot be taken back, the forecast of `winnow.training.preflight` decides. The
-answer is kept in `batch_sizes.json` of the run's cache: a training that is resumed must cut its steps up as before.
+On CUDA, a forward and backward pass runs with n, 2n, 4n tokens, until the allocator's peak would exceed the limit or a step's
+share is reached. On a CPU, where a peak cannot be undone, the estimate of `winnow.training.preflight` decides. The result is
+stored in `batch_sizes.json` of the run's cache, because a resumed training must divide its steps as before.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from winnow.core.files import write_json
-from winnow.data.encoding import Encoded, collate, moved
+from winnow.data.encoding import Encoded, collate, to_device
 from winnow.hardware.run import Run
-from winnow.training.dist_env import DistEnv, agreed, local_device
+from winnow.training.dist_env import DistEnv, broadcast_from_rank_zero, local_device
 from winnow.training.objective import Objective
 from winnow.training.preflight import TrainingMemory, TrainingMemoryPlan
 from winnow.training.student import Student
@@ -27,70 +27,73 @@ from winnow.training.student import Student
 NAME = "batch_sizes.json"
 
 
-def choose(
+def choose_batch_tokens(
     student: Student,
     objective: Objective,
     rows: Sequence[Encoded],
     run: Run,
     world: DistEnv,
-    demand: TrainingMemory,
-    flight: TrainingMemoryPlan,
+    memory: TrainingMemory,
+    plan: TrainingMemoryPlan,
     *,
     precision: str,
     tokens_per_device: int,
     share: int,
     longest: int,
 ) -> int:
-    """As asked for (`tokens_per_device`), or as many as fit: the first process finds out, and tells the others."""
+    """Returns the requested `tokens_per_device`, or as many as fit, which rank 0 measures and broadcasts."""
     if tokens_per_device:
         return max(longest, min(tokens_per_device, share))
-    tokens = flight.tokens
+    tokens = plan.tokens
     if world.is_rank_zero:
         device = local_device(run)
-        fits = _forecast(flight)
-        if run.device == "cuda" and not flight.sharded:
-            states = 8 * demand.trained  # the optimizer's moments
-            step = _step(student, objective, rows, precision, device)
-            fits = measured(step, list(student.trainable.values()), device, flight.usable_bytes, states)
+        fits = _fits_by_estimate(plan)
+        if run.device == "cuda" and not plan.sharded:
+            states_bytes = 8 * memory.trainable_parameters  # the optimizer's moments
+            step = _loss_of_tokens(student, objective, rows, precision, device)
+            fits = fits_on_cuda(step, list(student.trainable.values()), device, plan.usable_bytes, states_bytes)
         key = {
             "model": hashlib.sha256(student.base.config.to_json_string().encode()).hexdigest()[:12],
-            "trained": demand.trained,
+            "trained": memory.trainable_parameters,
             "objective": type(objective).__name__,
-            "teacher_bytes": demand.others_bytes,
+            "teacher_bytes": memory.other_models_bytes,
             "longest": longest,
             "precision": precision,
             "devices": world.size,
-            "sharded": flight.sharded,
-            "checkpointing": flight.checkpointing,
+            "sharded": plan.sharded,
+            "checkpointing": plan.checkpointing,
             "hardware": hardware_name(device),
             "limit_bytes": run.memory_limit_bytes,
         }
-        # of one document at least, since that is not cut
-        tokens = max(longest, found(run.cache or run.folder, key, fits, min(longest, share), share))
-    chosen: int = agreed(tokens, world)
-    return chosen
+        # at least one document, which is never split
+        tokens = max(longest, cached_batch_tokens(run.cache or run.folder, key, fits, min(longest, share), share))
+    batch_tokens: int = broadcast_from_rank_zero(tokens, world)
+    return batch_tokens
 
 
-def _forecast(flight: TrainingMemoryPlan) -> Callable[[int], bool]:
-    return lambda tokens: tokens <= flight.tokens
+def _fits_by_estimate(plan: TrainingMemoryPlan) -> Callable[[int], bool]:
+    return lambda tokens: tokens <= plan.tokens
 
 
-def _step(
+def _loss_of_tokens(
     student: Student, objective: Objective, rows: Sequence[Encoded], precision: str, device: str
 ) -> Callable[[int], torch.Tensor]:
-    """The loss of a batch of about so many tokens: of the longest documents, which take most."""
+    """Returns a function from a number of tokens to the loss of a batch of about that size.
+
+    The batch consists of the longest documents, which take the most memory.
+    """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
 
     def step(tokens: int) -> torch.Tensor:
-        chosen: list[int] = []
-        held = 0
+        indices: list[int] = []
+        batch_tokens = 0
         for i in itertools.cycle(order):
-            if held and held + len(rows[i].ids) > tokens:
+            if batch_tokens and batch_tokens + len(rows[i].ids) > tokens:
                 break
-            chosen.append(i)
-            held += len(rows[i].ids)
-        batch = collate([rows[i] for i in chosen]) | {"documents": chosen}
-        on_device = moved(batch, device)
+            indices.append(i)
+            batch_tokens += len(rows[i].ids)
+        batch = collate([rows[i] for i in indices]) | {"documents": indices}
+        on_device = to_device(batch, device)
         student.train()
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16-mixed"):
             return objective(student, on_device)
@@ -98,10 +101,10 @@ def _step(
     return step
 
 
-def doubled(fits: Callable[[int], bool], start: int, share: int) -> tuple[int, bool]:
-    """The largest of start, 2 start, 4 start, ..., share that fits, and whether the next one did not.
+def double_until_full(fits: Callable[[int], bool], start: int, share: int) -> tuple[int, bool]:
+    """Returns the largest of start, 2 start, 4 start, ..., share that fits, and whether the next one did not fit.
 
-    `start` is taken without asking: it is the least that there is.
+    `start` is not tested, because it is the smallest possible value.
     """
     tokens = min(start, share)
     while tokens < share:
@@ -112,35 +115,37 @@ def doubled(fits: Callable[[int], bool], start: int, share: int) -> tuple[int, b
     return tokens, False
 
 
-def found(cache: Path, key: Mapping[str, Any], fits: Callable[[int], bool], start: int, share: int) -> int:
-    """What `doubled` finds, or found before for the same `key`: then `fits` is asked only beyond what is known."""
+def cached_batch_tokens(
+    cache: Path, key: Mapping[str, Any], fits: Callable[[int], bool], start: int, share: int
+) -> int:
+    """Returns the result of `double_until_full`; for a cached `key` it tests only sizes beyond the cached one."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    known = _read(cache / NAME).get(name)
-    if known is not None and start <= known["tokens"]:
-        if known["limited"] or known["tokens"] >= share:
-            return min(int(known["tokens"]), share)
-        start = int(known["tokens"])
-    tokens, limited = doubled(fits, start, share)
-    _remember(cache / NAME, name, {"tokens": tokens, "limited": limited, **key})
+    entry = _read(cache / NAME).get(name)
+    if entry is not None and start <= entry["tokens"]:
+        if entry["limited"] or entry["tokens"] >= share:
+            return min(int(entry["tokens"]), share)
+        start = int(entry["tokens"])
+    tokens, limited = double_until_full(fits, start, share)
+    _add_entry(cache / NAME, name, {"tokens": tokens, "limited": limited, **key})
     return tokens
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return read if isinstance(read, dict) else {}
+    return entries if isinstance(entries, dict) else {}
 
 
-def _remember(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Adds an entry, whole or not at all; of two that are added at once one may be lost, and is found again."""
+def _add_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Adds an entry in one atomic write. Of two concurrent additions one may be lost; it is then computed again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**_read(path), name: entry}, indent=1)
 
 
 def hardware_name(device: str) -> str:
-    """The GPU's name, or the processor's."""
+    """Returns the name of the GPU or of the CPU."""
     if device == "cpu":
         from winnow.hardware.inventory import cpu_model
 
@@ -148,15 +153,15 @@ def hardware_name(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def measured(
+def fits_on_cuda(
     step: Callable[[int], Any], parameters: list[Any], device: str, usable: int, states_bytes: int
 ) -> Callable[[int], bool]:
-    """Whether a forward and backward pass fits on a CUDA device.
+    """Returns a test of whether a forward and backward pass with a number of tokens fits on a CUDA device.
 
     Args:
-        step: the loss of a batch of about so many tokens.
-        parameters: that get a gradient, which is thrown away.
-        states_bytes: that a training holds beside: the optimizer's moments.
+        step: returns the loss of a batch of about the given number of tokens.
+        parameters: the trainable parameters, whose gradients are discarded.
+        states_bytes: the optimizer's moments, which a training stores as well.
     """
 
     def fits(tokens: int) -> bool:

@@ -1,12 +1,12 @@
-"""Where a training runs: one device, or the processes that `torchrun` started, one a device.
+"""Describes and connects the processes of a training: a single one, or one per device as started by `torchrun`.
 
     torchrun --nproc_per_node=2 train.py method=[lora] hardware=l40s_x2
     torchrun --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ... hardware=l40s_x2
 
-A training asks `world` who it is, and never starts processes itself; a pipeline does (`winnow.training.torchrun`). Every process
-reads the same configuration and the same files; the first alone writes and speaks. How devices share the work: `ddp`, each with
-the whole model, or `fsdp`, each with a part of every weight, put together block by block as it is used (FSDP2: Zhao et al. 2023,
-arXiv:2304.11277).
+A training reads its rank from `world` and never starts processes; a pipeline does (`winnow.training.torchrun`). Every process
+reads the same configuration and the same files; only rank 0 writes and logs. Devices share the work by `ddp`, where each holds
+the whole model, or by `fsdp`, where each holds a part of every weight and blocks are gathered as they are used (FSDP2: Zhao et
+al. 2023, arXiv:2304.11277).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from winnow.hardware.device import Hardware
     from winnow.hardware.energy import Energy
 
-LOST_SECONDS = 600  # a device that has not answered for so long is given up; one that has died is noticed at once
+LOST_SECONDS = 600  # timeout for a device that does not respond; one whose process died is noticed at once
 TRAINING = (Slot.RECOVER, Slot.ADAPT, Slot.PROMPT)  # the slots of stages that train
-HELD = "WINNOW_DEVICE_HELD"  # in the environment of a training whose pipeline shares the device already
+DEVICE_HELD = "WINNOW_DEVICE_HELD"  # environment variable of a training whose pipeline already holds the device lock
 
 
 @dataclass(frozen=True)
 class DistEnv:
-    """All processes of a training, and this one among them."""
+    """The number of processes of a training, and the rank of this one."""
 
     size: int = 1
     rank: int = 0
@@ -54,7 +54,7 @@ class DistEnv:
 
 
 class HasSlot(Protocol):
-    """A stage, as far as its place in a pipeline says whether it is a training."""
+    """A stage, of which only the slot matters here: it says whether the stage is a training."""
 
     slot: ClassVar[Slot]
 
@@ -64,7 +64,7 @@ def under_torchrun() -> bool:
 
 
 def world() -> DistEnv:
-    """As `torchrun` has put it into the environment; one process where it has not."""
+    """Returns the processes that `torchrun` set in the environment; a single one without `torchrun`."""
     if not under_torchrun():
         return DistEnv()
     names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
@@ -72,36 +72,39 @@ def world() -> DistEnv:
 
 
 def enter(hardware: Hardware, stages: Mapping[str, HasSlot]) -> DistEnv:
-    """Who this process is, once it is clear that what it is asked to do can be spread as `torchrun` has spread it.
+    """Returns this process's `DistEnv` after it has prepared the process for `torchrun`.
+
+    Under `torchrun` it checks the stages and the number of processes, ties the process's life to its parent's, and selects the
+    CUDA device.
 
     Raises:
-        UserError: other devices than `hardware.devices`, or a stage that is no training.
+        UserError: the number of processes differs from `hardware.devices`, or a stage is not a training.
     """
     if not under_torchrun():
         return DistEnv()
-    found = world()
-    if found.local_size != hardware.devices:
+    env = world()
+    if env.local_size != hardware.devices:
         raise UserError(
-            f"torchrun started {found.local_size} process{'es' if found.local_size > 1 else ''} on this machine, and "
+            f"torchrun started {env.local_size} process{'es' if env.local_size > 1 else ''} on this machine, and "
             f"hardware={hardware.name} has hardware.devices={hardware.devices}; start as many as there are devices "
-            f"(torchrun --nproc_per_node={hardware.devices}), or set hardware.devices={found.local_size}"
+            f"(torchrun --nproc_per_node={hardware.devices}), or set hardware.devices={env.local_size}"
         )
-    others = [name for name, stage in stages.items() if stage.slot not in TRAINING]
-    if found.size > 1 and others:
+    not_training = [name for name, stage in stages.items() if stage.slot not in TRAINING]
+    if env.size > 1 and not_training:
         raise UserError(
-            f"method=[{','.join(stages)}] under torchrun: {', '.join(others)} is no training, and would be done once on every "
-            f"device; run python compress.py without torchrun, which starts it by itself for the stages that train"
+            f"method=[{','.join(stages)}] under torchrun: {', '.join(not_training)} is no training, and would be done once on "
+            f"every device; run python compress.py without torchrun, which starts it by itself for the stages that train"
         )
     end_with_parent()
     if hardware.device == "cuda":
         import torch
 
-        torch.cuda.set_device(found.local_rank)
-    return found
+        torch.cuda.set_device(env.local_rank)
+    return env
 
 
 def join(run: Run, world: DistEnv) -> None:
-    """Lets the processes of a training find one another; does nothing for a single one, or a second time."""
+    """Initializes the process group of a training; does nothing for a single process, or on a second call."""
     if world.size == 1:
         return
     import torch
@@ -124,8 +127,11 @@ def _leave() -> None:
         distributed.destroy_process_group()
 
 
-def together(energy: Energy, run: Run) -> Energy:
-    """What all processes of a training took: a counter counts its whole machine, an estimate its own process."""
+def total_energy(energy: Energy, run: Run) -> Energy:
+    """Returns the energy of all processes of a training.
+
+    A counter covers its whole machine, so it counts once per node; an estimate covers only its own process.
+    """
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -138,21 +144,21 @@ def together(energy: Energy, run: Run) -> Energy:
     return dataclasses.replace(energy, wh=float(spent[0]), co2_g=float(spent[1]))
 
 
-def agreed(value: Any, world: DistEnv) -> Any:
-    """What the first process says, on all of them."""
+def broadcast_from_rank_zero(value: Any, world: DistEnv) -> Any:
+    """Returns rank 0's value on all processes."""
     if world.size == 1:
         return value
     from torch import distributed
 
-    said = [value]
-    distributed.broadcast_object_list(said, src=0)
-    return said[0]
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process of the training is gone."""
+def is_rank_lost(error: BaseException) -> bool:
+    """Returns whether an error reports that another process of the training has ended."""
     text = str(error)
-    words = (
+    phrases = (
         "Connection closed by peer",
         "Connection reset by peer",
         "Broken pipe",
@@ -163,7 +169,7 @@ def is_lost(error: BaseException) -> bool:
     return (
         isinstance(error, RuntimeError)
         and ("gloo" in text or "DistBackendError" in type(error).__name__)
-        and any(word in text for word in words)
+        and any(phrase in text for phrase in phrases)
     )
 
 
@@ -172,7 +178,7 @@ def local_device(run: Run) -> str:
 
 
 def trainer_arguments(run: Run, world: DistEnv, sharded: bool = False) -> dict[str, Any]:
-    """The arguments of `lightning.Trainer` that say where it runs."""
+    """Returns the arguments of `lightning.Trainer` for devices and strategy."""
     accelerator = "cpu" if run.device == "cpu" else "gpu"
     if world.size == 1:
         return {"accelerator": accelerator, "devices": 1}
@@ -200,41 +206,42 @@ def trainer_arguments(run: Run, world: DistEnv, sharded: bool = False) -> dict[s
 
 
 def shard(root: nn.Module, blocks: nn.ModuleList, mesh: Any, mixed: bool) -> None:
-    """Spreads every parameter under `root` over the devices of `mesh`, in place (FSDP2).
+    """Shards every parameter under `root` over the devices of `mesh`, in place (FSDP2).
 
-    Each block is a group that is put together for its own forward and backward pass. What is left, embedding, norm and head,
-    is the root's group, which stays together from its forward pass to the end of the backward pass: a loss that takes the
-    head's weight in between finds all of it.
+    Each block is a group that is gathered for its own forward and backward pass. The remaining parameters (embedding, norm and
+    head) are the root's group, which stays gathered from its forward pass to the end of the backward pass, because the loss
+    reads the whole head weight in between.
     """
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mixed_precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=narrow if mixed else MixedPrecisionPolicy())
-    fully_shard(
-        root, mesh=mesh, reshard_after_forward=False
-    )  # in single precision, as autocast leaves the residual stream
+        fully_shard(block, mesh=mesh, mp_policy=mixed_precision if mixed else MixedPrecisionPolicy())
+    # the root stays in single precision, like the residual stream under autocast
+    fully_shard(root, mesh=mesh, reshard_after_forward=False)
 
 
 def unshard(root: nn.Module) -> None:
-    """Undoes `shard` in place: plain, whole parameters in main memory, on every device; ties stay."""
+    """Undoes `shard` in place: every process has plain, full parameters in main memory, and tied weights stay tied."""
     import torch
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    wrapped: list[Any] = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    for module in wrapped:
+    sharded_modules: list[Any] = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    for module in sharded_modules:
         module.reshard()
-    whole: dict[int, nn.Parameter] = {}
+    full_parameters: dict[int, nn.Parameter] = {}
     for module in root.modules():
         for name, parameter in list(module._parameters.items()):
             if isinstance(parameter, DTensor):
-                if id(parameter) not in whole:
+                if id(parameter) not in full_parameters:
                     full = parameter.full_tensor().detach().cpu()
-                    whole[id(parameter)] = torch.nn.Parameter(full, requires_grad=parameter.requires_grad)
-                module._parameters[name] = whole[id(parameter)]
-    for module in wrapped:  # else its hooks would look for shards at the next call
+                    full_parameters[id(parameter)] = torch.nn.Parameter(full, requires_grad=parameter.requires_grad)
+                module._parameters[name] = full_parameters[id(parameter)]
+    for module in sharded_modules:  # otherwise its hooks would look for shards at the next call
         state = module._get_fsdp_state()
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()

@@ -1,7 +1,7 @@
-"""Runs a training under Lightning: devices, precision, progress, checkpoints, resumption.
+"""Runs a training under Lightning, with devices, precision, progress, checkpoints and resumption.
 
-Checkpoints go to `<run folder>/checkpoints/last.ckpt`, written whole or not at all; the same call on the same folder goes on
-from there, on one device in `32-true` bit for bit.
+Checkpoints are written atomically to `<run folder>/checkpoints/last.ckpt`. The same call on the same folder resumes from there;
+on one device in `32-true` the result is bit-identical.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from winnow.model.adapter import base_model
 from winnow.model.packed_attention import packed
 from winnow.model.packing import cast_weights
 from winnow.training import batch_size, dist_env, kernels, low_rank, preflight
-from winnow.training.callbacks import Checkpoints, EarlyStop, Progress, check_finite
+from winnow.training.callbacks import EarlyStop, Progress, check_finite
 from winnow.training.module import Recovery, Schedule
 from winnow.training.objective import CrossEntropy, Objective
 from winnow.training.packed_rows import Documents
 from winnow.training.student import Student
+from winnow.training.training_checkpoint import Checkpoints
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How much is trained on at a time.
+    """The sizes of batches and of the validation set.
 
     Attributes:
-        tokens: of an optimizer step, over all devices, about.
-        tokens_per_device: that lie on a device at a time; 0: all that a step asks of it.
-        held_out: documents to validate on.
-        patience: looks at the held-out loss without progress after which training ends; 0: never.
+        tokens: tokens of an optimizer step, over all devices, approximately.
+        tokens_per_device: tokens on a device at a time; 0: the device's whole share of a step.
+        held_out: number of documents for validation.
+        patience: stop after this many of the ten validation checks without improvement; 0: never.
     """
 
     tokens: int
@@ -52,27 +53,28 @@ class Batching:
     patience: int = 0
 
     def accumulate(self, world_size: int) -> int:
-        """Bins that each device takes a step."""
+        """Returns the number of bins per device and optimizer step."""
         return max(1, round(self.tokens / (world_size * self.per_device(world_size))))
 
     def per_device(self, world_size: int) -> int:
+        """Returns the tokens on a device at a time."""
         share = math.ceil(self.tokens / world_size)
         return min(self.tokens_per_device or share, share)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came out of a training, beside the weights.
+    """The results of a training, other than the weights.
 
     Attributes:
         loss: mean over the last tenth of the steps.
-        held_out_loss: at the end; None where nothing was held out.
+        held_out_loss: at the end; None without held-out documents.
         held_out_loss_before: before the first step.
-        precision: that it was trained in, by Lightning's name.
-        steps: that were made, all resumptions together.
-        tokens_per_second: of useful tokens over all devices, since the start or the last resumption, as are the seconds.
-        resumed_at_step: where the last resumption began; None for a training that was never cut off. Then the time and the
-            energy that a manifest records beside it are those since.
+        precision: the training precision, by Lightning's name.
+        steps: completed steps, including those before a resumption.
+        tokens_per_second: useful tokens over all devices. Like `seconds`, it counts from the start or the last resumption.
+        resumed_at_step: the step of the last resumption; None for a training that was never interrupted. The time and energy
+            in the manifest count from that step.
     """
 
     loss: float
@@ -85,7 +87,7 @@ class Fitted:
     resumed_at_step: int | None = None
 
     def record(self) -> dict[str, Any]:
-        """For a manifest."""
+        """Returns the entry of a manifest."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
@@ -103,26 +105,28 @@ def fit(
     student: Student | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Fitted:
-    """Trains those parameters of `model` in place that need a gradient, for `schedule.steps` optimizer steps.
+    """Trains in place the parameters of `model` that need a gradient, for `schedule.steps` optimizer steps.
 
     Args:
-        settings: what a checkpoint must have been made with to go on from it, beside model, documents and batches; the
-            schedule's where none are given.
+        settings: the settings that a checkpoint must share to be resumed, besides model, documents and batches; by default
+            those of the schedule.
 
     Raises:
-        UserError: too few documents, a loss that is not finite, or a checkpoint in the run's folder that is damaged or of another
-            training.
-        SystemExit: 143, after a checkpoint, when the process is told to stop.
+        UserError: too few documents, a loss that is not finite, or a checkpoint in the run's folder that is damaged or belongs to
+            another training.
+        SystemExit: code 143, after a checkpoint, when the process receives a stop signal.
     """
     world = dist_env.world()
     dist_env.join(run, world)
     objective = objective or CrossEntropy()
-    demand, flight, limits = _placed(model, rows, objective, schedule, batching, run, world, precision)
-    with kernels.fused(model, dist_env.local_device(run), run.log), low_rank.in_few_passes(model):
+    memory, plan, limits = _place_model(model, rows, objective, schedule, batching, run, world, precision)
+    with kernels.fused(model, dist_env.local_device(run), run.log), low_rank.fused_lora(model):
         student = student or Student(model)
-        tokens = batch_size.choose(student, objective, rows, run, world, demand, flight, precision=precision, **limits)
+        tokens = batch_size.choose_batch_tokens(
+            student, objective, rows, run, world, memory, plan, precision=precision, **limits
+        )
         batching = dataclasses.replace(batching, tokens_per_device=tokens)
-        return _trained(
+        return _run_training(
             model,
             student,
             rows,
@@ -131,7 +135,7 @@ def fit(
             batching,
             run,
             world,
-            flight,
+            plan,
             precision=precision,
             checkpoint_minutes=checkpoint_minutes,
             log_seconds=log_seconds,
@@ -139,7 +143,7 @@ def fit(
         )
 
 
-def _trained(
+def _run_training(
     model: Any,
     student: Student,
     rows: Sequence[Encoded],
@@ -148,14 +152,14 @@ def _trained(
     batching: Batching,
     run: Run,
     world: dist_env.DistEnv,
-    flight: preflight.TrainingMemoryPlan,
+    plan: preflight.TrainingMemoryPlan,
     *,
     precision: str,
     checkpoint_minutes: float | None,
     log_seconds: float,
     settings: Mapping[str, Any] | None,
 ) -> Fitted:
-    """`fit` for a model that lies on its device already, with the batches that fit there."""
+    """Runs `fit` for a model that is already on its device, with the batch size that fits there."""
     lightning.seed_everything(run.seed, verbose=False)
     if not student.packs:
         run.log("documents are padded, not packed: this architecture cannot be told where they begin in a row")
@@ -163,26 +167,25 @@ def _trained(
     data = Documents(rows, batching.per_device(world.size), run.seed, batching.held_out, pad)
     progress = Progress(run, schedule.steps, log_seconds)
     callbacks: list[Any] = [progress]
-    early = EarlyStop(run, data, schedule.steps, patience=batching.patience) if batching.held_out else None
-    if early is not None:
-        callbacks.append(early)
-    held = {
+    early_stop = EarlyStop(run, data, schedule.steps, patience=batching.patience) if batching.held_out else None
+    if early_stop is not None:
+        callbacks.append(early_stop)
+    checkpoint_settings = {
         **(settings if settings is not None else {f"schedule.{k}": v for k, v in dataclasses.asdict(schedule).items()}),
         "precision": precision,
         "seed": run.seed,
         "tokens_per_device": data.capacity,
         "batches_per_step": batching.accumulate(world.size) * world.size,
         "documents": f"{len(data.training)} ({data.digest()})",
-        "weights": digest(model),
+        "weights": weights_digest(model),
     }
-    checkpoints = Checkpoints(run, run.folder / "checkpoints", checkpoint_minutes or math.inf, held)
+    checkpoints = Checkpoints(run, run.folder / "checkpoints", checkpoint_minutes or math.inf, checkpoint_settings)
     callbacks.append(checkpoints)
-    resume = checkpoints.found()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(
-        logging.WARNING
-    )  # which devices there are, tips
+    resume_path = checkpoints.resume_path()
+    # hides Lightning's lines about devices and its tips
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     trainer = lightning.Trainer(
-        **dist_env.trainer_arguments(run, world, flight.sharded),
+        **dist_env.trainer_arguments(run, world, plan.sharded),
         precision=precision,  # type: ignore[arg-type]
         max_steps=schedule.steps,
         accumulate_grad_batches=batching.accumulate(world.size),
@@ -197,23 +200,23 @@ def _trained(
         limit_val_batches=0,
     )
     started = time.monotonic()
-    module = Recovery(student, schedule, objective, flight.sharded)
+    module = Recovery(student, schedule, objective, plan.sharded)
     model.train()
-    # what is computed a second time, is so in the backward pass
-    isolated = packed(student.base) if flight.checkpointing and student.packs else contextlib.nullcontext()
-    with warnings.catch_warnings(), isolated:
+    # Activation checkpointing runs the forward pass again in backward, so the attention patch stays active.
+    attention_patch = packed(student.base) if plan.checkpointing and student.packs else contextlib.nullcontext()
+    with warnings.catch_warnings(), attention_patch:
         warnings.filterwarnings(
             "ignore", message=".*(num_workers|LeafSpec|does not have many workers|transfer_batch_to_device).*"
         )
-        with _endings(world, checkpoints, progress):
-            trainer.fit(module, data, ckpt_path=resume, weights_only=False)
+        with _translated_exceptions(world, checkpoints, progress):
+            trainer.fit(module, data, ckpt_path=resume_path, weights_only=False)
     check_finite(student.trainable, "after the last step")
-    if early is not None:
-        early.keep_best(module, trainer.global_step)
-    if flight.sharded:
+    if early_stop is not None:
+        early_stop.restore_best(module, trainer.global_step)
+    if plan.sharded:
         dist_env.unshard(student)
         student.__dict__.pop("trainable", None)
-    if flight.checkpointing:
+    if plan.checkpointing:
         student.base.gradient_checkpointing_disable()
     model.eval()
     seconds = time.monotonic() - started
@@ -223,24 +226,24 @@ def _trained(
         tokens_per_second=progress.total_tokens / max(1e-9, time.monotonic() - progress.started),
         seconds=round(seconds, 3),
         precision=precision,
-        held_out_loss=early.latest if early is not None else None,
-        held_out_loss_before=early.before if early is not None else None,
-        resumed_at_step=progress.first if resume is not None else None,
+        held_out_loss=early_stop.latest if early_stop is not None else None,
+        held_out_loss_before=early_stop.before if early_stop is not None else None,
+        resumed_at_step=progress.first if resume_path is not None else None,
     )
 
 
 @contextlib.contextmanager
-def _endings(world: dist_env.DistEnv, checkpoints: Checkpoints, progress: Progress) -> Iterator[None]:
-    """Whatever way Lightning ends, it is said in our words, and signals and terminal are as before."""
+def _translated_exceptions(world: dist_env.DistEnv, checkpoints: Checkpoints, progress: Progress) -> Iterator[None]:
+    """Translates the exceptions of Lightning's `fit`, and restores signal handlers and terminal when it ends."""
     try:
         yield
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit of, and Ctrl-C deaf
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into an exit and ignores Ctrl-C
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
         raise
     except RuntimeError as error:
-        if world.size > 1 and dist_env.is_lost(error):
+        if world.size > 1 and dist_env.is_rank_lost(error):
             raise RankLost(f"rank {world.rank}: another process of the training is gone") from error
         raise
     finally:
@@ -248,7 +251,7 @@ def _endings(world: dist_env.DistEnv, checkpoints: Checkpoints, progress: Progre
         progress.close()
 
 
-def _placed(
+def _place_model(
     model: Any,
     rows: Sequence[Encoded],
     objective: Objective,
@@ -258,45 +261,48 @@ def _placed(
     world: dist_env.DistEnv,
     precision: str,
 ) -> tuple[preflight.TrainingMemory, preflight.TrainingMemoryPlan, dict[str, int]]:
-    """Brings the model to its device; returns the memory it needs, how it will train, and limits of its batches in tokens.
+    """Moves the model to its device.
+
+    Returns:
+        the memory that the training needs, the plan for it, and the limits of its batches in tokens.
 
     Raises:
-        UserError: it cannot fit.
+        UserError: the training cannot fit.
     """
-    others = [x for x in vars(objective).values() if isinstance(x, torch.nn.Module)]
-    demand = preflight.demand(model, run, precision == "bf16-mixed", others)
+    other_models = [x for x in vars(objective).values() if isinstance(x, torch.nn.Module)]
+    memory = preflight.training_memory(model, run, precision == "bf16-mixed", other_models)
     share, longest = math.ceil(batching.tokens / world.size), max((len(row.ids) for row in rows), default=1)
-    asked = {"tokens_per_device": batching.tokens_per_device, "share": share, "longest": longest}
-    work = schedule.steps * batching.tokens
-    flight: preflight.TrainingMemoryPlan = dist_env.agreed(
-        preflight.check(demand, run, world, **asked, work=work), world
+    limits = {"tokens_per_device": batching.tokens_per_device, "share": share, "longest": longest}
+    total_tokens = schedule.steps * batching.tokens
+    plan: preflight.TrainingMemoryPlan = dist_env.broadcast_from_rank_zero(
+        preflight.plan_training(memory, run, world, **limits, total_tokens=total_tokens), world
     )
-    if flight.sharded and schedule.optimizer == "muon":
+    if plan.sharded and schedule.optimizer == "muon":
         raise UserError(
             "optimizer=muon needs whole matrices, and the weights are spread over the devices; set optimizer=adamw"
         )
     if world.is_rank_zero:
-        run.log(f"training {flight}")
-    if flight.checkpointing:
-        recompute(model)
-    if flight.sharded:
-        cast_weights(model, torch.float32)  # what is sharded together must be of one type
-    else:  # what is spread is brought to the device a block at a time
+        run.log(f"training {plan}")
+    if plan.checkpointing:
+        enable_activation_checkpointing(model)
+    if plan.sharded:
+        cast_weights(model, torch.float32)  # parameters that are sharded together must have one dtype
+    else:  # sharding moves the weights to the device block by block
         model.to(dist_env.local_device(run))
-    return demand, flight, asked
+    return memory, plan, limits
 
 
-def recompute(model: Any) -> None:
-    """Lets every block keep its input alone, and compute the rest a second time in the backward pass."""
+def enable_activation_checkpointing(model: Any) -> None:
+    """Makes every block store only its input, and recompute its activations in the backward pass."""
     base = base_model(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def digest(model: Any) -> str:
-    """What a model's weights are known by: a hash of their names, shapes, and some values of each."""
-    found = hashlib.sha256()
+def weights_digest(model: Any) -> str:
+    """Returns a hash of the names and shapes of a model's weights, and of some values of each."""
+    sha256 = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
-        some = flat[:: max(1, len(flat) // 64)].cpu()
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {some.tolist()}\n".encode())
-    return found.hexdigest()[:12]
+        values = flat[:: max(1, len(flat) // 64)].cpu()
+        sha256.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {values.tolist()}\n".encode())
+    return sha256.hexdigest()[:12]

@@ -1,11 +1,11 @@
-"""Liger's fused kernels for norms, rotary embeddings and gated activations (Hsu et al. 2024, arXiv:2410.10989), on CUDA.
+"""Applies Liger's fused kernels for norms, rotary embeddings and gated activations (Hsu et al. 2024, arXiv:2410.10989) on CUDA.
 
     pip install 'winnow[liger]'
 
-The library replaces functions and classes of transformers' modules, and methods of the model's layers, for as long as the process
-lives. A model of the same architecture then fails on the processor, where Triton cannot run. `fused` undoes every replacement.
+The library replaces functions and classes of transformers' modules, and methods of the model's layers, for the rest of the
+process. A model of the same architecture then fails on the CPU, where Triton cannot run. `fused` undoes every replacement.
 
-Losses keep their own chunks (`winnow.training.losses`), which know teachers and positions without a target, too.
+Liger's losses are not used: those of `winnow.training.losses` also support teachers and positions without a target.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _MISSING = object()
 
 @contextlib.contextmanager
 def fused(model: Any, device: str, log: Callable[[str], None]) -> Iterator[None]:
-    """Gives `model`, bare or wrapped by PEFT, the kernels that exist for its architecture, until the context ends.
+    """Applies the kernels for the architecture of `model`, with or without a PEFT wrapper, until the context ends.
 
-    On other devices than CUDA, and where liger-kernel is not installed, nothing happens. Other models of the architecture may be
-    used meanwhile on the same device; they share some of the kernels.
+    It does nothing on devices other than CUDA, or without liger-kernel. Other models of the architecture may be used meanwhile
+    on the same device; they share some of the kernels.
     """
     if not device.startswith("cuda") or importlib.util.find_spec("liger_kernel") is None:
         yield
@@ -38,7 +38,7 @@ def fused(model: Any, device: str, log: Callable[[str], None]) -> Iterator[None]
         try:
             apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
         finally:
-            replaced = _replaced(before)
+            replaced = _changed_attributes(before)
         log("training with Liger's kernels")
         yield
     finally:
@@ -46,10 +46,10 @@ def fused(model: Any, device: str, log: Callable[[str], None]) -> Iterator[None]
 
 
 def _snapshot(model: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """Each owner of attributes that the library may replace, a dictionary or a class, with its attributes now.
+    """Returns each owner of attributes that the library may replace (a dictionary or a class), with a copy of its attributes.
 
-    They are modules of transformers that hold architectures, the classes defined there, `torch.nn` (whose LayerNorm it replaces
-    for some architectures), and the layers of `model` with the names of their sublayers.
+    The owners are the modules of transformers that define architectures, the classes defined there, `torch.nn` (whose LayerNorm
+    the library replaces for some architectures), and the layers of `model` and their dictionaries of sublayers.
     """
     import torch
 
@@ -67,20 +67,22 @@ def _attributes(owner: Any) -> Any:
     return vars(owner) if isinstance(owner, type) else owner
 
 
-def _replaced(before: Sequence[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, str, Any]]:
-    """Owner, name and former value of each attribute that is another object than before."""
-    found = []
+def _changed_attributes(before: Sequence[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, str, Any]]:
+    """Returns owner, name and former value of each attribute that is not the same object as before."""
+    changed = []
     for owner, former in before:
-        now = _attributes(owner)
-        names = former.keys() | now.keys()
-        found += [
-            (owner, x, former.get(x, _MISSING)) for x in names if former.get(x, _MISSING) is not now.get(x, _MISSING)
+        current = _attributes(owner)
+        names = former.keys() | current.keys()
+        changed += [
+            (owner, x, former.get(x, _MISSING))
+            for x in names
+            if former.get(x, _MISSING) is not current.get(x, _MISSING)
         ]
-    return found
+    return changed
 
 
 def _restore(replaced: Sequence[tuple[Any, str, Any]]) -> None:
-    """Puts the former values back, and nothing else: training changes other attributes of the layers, which must stay."""
+    """Restores the former values of these attributes only, since training changes other attributes of the layers."""
     for owner, name, value in replaced:
         if isinstance(owner, type):
             if value is not _MISSING:

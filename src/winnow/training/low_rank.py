@@ -1,8 +1,8 @@
-"""Low-rank updates while they are trained: y = W x + s B A x in as few passes over the activations as it takes.
+"""Computes LoRA layers in training, y = W x + s B A x, with as few passes over the activations as possible.
 
-PEFT computes the update in the adapter's single precision: the layer's input is copied there, cast back for both products, and the
-result scaled and added in passes of its own, all of which an autograd graph then keeps. Here the update is added by the very
-product that makes it, in the type of the layer's output, and the input is kept once for all layers that share it.
+PEFT computes the update in the adapter's single precision: it casts the layer's input, casts it back for both products, and
+scales and adds the result in separate passes, all of which the autograd graph stores. Here one matrix product computes and adds
+the update, in the dtype of the layer's output, and the input is stored once for all layers that share it.
 """
 
 from __future__ import annotations
@@ -17,37 +17,40 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def in_few_passes(model: nn.Module) -> Iterator[None]:
-    """Meanwhile PEFT's plain layers in `model` compute so; those with DoRA, dropout or a forward of their own stay as they are."""
-    chosen = [layer for layer in model.modules() if _is_plain(layer)]
-    for layer in chosen:
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """Replaces the forward of PEFT's plain LoRA layers in `model` inside the context.
+
+    Layers with DoRA, dropout or a custom forward stay unchanged.
+    """
+    layers = [layer for layer in model.modules() if _is_plain(layer)]
+    for layer in layers:
         layer.forward = types.MethodType(_forward, layer)
     try:
         yield
     finally:
-        for layer in chosen:
+        for layer in layers:
             del layer.forward
 
 
 def _is_plain(layer: Any) -> bool:
     if not hasattr(layer, "lora_A") or "forward" in vars(layer) or list(layer.lora_A) != ["default"]:
         return False
-    a, b, dropout = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-    usual = all(type(x) is nn.Linear and x.bias is None for x in (a, b)) and type(dropout) is nn.Identity
-    return usual and not layer.lora_variant and not layer.merged and not layer.disable_adapters
+    a, b, dropout = (modules["default"] for modules in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    is_standard = all(type(x) is nn.Linear and x.bias is None for x in (a, b)) and type(dropout) is nn.Identity
+    return is_standard and not layer.lora_variant and not layer.merged and not layer.disable_adapters
 
 
 def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     out: torch.Tensor = self.base_layer(x, *args, **kwargs)
-    # what a quantized layer puts out may be a view, which must not be written to
+    # the output of a quantized layer may be a view, which must not be modified in place
     in_place = type(self.base_layer) is nn.Linear and out.is_contiguous()
     weights = self.lora_A["default"].weight, self.lora_B["default"].weight
-    updated: torch.Tensor = _Updated.apply(out, x, *weights, self.scaling["default"], in_place)
+    updated: torch.Tensor = _AddUpdate.apply(out, x, *weights, self.scaling["default"], in_place)
     return updated
 
 
-class _Updated(torch.autograd.Function):
-    """`out + scale * x A^T B^T`, of out [..., O], x [..., I], A [R, I] and B [O, R]."""
+class _AddUpdate(torch.autograd.Function):
+    """Computes `out + scale * x A^T B^T` from out [..., O], x [..., I], A [R, I] and B [O, R]."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -70,7 +73,7 @@ class _Updated(torch.autograd.Function):
                 ctx.mark_dirty(out)
                 return out
             fresh = torch.addmm(out.reshape(-1, out.shape[-1]), inner_tr, b_or.mT, alpha=scale)
-            # a view that autograd does not know as one: some architectures write to what a layer puts out (Falcon)
+            # autograd must not see this as a view, because some architectures modify a layer's output in place (Falcon)
             viewed: torch.Tensor = torch.ops.aten._unsafe_view(fresh, out.shape)
             return viewed
 
@@ -78,11 +81,11 @@ class _Updated(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x_ti, inner_tr, a_ri, b_or = ctx.saved_tensors
-        of_x, of_a, of_b = ctx.dtypes
+        dtype_x, dtype_a, dtype_b = ctx.dtypes
         with torch.autocast(grad.device.type, enabled=False):
             grad_to = grad.reshape(-1, grad.shape[-1]).to(b_or.dtype)
             grad_tr = (grad_to @ b_or).mul_(ctx.scale)
-            grad_x = (grad_tr @ a_ri).view(ctx.shape).to(of_x) if ctx.needs_input_grad[1] else None
-            grad_a = (grad_tr.mT @ x_ti).to(of_a)
-            grad_b = (grad_to.mT @ inner_tr).mul_(ctx.scale).to(of_b)
+            grad_x = (grad_tr @ a_ri).view(ctx.shape).to(dtype_x) if ctx.needs_input_grad[1] else None
+            grad_a = (grad_tr.mT @ x_ti).to(dtype_a)
+            grad_b = (grad_to.mT @ inner_tr).mul_(ctx.scale).to(dtype_b)
         return grad, grad_x, grad_a, grad_b, None, None

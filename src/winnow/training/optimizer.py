@@ -1,11 +1,11 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else, as one optimizer that Lightning can drive.
+"""Combines Muon for the matrices inside the blocks and AdamW for everything else into one optimizer for Lightning.
 
 Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers") orthogonalises the momentum of each weight matrix;
-embeddings, norms and vectors stay with AdamW. `match_rms_adamw` (Moonshot AI 2025, arXiv:2502.16982, eq. 4) scales its
+embeddings, norms and vectors use AdamW. `match_rms_adamw` (Moonshot AI 2025, arXiv:2502.16982, eq. 4) scales its
 updates so that both take the same learning rate.
 
-torch's own Muon multiplies in bfloat16 whatever the weights are, which takes most of a step on a processor that has no
-instructions for it. There, float32 takes its place.
+torch's own Muon multiplies in bfloat16 for every weight dtype, which takes most of a step on a CPU without bfloat16
+instructions. There, `Float32Muon` multiplies in float32.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from winnow.hardware.compute import BFLOAT16, fastest
-from winnow.model.layers import in_blocks
+from winnow.hardware.compute import BFLOAT16, fastest_dtype
+from winnow.model.layers import block_index_of_parameters
 
 
 def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
-    """The matrix with singular values near 1, by Newton-Schulz iterations in its own type (Jordan et al. 2024)."""
+    """Returns the matrix with singular values near 1, by Newton-Schulz iterations in its own dtype (Jordan et al. 2024)."""
     a, b, c = coefficients
     x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
     x = x / x.norm().clamp(min=eps)
@@ -32,7 +32,7 @@ def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], s
 
 
 class Float32Muon(torch.optim.Muon):
-    """torch's Muon with `match_rms_adamw`, whose products are in float32."""
+    """torch's Muon with `match_rms_adamw` and matrix products in float32."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -51,20 +51,20 @@ class Float32Muon(torch.optim.Muon):
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Two optimizers behind one interface: `param_groups` are those of both, so schedulers reach them."""
+    """Two optimizers behind one interface, whose `param_groups` are those of both, so that schedulers change both."""
 
     def __init__(
-        self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, weight_decay: float
+        self, matrices: Iterable[nn.Parameter], other_parameters: Iterable[nn.Parameter], lr: float, weight_decay: float
     ):
         matrices = list(matrices)
-        muon = torch.optim.Muon if fastest(matrices[0].device.type) == BFLOAT16 else Float32Muon
+        muon = torch.optim.Muon if fastest_dtype(matrices[0].device.type) == BFLOAT16 else Float32Muon
         self.parts = [
             muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(list(others), lr=lr, weight_decay=0.0, betas=(0.9, 0.95)),
+            torch.optim.AdamW(list(other_parameters), lr=lr, weight_decay=0.0, betas=(0.9, 0.95)),
         ]
         groups = [group for part in self.parts for group in part.param_groups]
         super().__init__(groups, {})
-        # the parts must see what schedulers change, so they share the very same group objects
+        # schedulers must change the groups of both parts, so the group objects are shared
         self.param_groups = groups
 
     @torch.no_grad()
@@ -87,14 +87,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """`adamw`, or `muon` for the matrices of the blocks with AdamW for the rest; only parameters that need a gradient."""
+    """Returns `adamw`, or `muon` for the blocks' matrices with AdamW for the rest, over the parameters that need a gradient."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = in_blocks(model)
+    inside = block_index_of_parameters(model)
     is_matrix = {n: p.ndim == 2 and n in inside for n, p in named}
     matrices = [p for n, p in named if is_matrix[n]]
-    others = [p for n, p in named if not is_matrix[n]]
-    if name == "muon" and matrices and others:
-        return MuonAdamW(matrices, others, lr, weight_decay)
+    other_parameters = [p for n, p in named if not is_matrix[n]]
+    if name == "muon" and matrices and other_parameters:
+        return MuonAdamW(matrices, other_parameters, lr, weight_decay)
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},

@@ -1,11 +1,11 @@
-"""Training documents packed into rows: no padding, the same rows for the same seed, resumable at any step.
+"""Packs training documents into rows without padding; the rows depend on the seed alone, and training resumes at any step.
 
-A row (a *bin*) holds whole documents, about `tokens_per_device` tokens; each document starts at position 0 and sees itself
-alone (`winnow.model.packed_attention`), as it will when the model is evaluated. The loss is on completions, and on all of a
-document without a prompt.
+A row (a *bin*) holds whole documents, about `tokens_per_device` tokens. Each document starts at position 0 and attends only to
+itself (`winnow.model.packed_attention`), as it will when the model is evaluated. The loss covers completions, and every token of
+a document without a prompt.
 
-One optimizer step takes the next `devices * accumulate` bins, whatever that product is made of, and weighs each of its target
-tokens the same: the loss of a bin is divided by the targets of the whole step, which every device knows without asking.
+One optimizer step takes the next `devices * accumulate` bins, whatever the two factors are, and weighs all of its target tokens
+equally: the loss of a bin is divided by the targets of the whole step, which every device computes without communication.
 """
 
 from __future__ import annotations
@@ -24,62 +24,62 @@ import torch
 from winnow.core.errors import UserError
 from winnow.data.encoding import Encoded, collate, collate_padded
 
-WINDOW = 4096  # documents that are packed together: enough to fill bins well, few enough to stay in a random order
+WINDOW = 4096  # documents that are packed together: enough to fill bins well, few enough to keep the order random
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Bins of documents, by index, of at most `capacity` tokens each, in an order that depends on (seed, epoch) alone.
+    """Yields bins of document indices, at most `capacity` tokens each, in an order that depends on (seed, epoch) alone.
 
-    Best-fit decreasing inside windows of random documents (Johnson 1974: at most 11/9 of the fewest bins); a bin that is
-    not yet full enough waits for the next window.
+    The algorithm is best-fit decreasing inside windows of random documents (Johnson 1974: at most 11/9 of the fewest bins). A bin
+    that is not full enough waits for the next window.
     """
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
     open_bins: list[list[int]] = []
     for start in range(0, len(order), WINDOW):
-        # ascending fill, found by bisection; documents come longest first
-        filled = sorted((sum(lengths[i] for i in made), n) for n, made in enumerate(open_bins))
+        # (fill, bin index) in ascending order, searched by bisection; the longest document comes first
+        filled = sorted((sum(lengths[i] for i in documents), n) for n, documents in enumerate(open_bins))
         bins = open_bins
         for i in sorted(order[start : start + WINDOW], key=lambda i: -lengths[i]):
             length = lengths[i]
-            found = _fullest(filled, capacity - length)
-            if found is None:
+            position = _fullest_with_room(filled, capacity - length)
+            if position is None:
                 bins.append([i])
                 bisect.insort(filled, (length, len(bins) - 1))
             else:
-                fill, n = filled.pop(found)
+                fill, n = filled.pop(position)
                 bins[n].append(i)
                 bisect.insort(filled, (fill + length, n))
         last = start + WINDOW >= len(order)
-        done = [bins[n] for fill, n in filled if last or fill >= 0.95 * capacity]
+        full_bins = [bins[n] for fill, n in filled if last or fill >= 0.95 * capacity]
         open_bins = [] if last else [bins[n] for fill, n in filled if fill < 0.95 * capacity]
-        rng.shuffle(done)
-        for made in done:
-            rng.shuffle(made)
-            yield made
+        rng.shuffle(full_bins)
+        for documents in full_bins:
+            rng.shuffle(documents)
+            yield documents
 
 
-def _fullest(filled: list[tuple[int, int]], room: int) -> int | None:
-    """The index of the fullest bin of at most `room` tokens; None if there is none."""
-    found = bisect.bisect_right(filled, (room, len(filled) + WINDOW)) - 1
-    return found if found >= 0 else None
+def _fullest_with_room(filled: list[tuple[int, int]], max_fill: int) -> int | None:
+    """Returns the position in `filled` of the fullest bin of at most `max_fill` tokens; None if there is none."""
+    position = bisect.bisect_right(filled, (max_fill, len(filled) + WINDOW)) - 1
+    return position if position >= 0 else None
 
 
 def fingerprint(batch: dict[str, Any]) -> str:
-    """What a batch is known by in messages: a hash of its token ids."""
+    """Returns a hash of a batch's token ids, which identifies it in messages."""
     return hashlib.sha256(batch["input_ids"].cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 class Documents(lightning.LightningDataModule):
-    """Documents for training, forever (epoch after epoch), continued after a checkpoint where it left off.
+    """Yields training documents without end (epoch after epoch), and continues after a checkpoint where it stopped.
 
     Args:
-        rows: of which `held_out` are set aside to validate on, drawn by `seed`.
-        tokens_per_device: the capacity of a bin; that of the longest document where that is more.
-        pad: None to pack; else the id to pad rows with.
+        rows: encoded documents; `held_out` of them, sampled by `seed`, are set aside for validation.
+        tokens_per_device: the capacity of a bin, raised to the longest document if that is longer.
+        pad: the id to pad rows with; None packs them instead.
 
-    A batch has, beside what `collate` makes, `documents` (indices into `rows`, in their order) and `step_targets` (the targets
+    A batch has the entries of `collate`, and `documents` (indices into `rows`, in their order) and `step_targets` (the targets
     of the whole optimizer step, over all its bins).
     """
 
@@ -102,36 +102,37 @@ class Documents(lightning.LightningDataModule):
         self.rows, self.seed, self.pad = rows, seed, pad
         self.validation, self.training = sorted(usable[:held_out]), sorted(usable[held_out:])
         self.capacity = max([tokens_per_device, *(len(rows[i].ids) for i in usable)])
-        self.done = 0  # optimizer steps trained on
+        self.completed_steps = 0  # optimizer steps
 
     def digest(self) -> str:
-        """What the documents are known by: a hash of their ids."""
-        found = hashlib.sha256()
+        """Returns a hash of the training documents' token ids."""
+        sha256 = hashlib.sha256()
         for i in self.training:
-            found.update(array("q", [*self.rows[i].ids, -1]))
-        return found.hexdigest()[:12]
+            sha256.update(array("q", [*self.rows[i].ids, -1]))
+        return sha256.hexdigest()[:12]
 
     def bins(self) -> Iterator[list[int]]:
-        """The bins of all epochs, one after the other."""
+        """Yields the bins of all epochs, one after the other."""
         lengths = [len(self.rows[i].ids) for i in self.training]
         for epoch in itertools.count():
-            for made in pack(lengths, self.capacity, self.seed, epoch):
-                yield [self.training[i] for i in made]
+            for positions in pack(lengths, self.capacity, self.seed, epoch):
+                yield [self.training[i] for i in positions]
 
     def batch(self, documents: list[int], step_targets: int) -> dict[str, Any]:
+        """Returns the batch of one bin."""
         rows = [self.rows[i] for i in documents]
-        made = collate(rows) if self.pad is None else collate_padded(rows, self.pad)
-        return made | {"documents": documents, "step_targets": step_targets}
+        tensors = collate(rows) if self.pad is None else collate_padded(rows, self.pad)
+        return tensors | {"documents": documents, "step_targets": step_targets}
 
     def steps(self, devices: int, accumulate: int, rank: int) -> Iterator[dict[str, Any]]:
-        """The batches of one device from the first step that has not been done: `accumulate` of them a step."""
+        """Yields the batches of one device, `accumulate` per step, from the first step that is not completed."""
         bins = self.bins()
         for step in itertools.count():
-            taken = list(itertools.islice(bins, devices * accumulate))
-            if step >= self.done:
-                targets = sum(self.rows[i].target_count for made in taken for i in made)
-                for made in taken[rank::devices]:
-                    yield self.batch(made, targets)
+            step_bins = list(itertools.islice(bins, devices * accumulate))
+            if step >= self.completed_steps:
+                targets = sum(self.rows[i].target_count for documents in step_bins for i in documents)
+                for documents in step_bins[rank::devices]:
+                    yield self.batch(documents, targets)
 
     def train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
         devices, accumulate, rank = 1, 1, 0
@@ -141,10 +142,10 @@ class Documents(lightning.LightningDataModule):
         return self._loader(self.steps(devices, accumulate, rank))
 
     def held_out(self, devices: int = 1, rank: int = 0) -> list[dict[str, Any]]:
-        """The batches of this device's share of the documents that are held out."""
+        """Returns the batches of this device's share of the held-out documents."""
         lengths = [len(self.rows[i].ids) for i in self.validation]
-        made = list(pack(lengths, self.capacity, 0, 0))[rank::devices]
-        return [self.batch([self.validation[i] for i in bin_], 0) for bin_ in made]
+        device_bins = list(pack(lengths, self.capacity, 0, 0))[rank::devices]
+        return [self.batch([self.validation[i] for i in positions], 0) for positions in device_bins]
 
     def _loader(self, items: Iterator[Any]) -> torch.utils.data.DataLoader[Any]:
         cuda = (
@@ -159,10 +160,10 @@ class Documents(lightning.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.trainer.global_step if self.trainer is not None else self.done}
+        return {"steps": self.trainer.global_step if self.trainer is not None else self.completed_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.done = state_dict["steps"]
+        self.completed_steps = state_dict["steps"]
 
 
 class _Stream(torch.utils.data.IterableDataset[Any]):

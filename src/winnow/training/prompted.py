@@ -1,7 +1,7 @@
-"""A student behind a soft prompt: every document of a packed row begins with the same trained embeddings.
+"""Defines a student with a soft prompt: every document of a packed row begins with the same trained embeddings.
 
-What it computes for a document is what PEFT's prompt tuning computes for it alone: the prompt takes the first positions, and the
-text the ones that follow.
+It computes the same result for a document as PEFT's prompt tuning does for that document alone: the prompt has the first
+positions, and the text follows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from winnow.training.student import Student
 
 
 class PromptedStudent(Student):
-    """`model`, wrapped by PEFT's prompt tuning. Hidden states are those of the text, without the prompt's."""
+    """A student whose `model` is wrapped by PEFT's prompt tuning. Its hidden states are those of the text, without the prompt."""
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         words_rth = self.base.get_input_embeddings()(batch["input_ids"])
@@ -27,11 +27,13 @@ class PromptedStudent(Student):
         count, total = len(lengths), int(bounds[-1])
         device = words_rth.device
         document_t = torch.repeat_interleave(torch.arange(count, device=device), lengths)
-        place_t = torch.arange(total, device=device) + size * (document_t + 1)  # in the row with the prompts
+        row_position_t = torch.arange(total, device=device) + size * (
+            document_t + 1
+        )  # of each text token, prompts included
         start_d = bounds[:-1] + size * torch.arange(count, device=device)
         positions = torch.arange(total + count * size, device=device) - start_d.repeat_interleave(lengths + size)
-        source = positions.clamp(max=size - 1)  # of each place, its row in [prompt, words]
-        source[place_t] = size + torch.arange(total, device=device)
+        source = positions.clamp(max=size - 1)  # index into [prompt, words] for each position
+        source[row_position_t] = size + torch.arange(total, device=device)
         with packed(self.base):
             hidden = self.decoder(
                 inputs_embeds=torch.cat([prompt_ph, words_rth[0]])[source][None],
@@ -40,8 +42,8 @@ class PromptedStudent(Student):
                 longest=batch["longest"] + size,
                 use_cache=False,
             ).last_hidden_state
-        found: torch.Tensor = hidden[:, place_t]
-        return found
+        text_hidden: torch.Tensor = hidden[:, row_position_t]
+        return text_hidden
 
     def _padded(self, words_rth: torch.Tensor, prompt_ph: torch.Tensor, mask_rt: torch.Tensor) -> torch.Tensor:
         rows, size = len(words_rth), len(prompt_ph)
@@ -52,6 +54,6 @@ class PromptedStudent(Student):
         ).last_hidden_state
         return hidden[:, size:]
 
-    def whole(self, ids_rt: torch.Tensor) -> torch.Tensor:
+    def model_logits(self, ids_rt: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(input_ids=ids_rt, use_cache=False).logits
         return logits[:, -ids_rt.shape[1] :]

@@ -1,19 +1,19 @@
-"""A teacher's targets, computed once: sparse, unbiased samples of its distribution at every position that has a target.
+"""Computes and caches a teacher's targets: sparse, unbiased samples of its distribution at every position that has a target.
 
-A sample is N equally spaced points on the cumulative distribution, all shifted by one random number (systematic sampling): an
-id of probability p is met N p times, rounded up or down at random, so that its share of the sample is p in the mean. The
-variance is below that of N independent draws, which Anshumann et al. 2025 (arXiv:2503.16870, section 4) take; keeping the
-most probable ids instead is biased. Stored are the ids that were met and how often: at most 301 bytes a token for N = 60.
+A sample is N equally spaced points on the cumulative distribution, all shifted by one random number (systematic sampling). An
+id of probability p occurs N p times, rounded up or down at random, so that its expected share of the sample is p. The variance
+is below that of N independent draws, which Anshumann et al. 2025 (arXiv:2503.16870, section 4) use; storing only the most
+probable ids is biased. The files store the sampled ids and their counts: at most 301 bytes per token for N = 60.
 
 A folder `targets/<key>` holds, for documents in their order,
 
     ids.bin      uint16 or uint32, the ids at every position, ascending
-    counts.bin   uint8, how often each was met
-    lengths.bin  uint8, how many ids each position has
+    counts.bin   uint8, how often each id was sampled
+    lengths.bin  uint8, the number of distinct ids of each position
     starts.bin   int64, where each document's ids begin, and the end of the last
 
-and is read through the page cache by as many students as use the same documents. It is written under another name, which it
-loses when it is whole; what a killed run has written of it is gone on with.
+All students with the same documents read it through the page cache. It is written under a temporary name and renamed when it is
+complete; a later run continues what a killed run has written.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ import numpy as np
 import torch
 
 from winnow.core.errors import UserError
-from winnow.data.encoding import Encoded, collate, collate_padded, moved
+from winnow.data.encoding import Encoded, collate, collate_padded, to_device
 from winnow.model.lm import LM
 from winnow.training.student import Student
 
 BYTES_PER_TOKEN = 320  # at most, in files
-BATCH_TOKENS = 4096  # that the teacher reads at a time
-CHUNK_BYTES = 64 * 2**20  # of its logits at a time, in single precision
+BATCH_TOKENS = 4096  # tokens in a batch of the teacher
+CHUNK_BYTES = 64 * 2**20  # logits of the teacher at a time, in single precision
 LOG_SECONDS = 10.0
 FILES = ("ids", "counts", "lengths", "starts")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the teacher's distribution is sampled.
+    """The settings for sampling the teacher's distribution.
 
     Attributes:
-        points: N, on the cumulative distribution.
+        points: N, the number of points on the cumulative distribution.
     """
 
     points: int = 60
@@ -60,25 +60,25 @@ class Sampling:
     seed: int = 0
 
 
-def systematic(p_nv: torch.Tensor, starts_n: torch.Tensor, points: int) -> torch.Tensor:
-    """Ids [N, points], ascending: of distributions [N, V], each with its random start from [0, 1)."""
+def systematic_sample(p_nv: torch.Tensor, starts_n: torch.Tensor, points: int) -> torch.Tensor:
+    """Returns ascending ids [N, points], sampled from distributions [N, V], each with a random start in [0, 1)."""
     cumulative_nv = p_nv.cumsum(-1, dtype=torch.float64)  # in single precision, errors would exceed small probabilities
-    at_nk = (torch.arange(points, device=p_nv.device, dtype=torch.float64) + starts_n[:, None]) / points
-    found = torch.searchsorted(cumulative_nv, at_nk * cumulative_nv[:, -1:], right=True)
-    return found.clamp_max_(p_nv.shape[-1] - 1)
+    points_nk = (torch.arange(points, device=p_nv.device, dtype=torch.float64) + starts_n[:, None]) / points
+    ids_nk = torch.searchsorted(cumulative_nv, points_nk * cumulative_nv[:, -1:], right=True)
+    return ids_nk.clamp_max_(p_nv.shape[-1] - 1)
 
 
-def counted(ids_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of ascending ids [N, K]: those that differ, one position after the other; how often each occurs; how many a position has."""
+def run_lengths(ids_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the distinct ids of ascending ids [N, K] as one flat tensor, their counts, and the number of them per position."""
     first_nk = torch.ones_like(ids_nk, dtype=torch.bool)
     first_nk[:, 1:] = ids_nk[:, 1:] != ids_nk[:, :-1]
     begins = first_nk.flatten().nonzero()[:, 0]
-    counts = torch.diff(begins, append=begins.new_tensor([ids_nk.numel()]))  # a position begins with a first one
+    counts = torch.diff(begins, append=begins.new_tensor([ids_nk.numel()]))  # every position begins a new run
     return ids_nk[first_nk], counts, first_nk.sum(-1)
 
 
-def key_of(teacher: LM, rows: Sequence[Encoded], sampling: Sampling) -> str:
-    """What the targets are known by: the teacher, the documents' tokens and answers, and how it is sampled."""
+def cache_key(teacher: LM, rows: Sequence[Encoded], sampling: Sampling) -> str:
+    """Returns a hash of the teacher, the documents' tokens and answers, and the sampling settings."""
     digest = hashlib.sha256(
         json.dumps([teacher.sha256(), teacher.loading.dtype, dataclasses.asdict(sampling)]).encode()
     )
@@ -91,16 +91,16 @@ def id_type(vocabulary: int) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if vocabulary <= 2**16 else np.uint32
 
 
-def most_bytes(points: int, vocabulary: int) -> int:
-    """Of a position, at most, without the 8 bytes of each document."""
+def max_bytes_per_position(points: int, vocabulary: int) -> int:
+    """Returns the most bytes that a position takes, without the 8 bytes of each document."""
     return points * (np.dtype(id_type(vocabulary)).itemsize + 1) + 1
 
 
 class Targets:
-    """The targets of `rows` in a folder.
+    """Reads the targets of `rows` from a folder.
 
     Raises:
-        OSError, ValueError: the folder does not hold them whole.
+        OSError, ValueError: the folder is missing, incomplete or damaged.
     """
 
     def __init__(self, folder: Path, rows: Sequence[Encoded], points: int, vocabulary: int) -> None:
@@ -114,25 +114,25 @@ class Targets:
         if sizes != (len(self.starts), len(self.lengths), len(self.ids), len(self.counts)):
             raise ValueError(f"{folder} is damaged")
 
-    def of(self, documents: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids [N, K] and their shares [N, K] at the N positions with a target in these documents, one after the other.
+    def at_documents(self, documents: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns ids [N, K] and their shares [N, K] at the N positions with a target in these documents, in their order.
 
-        K is the most ids of a position; the rest of a shorter one has share 0.
+        K is the largest number of ids of a position; positions with fewer ids are padded with share 0.
         """
 
-        def joined(values: Any, bounds: Any) -> Any:
+        def concatenated(values: Any, bounds: Any) -> Any:
             return np.concatenate([values[bounds[i] : bounds[i + 1]] for i in documents])
 
-        lengths_n = joined(self.lengths, self.positions)
-        there_nk = np.arange(lengths_n.max(initial=0)) < lengths_n[:, None]
-        ids_nk = np.zeros(there_nk.shape, np.int64)
-        shares_nk = np.zeros(there_nk.shape, np.float32)
-        ids_nk[there_nk] = joined(self.ids, self.starts)
-        shares_nk[there_nk] = joined(self.counts, self.starts) / np.float32(self.points)
+        lengths_n = concatenated(self.lengths, self.positions)
+        is_id_nk = np.arange(lengths_n.max(initial=0)) < lengths_n[:, None]
+        ids_nk = np.zeros(is_id_nk.shape, np.int64)
+        shares_nk = np.zeros(is_id_nk.shape, np.float32)
+        ids_nk[is_id_nk] = concatenated(self.ids, self.starts)
+        shares_nk[is_id_nk] = concatenated(self.counts, self.starts) / np.float32(self.points)
         return torch.from_numpy(ids_nk), torch.from_numpy(shares_nk)
 
 
-def targets_of(
+def load_or_compute_targets(
     teacher: LM,
     rows: Sequence[Encoded],
     sampling: Sampling,
@@ -141,22 +141,25 @@ def targets_of(
     load: Callable[[], Student],
     log: Callable[[str], None],
 ) -> Targets:
-    """The targets of `rows`; computed if `cache` does not hold them, for which `load` gives the teacher in memory.
+    """Returns the targets of `rows` from `cache`, after computing them if they are missing.
 
-    Processes that want the same ones at the same time wait for the first.
+    Processes that need the same targets at the same time wait for the first.
+
+    Args:
+        load: loads the teacher into memory; called only if the targets must be computed.
 
     Raises:
         UserError: the disk is full.
     """
     from winnow.core.errors import is_disk_full
 
-    folder = cache / "targets" / key_of(teacher, rows, sampling)
+    folder = cache / "targets" / cache_key(teacher, rows, sampling)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_suffix(".lock")):
+    with _exclusive_lock(folder.with_suffix(".lock")):
         with contextlib.suppress(OSError, ValueError):
-            found = Targets(folder, rows, sampling.points, vocabulary)
+            targets = Targets(folder, rows, sampling.points, vocabulary)
             log(f"targets: of {len(rows):,} documents, from {folder}")
-            return found
+            return targets
         partial = folder.with_suffix(".partial")
         try:
             _write(partial, load(), rows, sampling, vocabulary, log)
@@ -181,52 +184,54 @@ def _write(
     vocabulary: int,
     log: Callable[[str], None],
 ) -> None:
+    """Writes the targets of all documents that the folder does not hold yet."""
     folder.mkdir(exist_ok=True)
     dtype = id_type(vocabulary)
-    done, end = _resumed(folder, rows, np.dtype(dtype).itemsize)
+    done, end = _resume(folder, rows, np.dtype(dtype).itemsize)
     if done:
         log(f"targets: going on at document {done + 1:,} of {len(rows):,}")
-    began = said = time.monotonic()
+    started = last_log = time.monotonic()
     tokens = 0
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as stack:
         ids_file, counts_file, lengths_file, starts_file = (
-            opened.enter_context((folder / f"{name}.bin").open("ab")) for name in FILES
+            stack.enter_context((folder / f"{name}.bin").open("ab")) for name in FILES
         )
         if not done:
             starts_file.write(np.int64(0).tobytes())
         for documents in _batches(rows, done):
-            ids, counts, lengths = _sampled(teacher, rows, documents, sampling)
+            ids, counts, lengths = _sample_targets(teacher, rows, documents, sampling)
             ids_file.write(ids.astype(dtype).tobytes())
             counts_file.write(counts.astype(np.uint8).tobytes())
             lengths_file.write(lengths.astype(np.uint8).tobytes())
             for file in (ids_file, counts_file, lengths_file):
                 file.flush()
             ends = np.append(0, np.cumsum(lengths))[np.cumsum([rows[i].target_count for i in documents])]
-            starts_file.write((end + ends).astype(np.int64).tobytes())  # last: it says how far the others are valid
+            # written last, because it marks how far the other files are valid
+            starts_file.write((end + ends).astype(np.int64).tobytes())
             starts_file.flush()
             end += len(ids)
             tokens += sum(len(rows[i].ids) for i in documents)
             now = time.monotonic()
-            if now - said >= LOG_SECONDS or documents[-1] == len(rows) - 1:
-                left = (len(rows) - 1 - documents[-1]) * (now - began) / (documents[-1] + 1 - done)
+            if now - last_log >= LOG_SECONDS or documents[-1] == len(rows) - 1:
+                seconds_left = (len(rows) - 1 - documents[-1]) * (now - started) / (documents[-1] + 1 - done)
                 log(
-                    f"targets: {documents[-1] + 1:,} of {len(rows):,} documents  {tokens / (now - began):,.0f} tokens/s  "
-                    f"{timedelta(seconds=round(left))} left"
+                    f"targets: {documents[-1] + 1:,} of {len(rows):,} documents  {tokens / (now - started):,.0f} tokens/s  "
+                    f"{timedelta(seconds=round(seconds_left))} left"
                 )
-                said = now
+                last_log = now
         for file in (ids_file, counts_file, lengths_file, starts_file):
             os.fsync(file.fileno())
 
 
-def _resumed(folder: Path, rows: Sequence[Encoded], id_bytes: int) -> tuple[int, int]:
-    """How many documents a folder holds, and how many ids they have; whatever is beyond them is cut off."""
+def _resume(folder: Path, rows: Sequence[Encoded], id_bytes: int) -> tuple[int, int]:
+    """Truncates the folder's files to complete documents; returns the number of documents and of their ids."""
     files = {name: folder / f"{name}.bin" for name in FILES}
-    whole = files["starts"].stat().st_size // 8 if files["starts"].is_file() else 0
-    if whole > 1:
-        starts = np.fromfile(files["starts"], np.int64, count=whole)
-        done, end = whole - 1, int(starts[-1])
+    entries = files["starts"].stat().st_size // 8 if files["starts"].is_file() else 0
+    if entries > 1:
+        starts = np.fromfile(files["starts"], np.int64, count=entries)
+        done, end = entries - 1, int(starts[-1])
         positions = sum(row.target_count for row in rows[:done])
-        sizes = {"ids": end * id_bytes, "counts": end, "lengths": positions, "starts": 8 * whole}
+        sizes = {"ids": end * id_bytes, "counts": end, "lengths": positions, "starts": 8 * entries}
         if all(files[name].is_file() and files[name].stat().st_size >= size for name, size in sizes.items()):
             for name, size in sizes.items():
                 os.truncate(files[name], size)
@@ -237,31 +242,31 @@ def _resumed(folder: Path, rows: Sequence[Encoded], id_bytes: int) -> tuple[int,
 
 
 def _batches(rows: Sequence[Encoded], start: int) -> Iterator[list[int]]:
-    """Documents from `start` on, in their order, of at most `BATCH_TOKENS` together."""
+    """Yields batches of document indices from `start` on, in order, of at most `BATCH_TOKENS` tokens each."""
     batch: list[int] = []
-    held = 0
+    batch_tokens = 0
     for i in range(start, len(rows)):
         length = len(rows[i].ids)
-        if batch and held + length > BATCH_TOKENS:
+        if batch and batch_tokens + length > BATCH_TOKENS:
             yield batch
-            batch, held = [], 0
+            batch, batch_tokens = [], 0
         batch.append(i)
-        held += length
+        batch_tokens += length
     if batch:
         yield batch
 
 
-def _sampled(teacher: Student, rows: Sequence[Encoded], documents: list[int], sampling: Sampling) -> list[Any]:
-    """Ids, counts and lengths of the positions with a target in these documents, as `counted` gives them."""
-    asked = [rows[i] for i in documents]
-    # a document's starts depend on nothing else that is computed with it
+def _sample_targets(teacher: Student, rows: Sequence[Encoded], documents: list[int], sampling: Sampling) -> list[Any]:
+    """Samples the positions with a target in these documents; returns ids, counts and lengths as `run_lengths` does."""
+    encoded = [rows[i] for i in documents]
+    # a document's random starts do not depend on the other documents of its batch
     starts = np.concatenate([np.random.default_rng([sampling.seed, i]).random(rows[i].target_count) for i in documents])
     if not len(starts):
         return [np.zeros(0, np.int64)] * 3
     pad = int(getattr(teacher.base.config, "pad_token_id", None) or 0)
-    batch = collate(asked) if teacher.packs else collate_padded(asked, pad)
+    batch = collate(encoded) if teacher.packs else collate_padded(encoded, pad)
     device = teacher.base.device
-    hidden_nh, _ = teacher.at_targets(moved(batch, device))
+    hidden_nh, _ = teacher.at_targets(to_device(batch, device))
     starts_n = torch.from_numpy(starts).to(device)
     head = teacher.head
     size = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
@@ -269,13 +274,13 @@ def _sampled(teacher: Student, rows: Sequence[Encoded], documents: list[int], sa
     for first in range(0, len(starts_n), size):
         part = slice(first, first + size)
         p_nv = (head(hidden_nh[part]) / sampling.temperature).softmax(-1)
-        parts.append(counted(systematic(p_nv, starts_n[part], sampling.points)))
-    return [torch.cat(found).cpu().numpy() for found in zip(*parts, strict=True)]
+        parts.append(run_lengths(systematic_sample(p_nv, starts_n[part], sampling.points)))
+    return [torch.cat(tensors).cpu().numpy() for tensors in zip(*parts, strict=True)]
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other process holds the lock; the system lets go of one whose process has died."""
+def _exclusive_lock(path: Path) -> Iterator[None]:
+    """Holds a file lock inside the context, after waiting for it. The system releases the lock of a process that has died."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,7 @@
-"""Pruned weights stay exactly zero while a whole model is trained.
+"""Keeps pruned weights exactly zero while a whole model is trained.
 
-Gradients of zeros are zeroed, so that no momentum points at them and clipping does not see them; and because some optimizers
-move every weight of a matrix (Muon orthogonalises its momentum), zeros are written again after every step.
+The gradients of pruned weights are set to zero, so that they do not enter the momentum or the gradient clipping. Because some
+optimizers move every weight of a matrix (Muon orthogonalises its momentum), the zeros are also written again after every step.
 """
 
 from __future__ import annotations
@@ -17,53 +17,54 @@ SPARSE_FROM = 0.01  # share of zeros from which a matrix counts as pruned
 
 
 class Zeros:
-    """Where a matrix is zero, laid out as its weights are when it is asked for: on their device, or spread over several."""
+    """The mask of a matrix's zeros, with the layout of the weights when it is used: on their device or sharded."""
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
         self.mask = linear.weight.detach() == 0
 
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+    def mask_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the mask on the device of `tensor`, sharded like it."""
         if type(self.mask) is not type(tensor.detach()) and hasattr(tensor, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor
 
-            whole = self.mask.to(tensor.device)
+            full_mask = self.mask.to(tensor.device)
             mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-            self.mask = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+            self.mask = distribute_tensor(full_mask, mesh, placements, src_data_rank=None)
         elif self.mask.device != tensor.device:
             self.mask = self.mask.to(tensor.device)
         return self.mask
 
     def of_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.masked_fill(self.like(gradient), 0.0)
+        return gradient.masked_fill(self.mask_like(gradient), 0.0)
 
     def restore(self) -> None:
         with torch.no_grad():
-            self.linear.weight.masked_fill_(self.like(self.linear.weight), 0.0)
+            self.linear.weight.masked_fill_(self.mask_like(self.linear.weight), 0.0)
 
 
 @contextlib.contextmanager
-def kept(model: nn.Module) -> Iterator[int]:
-    """Meanwhile no optimizer moves the zeros of the linear layers in the blocks; gives the number of those layers.
+def keep_zeros(model: nn.Module) -> Iterator[int]:
+    """Keeps the zeros of the pruned linear layers in the blocks inside the context, and yields the number of those layers.
 
-    Costs a byte a weight of the pruned layers, and two passes over them a step.
+    The cost is one byte per weight of the pruned layers, and two passes over them per step.
     """
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from winnow.model.layers import linears
 
-    found = [Zeros(linear) for linear in linears(model).values()]
-    found = [zeros for zeros in found if zeros.mask.float().mean() >= SPARSE_FROM]
+    matrices = [Zeros(linear) for linear in linears(model).values()]
+    matrices = [zeros for zeros in matrices if zeros.mask.float().mean() >= SPARSE_FROM]
 
     def restore(*_: Any) -> None:
-        for zeros in found:
+        for zeros in matrices:
             zeros.restore()
 
-    handles: list[Any] = [zeros.linear.weight.register_hook(zeros.of_gradient) for zeros in found]
-    if found:
+    handles: list[Any] = [zeros.linear.weight.register_hook(zeros.of_gradient) for zeros in matrices]
+    if matrices:
         handles.append(register_optimizer_step_post_hook(restore))
     try:
-        yield len(found)
+        yield len(matrices)
     finally:
         for handle in handles:
             handle.remove()

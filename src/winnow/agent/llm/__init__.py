@@ -1,1 +1,1 @@
-"""A language model that steers the search: it is briefed, it proposes, and plain code decides what of that is tried."""
+"""Steers the search with a language model: it reads a brief, it proposes, and plain code decides what is tried."""

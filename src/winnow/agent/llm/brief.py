@@ -1,6 +1,6 @@
-"""The brief: what a language model is told of a search, made from the same history always in the same words, and bounded in size.
+"""Writes the brief, which describes a search to a language model; it is deterministic and bounded in size.
 
-Numbers are rounded, lists cut to their most telling entries, and texts that other programs wrote are one clean short line each,
+Numbers are rounded, lists are cut to their most informative entries, and each text of another program is one clean short line
 under `untrusted`.
 """
 
@@ -20,9 +20,9 @@ from winnow.study.history import History
 from winnow.study.policy import Suggestion
 from winnow.study.space import Space
 
-MOST = {"front": 16, "gaps": 2, "knobs": 30, "failures": 8, "running": 8, "rejected": 8}  # entries of each
+MOST = {"front": 16, "gaps": 2, "knobs": 30, "failures": 8, "running": 8, "rejected": 8}  # most entries of each list
 STRATEGY_CHARACTERS, ERROR_CHARACTERS = 240, 160
-COMPARED = 1000  # newest complete trials that effects are taken from
+COMPARED = 1000  # effects are computed from this many of the newest complete trials
 
 Steps = dict[tuple[str, Any, Any], list[tuple[Any, Any, Trial, Trial]]]
 
@@ -34,10 +34,11 @@ def brief(
     budget_left: Mapping[str, float],
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What is known, as JSON.
+    """Returns the brief as JSON.
 
     Args:
-        suggestion: of the optimizer.
+        suggestion: the optimizer's suggestion.
+        budget_left: what is left of each limit.
         about: names of the model, the benchmark and the hardware.
     """
     base = history.base
@@ -64,8 +65,8 @@ def brief(
         "methods": _methods(history, methods),
         "adding": adding(history, complete, methods),
         "knobs": knobs(history, complete, space),
-        "running": [_shown(s) for s in history.running.values()][: MOST["running"]],
-        "rejected_by_the_user": [_shown(s) for s in history.rejected[-MOST["rejected"] :]],
+        "running": [_text(s) for s in history.running.values()][: MOST["running"]],
+        "rejected_by_the_user": [_text(s) for s in history.rejected[-MOST["rejected"] :]],
         "suggestion": {
             **as_proposal(suggestion.strategy),
             "by": suggestion.by,
@@ -79,14 +80,14 @@ def brief(
     }
 
 
-def as_text(found: Mapping[str, Any]) -> str:
-    """The brief as it is shown; without the brackets that could end the fence around it."""
-    return json.dumps(found, indent=1, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e")
+def as_text(contents: Mapping[str, Any]) -> str:
+    """Returns the brief as the model reads it, without the angle brackets that could end the fence around it."""
+    return json.dumps(contents, indent=1, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def gaps(history: History) -> list[dict[str, Any]]:
-    """Of each objective the widest stretches between neighbours on the front, as shares of the front's range."""
-    found = []
+    """Returns the widest gaps between neighbours on the front for each objective, as shares of the front's range."""
+    widest = []
     for objective in history.objectives:
         ranked = sorted(history.on_front, key=lambda t: (t.figures[objective.name], t.number))
         values = [t.figures[objective.name] for t in ranked]
@@ -95,7 +96,7 @@ def gaps(history: History) -> list[dict[str, Any]]:
         steps = [(high - low, place) for place, (low, high) in enumerate(itertools.pairwise(values))]
         for step, place in sorted(steps, key=lambda s: (-s[0], s[1]))[: MOST["gaps"]]:
             if step > 0:
-                found.append(
+                widest.append(
                     {
                         "objective": objective.name,
                         "from": rounded(values[place]),
@@ -104,13 +105,13 @@ def gaps(history: History) -> list[dict[str, Any]]:
                         "between_trials": [ranked[place].number, ranked[place + 1].number],
                     }
                 )
-    return found
+    return widest
 
 
 def knobs(history: History, complete: Sequence[Trial], space: Space) -> list[dict[str, Any]]:
-    """What a step of a knob has changed: the mean over pairs of trials that differ in its value only, by neighbouring values.
+    """Returns the mean change by a step of a knob to the next value, over pairs of trials that differ in this knob only.
 
-    Of ranges the steps are taken together, upwards, with the mean of where they begin and end.
+    All steps of a range count as one, upwards, with the means of their start and end values.
     """
     dimensions = {d.key: d for m in space.methods for d in m.dimensions}
     groups: dict[tuple[str, tuple[str, ...]], list[tuple[Any, Trial]]] = defaultdict(list)
@@ -123,47 +124,48 @@ def knobs(history: History, complete: Sequence[Trial], space: Space) -> list[dic
     steps: Steps = defaultdict(list)
     for (key, _), members in groups.items():
         choices = dimensions[key].choices
-        known = [(choices.index(v) if choices else v, v, t) for v, t in members if not choices or v in choices]
-        ranked = sorted(known, key=lambda m: (m[0], m[2].number))
+        keyed = [(choices.index(v) if choices else v, v, t) for v, t in members if not choices or v in choices]
+        ranked = sorted(keyed, key=lambda m: (m[0], m[2].number))
         for (_, low, first), (_, high, second) in itertools.pairwise(ranked):
             if low != high:
                 steps[(key, low, high) if choices else (key, None, None)].append((low, high, first, second))
-    found: list[tuple[tuple[str, Any, Any], dict[str, Any]]] = []
+    rows: list[tuple[tuple[str, Any, Any], dict[str, Any]]] = []
     for (key, low, high), pairs in steps.items():
         ends = (low, high) if dimensions[key].choices else (_mean(p[0] for p in pairs), _mean(p[1] for p in pairs))
         change = _change(history, [(p[2], p[3]) for p in pairs])
         row = {"knob": key, "from": ends[0], "to": ends[1], "pairs": len(pairs), "mean_change": change}
-        found.append(((key, low, high), row))
-    found.sort(key=lambda one: (-len(steps[one[0]]), one[0][0], str(one[0][1])))
-    return [row for _, row in found][: MOST["knobs"]]
+        rows.append(((key, low, high), row))
+    rows.sort(key=lambda item: (-len(steps[item[0]]), item[0][0], str(item[0][1])))
+    return [row for _, row in rows][: MOST["knobs"]]
 
 
 def adding(history: History, complete: Sequence[Trial], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """What a method has changed: the mean over pairs of trials of which one has it, and is the same otherwise."""
+    """Returns the mean change by adding a method, over pairs of trials that differ in this method only."""
     by_strategy = {t.strategy.overrides: t for t in complete}
     if history.base is not None:
         by_strategy[()] = by_strategy[history.base.strategy.overrides] = history.base
-    found = []
+    changes = []
     for name in methods:
         pairs = []
         for trial in complete:
             if name in trial.strategy.methods:
                 own = f"method.{name}."
-                others = {k: v for k, v in trial.strategy.knobs.items() if not k.startswith(own)}
-                rest = Strategy(tuple(m for m in trial.strategy.methods if m != name), others)
+                other_knobs = {k: v for k, v in trial.strategy.knobs.items() if not k.startswith(own)}
+                rest = Strategy(tuple(m for m in trial.strategy.methods if m != name), other_knobs)
                 if rest.overrides in by_strategy:
                     pairs.append((by_strategy[rest.overrides], trial))
         if pairs:
-            found.append({"method": name, "pairs": len(pairs), "mean_change": _change(history, pairs)})
-    return found
+            changes.append({"method": name, "pairs": len(pairs), "mean_change": _change(history, pairs)})
+    return changes
 
 
 def rounded(value: float) -> float:
+    """Returns the value with 4 significant digits."""
     return float(f"{value:.4g}")
 
 
 def _front(history: History) -> list[dict[str, Any]]:
-    """Points of the front, the ends of the first objective among them."""
+    """Returns points of the front, evenly spaced by rank in the first objective, its extremes included."""
     first = history.objectives[0].name
     ranked = sorted(history.on_front, key=lambda t: (t.figures[first], t.number))
     if len(ranked) > MOST["front"]:
@@ -172,7 +174,7 @@ def _front(history: History) -> list[dict[str, Any]]:
     return [
         {
             "trial": t.number,
-            "strategy": _shown(t.strategy),
+            "strategy": _text(t.strategy),
             **{o.name: rounded(t.figures[o.name]) for o in history.objectives},
         }
         for t in ranked
@@ -180,6 +182,7 @@ def _front(history: History) -> list[dict[str, Any]]:
 
 
 def _methods(history: History, methods: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Returns how many trials of each method are complete, stopped, failed, and on the front."""
     counts = {name: dict.fromkeys(("complete", "stopped_early", "failed", "on_front"), 0) for name in methods}
     front = set(history.front)
     for trial in history.trials:
@@ -192,7 +195,7 @@ def _methods(history: History, methods: Sequence[str]) -> dict[str, dict[str, in
 
 
 def _failures(history: History) -> list[dict[str, Any]]:
-    """The most frequent kinds, each with the last message."""
+    """Returns the most frequent kinds of failure, each with its last message."""
     counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
     last: dict[tuple[str, tuple[str, ...]], Trial] = {}
     for trial in history.trials:
@@ -205,7 +208,7 @@ def _failures(history: History) -> list[dict[str, Any]]:
         {
             "reason": kind[0],
             "times": times,
-            "last_strategy": _shown(last[kind].strategy),
+            "last_strategy": _text(last[kind].strategy),
             "last_message": clean(last[kind].message, ERROR_CHARACTERS),
         }
         for kind, times in ranked[: MOST["failures"]]
@@ -213,15 +216,17 @@ def _failures(history: History) -> list[dict[str, Any]]:
 
 
 def _method(name: str, slot: str, dimensions: Sequence[Dimension]) -> str:
-    shown = []
+    """Returns one line that lists a method's slot, knobs and their values."""
+    texts = []
     for d in dimensions:
         values = "|".join(map(str, d.choices)) if d.choices else f"{d.low:g} to {d.high:g}"
         when = ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in d.when.items())
-        shown.append(f"{d.key.rpartition('.')[2]}={values}" + (f" with {when} only" if when else ""))
-    return f"{slot}: {name}({', '.join(shown)})"
+        texts.append(f"{d.key.rpartition('.')[2]}={values}" + (f" with {when} only" if when else ""))
+    return f"{slot}: {name}({', '.join(texts)})"
 
 
 def _change(history: History, pairs: Sequence[tuple[Trial, Trial]]) -> dict[str, float]:
+    """Returns the mean difference of each objective over pairs of trials."""
     names = [o.name for o in history.objectives]
     return {name: rounded(_mean(b.figures[name] - a.figures[name] for a, b in pairs)) for name in names}
 
@@ -231,5 +236,6 @@ def _mean(values: Any) -> float:
     return rounded(sum(listed) / len(listed))
 
 
-def _shown(strategy: Strategy) -> str:
+def _text(strategy: Strategy) -> str:
+    """Returns a strategy as one short line."""
     return clean(str(strategy), STRATEGY_CHARACTERS)

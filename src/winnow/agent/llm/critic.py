@@ -1,6 +1,6 @@
-"""The critic: plain code that decides whether a proposal may be tried. What it accepts is a strategy of the space and nothing else.
+"""Decides with plain code whether a model's proposal may be tried; it accepts nothing but strategies of the space.
 
-Every objection is a sentence that goes back to whoever proposed. Text that was not written here is quoted short and clean.
+Every objection is a sentence that goes back to the model. Foreign text is quoted in a short and clean form.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Idea:
-    """A proposal that says something of the space; it may still be one that is not to be tried."""
+    """A proposal that is a strategy of the space; there may still be an objection to trying it."""
 
     strategy: Strategy
     reason: str = ""
@@ -35,14 +35,14 @@ class Idea:
 
 @dataclass
 class Verdict:
-    """What the critic makes of an answer: the first proposal that can be tried, and what is wrong with those before it."""
+    """The result for an answer: the first proposal that can be tried, and the objections to those before it."""
 
     idea: Idea | None = None
     objections: list[str] = field(default_factory=list)
 
 
-def judge(answer: Any, most: int, history: History, space: Space, outlook: Forecaster) -> Verdict:
-    """Looks at the proposals of an answer in their order; those past the first `most` are not looked at."""
+def judge(answer: Any, most: int, history: History, space: Space, forecaster: Forecaster) -> Verdict:
+    """Checks the first `most` proposals of an answer, in their order, until one can be tried."""
     verdict = Verdict()
     unknown, proposals = _proposals(answer)
     verdict.objections += [f"{_quoted(key)} is not a key of the answer; leave it out." for key in unknown]
@@ -53,7 +53,7 @@ def judge(answer: Any, most: int, history: History, space: Space, outlook: Forec
     for number, node in enumerate(proposals[:most], 1):
         idea, objections = read(node, space)
         if idea is not None:
-            objections = objections_to(idea.strategy, history, outlook)
+            objections = objections_to(idea.strategy, history, forecaster)
             if not objections:
                 verdict.idea = idea
                 return verdict
@@ -62,7 +62,7 @@ def judge(answer: Any, most: int, history: History, space: Space, outlook: Forec
 
 
 def read(node: Any, space: Space) -> tuple[Idea | None, list[str]]:
-    """A proposal in the form of the schema, read against the space; None with objections if it does not keep to it."""
+    """Reads a proposal in the form of the schema; returns None and the objections if it is not valid in the space."""
     if not isinstance(node, dict):
         return None, [f"it must be an object with {', '.join(ALLOWED)}, not {_quoted(node)}."]
     objections = [f"{_quoted(key)} is not a key of a proposal; leave it out." for key in node if key not in ALLOWED]
@@ -79,7 +79,7 @@ def read(node: Any, space: Space) -> tuple[Idea | None, list[str]]:
 
 
 def strategy_of(nodes: Any, space: Space) -> tuple[Strategy | None, list[str]]:
-    """The strategy that a list of methods with knobs stands for."""
+    """Returns the strategy that a list of methods with knobs describes, or None and the objections."""
     if not isinstance(nodes, list):
         return None, [f"methods must be a list of objects with name and knobs, not {_quoted(nodes)}."]
     objections: list[str] = []
@@ -91,8 +91,8 @@ def strategy_of(nodes: Any, space: Space) -> tuple[Strategy | None, list[str]]:
             continue
         method = next((m for m in space.methods if m.name == node["name"]), None)
         if method is None:
-            known = ", ".join(m.name for m in space.methods)
-            objections.append(f"there is no method {_quoted(node['name'])} in this space; it has {known}.")
+            names = ", ".join(m.name for m in space.methods)
+            objections.append(f"there is no method {_quoted(node['name'])} in this space; it has {names}.")
             continue
         objections += [
             f"{_quoted(key)} is not a key of a method; leave it out." for key in node if key not in ("name", "knobs")
@@ -105,26 +105,27 @@ def strategy_of(nodes: Any, space: Space) -> tuple[Strategy | None, list[str]]:
     return (None if objections else Strategy(tuple(m.name for m in chosen), knobs)), objections
 
 
-def objections_to(strategy: Strategy, history: History, outlook: Forecaster) -> list[str]:
-    """Why a strategy of the space is not to be tried."""
+def objections_to(strategy: Strategy, history: History, forecaster: Forecaster) -> list[str]:
+    """Returns why a strategy of the space must not be tried."""
     if not strategy.methods:
         return ["it is the base model itself, which is known; name at least one method."]
-    if strategy.overrides in history.seen:
+    if strategy.overrides in history.proposed:
         running = any(s.overrides == strategy.overrides for s in history.running.values())
         state = "is running now" if running else "was proposed before"
         return [f"{strategy} {state}; propose another one."]
-    refusal = outlook.infeasible_reason(strategy)
+    refusal = forecaster.infeasible_reason(strategy)
     return [f"{strategy} cannot be tried: {clean(refusal, 300)}"] if refusal else []
 
 
 def clean(text: str, most: int) -> str:
-    """One line of at most `most` characters without control characters: safe to print, and to quote in a brief."""
-    shown = (" " if unicodedata.category(c).startswith(("C", "Z")) else c for c in str(text)[: 4 * most])
-    line = " ".join("".join(shown).split())
+    """Returns one line of at most `most` characters without control characters, safe to print and to quote in a brief."""
+    printable = (" " if unicodedata.category(c).startswith(("C", "Z")) else c for c in str(text)[: 4 * most])
+    line = " ".join("".join(printable).split())
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _out_of_order(chosen: list[Method], method: Method) -> list[str]:
+    """Returns an objection if the slot of a method does not come after those of the methods before it."""
     for other in chosen:
         if other.slot == method.slot:
             slot = method.slot.name.lower()
@@ -134,37 +135,38 @@ def _out_of_order(chosen: list[Method], method: Method) -> list[str]:
     return []
 
 
-def _knobs(method: Method, given: Any) -> tuple[dict[str, Any], list[str]]:
-    """The values of a method's knobs by full key."""
-    if not isinstance(given, dict):
-        return {}, [f"the knobs of {method.name} must be an object, not {_quoted(given)}."]
+def _knobs(method: Method, knobs: Any) -> tuple[dict[str, Any], list[str]]:
+    """Returns the valid values of a method's knobs by full key, and the objections to the others."""
+    if not isinstance(knobs, dict):
+        return {}, [f"the knobs of {method.name} must be an object, not {_quoted(knobs)}."]
     prefix = f"method.{method.name}."
     own = {d.key.removeprefix(prefix): d for d in method.dimensions}
     objections, values = [], {}
-    count = {d.key for d in method.counting({prefix + str(name): value for name, value in given.items()})}
-    everywhere = {**method.idle, **method.fixed}
-    for name, value in given.items():
+    active = {d.key for d in method.active({prefix + str(name): value for name, value in knobs.items()})}
+    constants = {**method.idle, **method.fixed}
+    for name, value in knobs.items():
         key = f"{prefix}{name}"
-        if key not in count and same(everywhere.get(key, _MISSING), value):
-            continue  # every strategy with the method has it so
+        if key not in active and same(constants.get(key, _MISSING), value):
+            continue  # every strategy with the method has this value
         if name not in own:
             has = f"it has {', '.join(own)}" if own else "it has none"
             objections.append(f"{method.name} has no knob {_quoted(name)}; {has}.")
-        elif not own[name].holds(value):
-            objections.append(f"{method.name}.{name} must be {_described(own[name])}, not {_quoted(value)}.")
+        elif not own[name].contains(value):
+            objections.append(f"{method.name}.{name} must be {_allowed(own[name])}, not {_quoted(value)}.")
         else:
             values[prefix + name] = own[name].nearest(value)
-    wanted = {d.key for d in method.counting(values)}
+    required = {d.key for d in method.active(values)}
     for name, dimension in own.items():
-        if dimension.key in wanted and name not in given:
-            objections.append(f"{method.name}.{name} is missing; it is {_described(dimension)}.")
-        elif dimension.key not in wanted and dimension.key in values:
+        if dimension.key in required and name not in knobs:
+            objections.append(f"{method.name}.{name} is missing; it is {_allowed(dimension)}.")
+        elif dimension.key not in required and dimension.key in values:
             when = ", ".join(f"{key.removeprefix(prefix)}={value}" for key, value in dimension.when.items())
             objections.append(f"{method.name}.{name} counts only with {when}; leave it out.")
     return values, objections
 
 
-def _described(dimension: Dimension) -> str:
+def _allowed(dimension: Dimension) -> str:
+    """Returns the values of a knob in words."""
     if dimension.choices:
         return f"one of {', '.join(json.dumps(choice) for choice in dimension.choices)}"
     kind = "a whole number" if dimension.integer else "a number"
@@ -180,7 +182,7 @@ def _quoted(value: Any) -> str:
 
 
 def _proposals(answer: Any) -> tuple[list[str], list[Any]]:
-    """The keys that do not belong there, and the list of proposals, also where a model has left out what is around it."""
+    """Returns the unknown keys of an answer and its list of proposals, even if the model left out the object around the list."""
     if isinstance(answer, dict) and not ("methods" in answer and "proposals" not in answer):
         unknown = [key for key in answer if key != "proposals"]
         proposals = answer.get("proposals")

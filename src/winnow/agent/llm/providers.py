@@ -1,4 +1,4 @@
-"""Which chat models may steer, and where their keys come from: the environment, and nowhere else."""
+"""Lists the chat models that may steer, and reads their keys from the environment and nowhere else."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from urllib.parse import urlsplit
 
 from winnow.core.errors import MissingExtra, UserError
 
-NO_KEY = "none"  # what a local server is given that asks for none
+NO_KEY = "none"  # sent to a local server that needs no key
 _SECRET = re.compile(r"api_?key|secret|password|credential|token(?!s)|headers|_target_", re.IGNORECASE)
-_OURS = ("max_retries", "timeout", "request_timeout", "callbacks", "http_client", "http_async_client", "streaming")
+_RESERVED = ("max_retries", "timeout", "request_timeout", "callbacks", "http_client", "http_async_client", "streaming")
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Attributes:
-    package: to install.
-    variables: of the environment that may hold its key, the first one that is set counts.
-    once: the value of `max_retries` with which its client tries once and leaves the rest to `Chat`.
+    """A package with a chat model.
+
+    Attributes:
+        package: the package to install.
+        variables: environment variables that may hold the key; the first one that is set counts.
+        once: the value of `max_retries` with which its client tries once and leaves retries to `Chat`.
     """
 
     package: str
@@ -43,7 +45,7 @@ PROVIDERS = {
 
 
 def check_installed(target: str, key: str) -> None:
-    """Raises UserError if the package of a chat model, found under `key`, is not there."""
+    """Raises UserError if the package of the chat model that the config names under `key` is not installed."""
     module, package = target.partition(".")[0], PROVIDERS[target].package
     for library in (module, "langgraph"):
         if importlib.util.find_spec(library) is None:
@@ -53,20 +55,20 @@ def check_installed(target: str, key: str) -> None:
 
 
 def provider_of(model: Callable[..., Any]) -> Provider:
-    """The provider of a chat model's class, or of a partial of it."""
-    made = getattr(model, "func", model)
-    name = f"{made.__module__.partition('.')[0]}.{made.__name__}"
+    """Returns the provider of a chat model's class, or of a partial of it."""
+    model_class = getattr(model, "func", model)
+    name = f"{model_class.__module__.partition('.')[0]}.{model_class.__name__}"
     if name not in PROVIDERS:
         raise UserError(f"agent.llm._target_={name} is no chat model that may steer; one of {', '.join(PROVIDERS)} can")
     return PROVIDERS[name]
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raises UserError for what has no place in a configuration: keys, and what this program sets itself."""
+    """Raises UserError for settings that a configuration must not hold: keys, and settings that the search makes itself."""
     for name, value in settings.items():
         if _SECRET.search(name):
             raise UserError(f"agent.llm.{name} may hold a key, which comes from the environment only; leave it out")
-        if name in _OURS:
+        if name in _RESERVED:
             raise UserError(f"agent.llm.{name} is set by the search: see agent.timeout_s and agent.attempts")
         if "url" in name or "endpoint" in name:
             parts = urlsplit(str(value))
@@ -77,7 +79,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def key_of(provider: Provider, variable: str | None, base_url: str | None) -> tuple[str, str]:
-    """The key, and the name of the variable that holds it; a server on this machine or its network needs none.
+    """Returns the key, and the name of the variable that holds it; a server on this machine or its network needs no key.
 
     Raises:
         UserError: the environment has no key.

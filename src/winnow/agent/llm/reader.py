@@ -1,4 +1,4 @@
-"""Reads the JSON of an answer, also where a model has put it into prose; and keeps keys out of every text."""
+"""Reads the JSON of a model's answer, even inside prose, and removes API keys from texts."""
 
 from __future__ import annotations
 
@@ -7,54 +7,55 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-MOST_BYTES = 64 * 1024  # of an answer; no proposal needs as much
+MOST_BYTES = 64 * 1024  # longest answer; no proposal needs as much
 MOST_STARTS = 200  # places in a text at which JSON may begin
 _KEYS = re.compile(r"\b(?:sk|pk|key|gsk|xai)-[\w-]{8,}|\bAIza[\w-]{20,}|(?<=[Bb]earer )\S{8,}")
 
 
 class Unusable(Exception):
-    """An answer came that cannot be used; the message says to the model what is wrong with it."""
+    """Raised for an answer that cannot be used; the message tells the model what is wrong with it."""
 
 
-def json_of(text: str, wanted: Sequence[str]) -> Any:
-    """The object in a text that has one of the `wanted` keys; the first value that is JSON where none has.
+def json_of(text: str, expected_keys: Sequence[str]) -> Any:
+    """Returns the JSON object in a text that has one of the expected keys, else the first JSON value.
 
     Raises:
-        Unusable: there is none, or the text is too long to be an answer.
+        Unusable: the text holds no JSON, or is too long to be an answer.
     """
     if len(text.encode("utf-8", "replace")) > MOST_BYTES:
         raise Unusable(f"The answer is longer than {MOST_BYTES // 1024} kB; give nothing but the JSON object.")
     if not text.strip():
         raise Unusable("The answer is empty; give the JSON object.")
-    found = []
+    values = []
     try:
-        found.append(json.loads(text))
+        values.append(json.loads(text))
     except (ValueError, RecursionError):
-        found += _inside(text)
-    for value in found:
-        if isinstance(value, dict) and any(key in value for key in wanted):
+        values += _embedded_values(text)
+    for value in values:
+        if isinstance(value, dict) and any(key in value for key in expected_keys):
             return value
-    if found:
-        return found[0]
+    if values:
+        return values[0]
     raise Unusable("The answer holds no JSON object; give it and nothing else.")
 
 
-def _inside(text: str) -> list[Any]:
-    decoder, found, place = json.JSONDecoder(), [], 0
+def _embedded_values(text: str) -> list[Any]:
+    """Returns the JSON objects and arrays inside a text."""
+    decoder, values, place = json.JSONDecoder(), [], 0
     for _ in range(MOST_STARTS):
         match = re.compile(r"[{\[]").search(text, place)
         if match is None:
             break
         try:
             value, place = decoder.raw_decode(text, match.start())
-            found.append(value)
+            values.append(value)
         except (ValueError, RecursionError):
             place = match.start() + 1
-    return found
+    return values
 
 
 def scrub(value: Any, secret: str = "") -> Any:
-    """The same text, or JSON of texts, without the secret and anything else that looks like a key."""
+    """Returns a text, or JSON of texts, without the secret and anything else that looks like a key."""
     if isinstance(value, dict):
         return {key: scrub(inner, secret) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""The JSON schema of what a language model may propose, made from the space: nothing else can be said in it.
+"""Builds the JSON schema of what a language model may propose from the space; it allows no other proposals.
 
-A method comes in *variants*: the knobs that count depend on the values of others (`Dimension.when`), and each such case is an
-object of its own in which every knob is required and nothing may be added. So the schema says all that the space says.
+A method has *variants*: which knobs are active depends on the values of others (`Dimension.when`), and each such case is a
+separate object in which every knob is required and no other is allowed. So the schema is as precise as the space.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from winnow.study.space import Method, Space
 
 
 def proposals_schema(space: Space, most: int) -> dict[str, Any]:
-    """Of up to `most` proposals, the best first."""
+    """Returns the schema of up to `most` proposals, the best first."""
     methods = [_object(_variant(method, knobs)) for method in space.methods for knobs in variants(method)]
     strategy = _object(
         {
@@ -34,7 +34,7 @@ def proposals_schema(space: Space, most: int) -> dict[str, Any]:
 
 
 def route_schema(specialists: Sequence[str]) -> dict[str, Any]:
-    """Of the coordinator's answer."""
+    """Returns the schema of the coordinator's answer."""
     return {
         "title": "route",
         "description": "Says which specialist proposes next, and why.",
@@ -43,34 +43,34 @@ def route_schema(specialists: Sequence[str]) -> dict[str, Any]:
 
 
 def variants(method: Method) -> list[dict[str, dict[str, Any]]]:
-    """The knobs of each case of a method, by their names within it, with the schema of each."""
+    """Returns the knobs of each variant of a method, by their names without the method's, with their schemas."""
     own = {d.key: d for d in method.dimensions}
     parents = [own[key] for key in sorted({k for d in own.values() for k in d.when}) if key in own and own[key].choices]
     cases: dict[tuple[Any, ...], dict[str, list[Any]]] = {}
     for values in itertools.product(*(parent.choices for parent in parents)):
-        given = {parent.key: value for parent, value in zip(parents, values, strict=True)}
-        keys = tuple(d.key for d in method.counting(given))
-        # cases of one parent with the same knobs are one; those of several need not be all the combinations of their values
-        case = cases.setdefault(keys if len(parents) < 2 else (keys, values), {key: [] for key in given})
-        for key, value in given.items():
+        parent_values = {parent.key: value for parent, value in zip(parents, values, strict=True)}
+        keys = tuple(d.key for d in method.active(parent_values))
+        # with one parent, cases with the same knobs are merged; with several, the merged values could form other combinations
+        case = cases.setdefault(keys if len(parents) < 2 else (keys, values), {key: [] for key in parent_values})
+        for key, value in parent_values.items():
             case[key].append(value)
     return [
         {
-            key.rpartition(".")[2]: {"enum": found[key]} if key in found else _values(own[key])
+            key.rpartition(".")[2]: {"enum": choices[key]} if key in choices else _values(own[key])
             for key in (case if len(parents) < 2 else case[0])
         }
-        for case, found in cases.items()
+        for case, choices in cases.items()
     ]
 
 
 def as_proposal(strategy: Strategy) -> dict[str, Any]:
-    """A strategy in the form of the schema."""
-    found = []
+    """Returns a strategy in the form of the schema."""
+    methods = []
     for name in strategy.methods:
         own = f"method.{name}."
         knobs = {k.removeprefix(own): v for k, v in strategy.knobs.items() if k.startswith(own)}
-        found.append({"name": name, "knobs": knobs})
-    return {"methods": found}
+        methods.append({"name": name, "knobs": knobs})
+    return {"methods": methods}
 
 
 def _variant(method: Method, knobs: dict[str, dict[str, Any]]) -> dict[str, Any]:

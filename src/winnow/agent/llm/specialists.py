@@ -1,6 +1,6 @@
-"""The prompts, as files: `coordinator.md`, `_rules.md` for all who propose, and one file for each specialist.
+"""Loads the prompts from files: `coordinator.md`, `_rules.md` for all specialists, and one file for each specialist.
 
-A specialist's file begins with the slots that are its own and a line that tells the coordinator about it:
+A specialist's file begins with its slots and a line that describes it to the coordinator:
 
     ---
     slots: [quantize]
@@ -23,6 +23,8 @@ COORDINATOR, RULES = "coordinator", "_rules"
 
 @dataclass(frozen=True)
 class Specialist:
+    """A prompt for the methods of some slots."""
+
     name: str
     slots: frozenset[Slot]
     about: str
@@ -31,15 +33,16 @@ class Specialist:
 
 @functools.cache
 def prompt(name: str) -> str:
+    """Returns the text of a prompt file."""
     return (PROMPTS / f"{name}.md").read_text(encoding="utf-8").strip()
 
 
 @functools.cache
 def specialists() -> tuple[Specialist, ...]:
-    """All there are, by name."""
+    """Returns all specialists, sorted by name."""
     from omegaconf import DictConfig, OmegaConf
 
-    found = []
+    loaded = []
     for path in sorted(PROMPTS.glob("*.md")):
         if path.stem in (COORDINATOR, RULES):
             continue
@@ -47,11 +50,11 @@ def specialists() -> tuple[Specialist, ...]:
         about = OmegaConf.create(head)
         assert isinstance(about, DictConfig)
         slots = frozenset(Slot[name.upper()] for name in about["slots"])
-        found.append(Specialist(path.stem, slots, about["about"], text.strip()))
-    return tuple(found)
+        loaded.append(Specialist(path.stem, slots, about["about"], text.strip()))
+    return tuple(loaded)
 
 
 def of_space(space: Space) -> tuple[Specialist, ...]:
-    """Those with something to choose in a space."""
+    """Returns the specialists for the slots of a space."""
     slots = {method.slot for method in space.methods}
     return tuple(s for s in specialists() if s.slots & slots)

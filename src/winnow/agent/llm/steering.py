@@ -1,4 +1,4 @@
-"""A language model steers, an optimizer advises it and takes over wherever it fails: no answer of the model can hurt the search.
+"""Proposes strategies with a language model, which an optimizer advises and replaces wherever the model fails.
 
 python search.py agent=gpt4o budget.usd=2
 python search.py agent=local_llm agent.llm.base_url=http://localhost:8000/v1
@@ -23,7 +23,7 @@ from winnow.study.history import History
 from winnow.study.policy import Forecaster, Policy, Suggestion
 from winnow.study.space import Space
 
-DEAD_IN_A_ROW = 3  # proposals without an answer, after which the model is not asked any more
+DEAD_IN_A_ROW = 3  # proposals without an answer before the search stops asking the model
 
 
 @dataclass
@@ -31,17 +31,17 @@ class LLM:
     """Asks a language model for the next strategy.
 
     Attributes:
-        llm: makes the chat model; everything but its key and limits is bound already.
-        optimizer: gives the suggestion that the model is shown, and that is taken where the model has none.
-        fallback: steers where there is no key, and once the model is not asked any more; None: no key is an error, and the
-            optimizer steers on.
+        llm: creates the chat model; everything but its key and limits is already bound.
+        optimizer: makes the suggestion that the model sees, and that is used if the model has none.
+        fallback: steers if there is no key, and after the search stops asking the model; None: a missing key is an error,
+            and the optimizer takes over.
         structured: how the model is asked for JSON, see `Chat`.
-        proposals: asked for at once; the first that can be tried is taken.
+        proposals: proposals per answer; the first that can be tried is used.
         max_repairs: how often the model is asked again after objections.
-        attempts, timeout_s, longest_wait_s: of each call, see `Chat`.
-        key_variable: of the environment, that holds the key; None: the usual one of the provider.
+        attempts, timeout_s, longest_wait_s: limits of each call, see `Chat`.
+        key_variable: environment variable with the key; None means the usual one of the provider.
         prices: USD per million tokens by model, each with `input` and `output`.
-        budget: of the search, see `Budget`.
+        budget: limits of the search, see `Budget`.
         about: names of the model, benchmark and hardware, for the brief.
     """
 
@@ -61,14 +61,14 @@ class LLM:
     seed: int = 0
     log: Callable[[str], None] = field(default=say, repr=False)
     chat: Chat = field(init=False, repr=False)
-    _silent: str = field(default="", init=False, repr=False)  # why the model is not asked any more
-    _dead: int = field(default=0, init=False, repr=False)  # proposals in a row
+    _silent: str = field(default="", init=False, repr=False)  # why the search no longer asks the model
+    _dead: int = field(default=0, init=False, repr=False)  # proposals in a row without an answer
 
     def __post_init__(self) -> None:
-        """Everything that can be wrong with the settings, before any work.
+        """Checks all settings, before any work.
 
         Raises:
-            UserError: with the option's name; no key, unless there is a fall-back.
+            UserError: a setting is wrong (the message names it), or there is no key and no fallback.
         """
         if self.structured not in STRUCTURED:
             raise UserError(f"agent.structured={self.structured} is not known; it is one of {', '.join(STRUCTURED)}")
@@ -103,7 +103,7 @@ class LLM:
             self._silent = str(error).partition(":")[0]
         make = getattr(self.llm, "func", self.llm)
         self.chat = Chat(
-            lambda **more: make(**settings, max_retries=provider.once, **more),
+            lambda **arguments: make(**settings, max_retries=provider.once, **arguments),
             model,
             key,
             structured=self.structured,
@@ -116,22 +116,22 @@ class LLM:
         if self._silent:
             self.log(f"search: no language model steers ({self._silent}): agent.fallback does")
 
-    def ask(self, history: History, space: Space, outlook: Forecaster) -> Suggestion:
-        """The model's proposal, or what is suggested instead.
+    def ask(self, history: History, space: Space, forecaster: Forecaster) -> Suggestion:
+        """Returns the model's proposal, or another suggestion in its place.
 
         Raises:
-            Exhausted: there is no strategy that was not tried.
+            Exhausted: every strategy was tried.
         """
         spent = self._limits.llm_budget_spent(history)
         if spent and not self._silent:
             self._give_up(spent)
         steering = self.fallback if self._silent and self.fallback is not None else self.optimizer
-        instead = steering.ask(history, space, outlook)
+        instead = steering.ask(history, space, forecaster)
         if self._silent:
             return self._without(instead, {"fallback": self._silent})
-        found = brief(history, space, instead, self._limits.left(history), self.about)
-        text = str(self.chat.scrub(as_text(found)))
-        session = Session(text, history, space, outlook, Transcript(self._price))
+        contents = brief(history, space, instead, self._limits.remaining(history), self.about)
+        text = str(self.chat.scrub(as_text(contents)))
+        session = Session(text, history, space, forecaster, Transcript(self._price))
         failure = self._run(session)
         record = self._record(session, instead)
         messages = {
@@ -146,26 +146,29 @@ class LLM:
         return Suggestion(idea.strategy, "llm", str(self.chat.scrub(idea.reason)), record=record, messages=messages)
 
     def _run(self, session: Session) -> str:
-        """Asks; the reason if nothing came of it."""
+        """Asks the model; returns why there is no proposal, "" if there is one."""
         try:
             self._graph.run(session)
         except Dead as dead:
             self._dead += 1
-            said = str(dead)
+            message = str(dead)
             if dead.final:
-                self._give_up(f"{self._named()}: {said}; check {self._variable} and agent.llm")
+                self._give_up(f"{self._model_name()}: {message}; check {self._variable} and agent.llm")
             elif self._dead >= DEAD_IN_A_ROW:
-                self._give_up(f"{self._named()} has not answered for {self._dead} proposals in a row; last: {said}")
+                self._give_up(
+                    f"{self._model_name()} has not answered for {self._dead} proposals in a row; last: {message}"
+                )
             else:
-                self.log(f"search: {self._named()} does not answer ({said}); the optimizer proposes instead")
-            return said
+                self.log(f"search: {self._model_name()} does not answer ({message}); the optimizer proposes instead")
+            return message
         self._dead = 0
         if session.idea is None:
             last = session.objections[0] if session.objections else "no proposal"
-            return f"nothing that {self._named()} proposed can be tried: {last}"
+            return f"nothing that {self._model_name()} proposed can be tried: {last}"
         return ""
 
     def _record(self, session: Session, instead: Suggestion) -> dict[str, Any]:
+        """Returns what the study stores of the conversation."""
         transcript = session.transcript
         return {
             "agent": "llm",
@@ -181,7 +184,7 @@ class LLM:
     def _without(
         self, instead: Suggestion, record: Mapping[str, Any], messages: Mapping[str, Any] | None = None
     ) -> Suggestion:
-        """The other suggestion, with why the model's was not taken."""
+        """Returns the other suggestion, with a record of why it replaces the model's."""
         return Suggestion(
             instead.strategy,
             instead.by,
@@ -192,9 +195,10 @@ class LLM:
         )
 
     def _give_up(self, why: str) -> None:
+        """Stops asking the model for the rest of the search."""
         self._silent = why
         other = "agent.fallback" if self.fallback is not None else "the optimizer"
         self.log(f"search: the language model is not asked any more: {why}; {other} steers on")
 
-    def _named(self) -> str:
+    def _model_name(self) -> str:
         return self.chat.name or "the model"

@@ -1,6 +1,6 @@
-"""GGUF files: written from a transformers model, quantized by llama.cpp itself, and read as a base model.
+"""Writes GGUF files from transformers models, quantizes them with llama.cpp, and reads them as base models.
 
-architectures: how a family of models is described in GGUF; tokenizer: its vocabulary; export: the file in full precision;
-importance: what the calibration data says of each input; mix: which type each tensor gets; quantize: llama.cpp's quantizer.
-file, read, read_vocabulary: the way back; dequantized: once a file.
+Writing: `architectures` describes model families in GGUF, `vocabulary` writes the tokenizer, `export` writes a file in full or
+half precision, `mix` gives the type of each tensor, `quantize` calls llama.cpp's quantizer.
+Reading: `file`, `read` and `read_vocabulary` convert a file, `dequantized` caches the result.
 """

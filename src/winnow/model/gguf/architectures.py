@@ -1,7 +1,7 @@
-"""How the model families of transformers are described in GGUF: keys, names of tensors, and what differs in their weights.
+"""Describes the model families of transformers in GGUF: keys, tensor names, and differences in their weights.
 
-llama.cpp computes each of its architectures in one fixed way; what a configuration asks for beyond that has no key to be
-written to, and is refused rather than dropped.
+llama.cpp computes each architecture in one fixed way. A configuration that differs from it has no key in GGUF, and is refused
+rather than written incompletely.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter, TensorNameMap
     from transformers import PretrainedConfig
 
-# rotary parameters that are not written, and the value at which that is right
+# rotary parameters without a key in GGUF -> the only value that can be written
 _ROPE_WITHOUT_KEYS = {"partial_rotary_factor": 1.0, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
-# llama.cpp tells the largest Gemma by its layers, and scales its scores differently
+# llama.cpp recognises the largest Gemma by its number of layers, and scales its attention scores differently
 LARGEST_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 
 
@@ -30,13 +30,13 @@ class Family:
 
     Attributes:
         architecture: its name in GGUF.
-        activation: of the feed-forward layers, which is fixed.
-        paired: rotary embeddings turn neighbouring rows of q and k, where transformers turns the two halves of a head.
-        norm_offset: what transformers adds to the weights of a norm when it runs.
-        windows: layers of sliding attention are computed as such; else all layers see everything.
-        rope_factors: takes one factor a rotary frequency (Llama 3's scaling).
-        square_heads: the heads together must be as wide as the model.
-        token_bytes: of a token and what belongs to it in the file, typically: texts and merges, or text and score.
+        activation: the fixed activation of the feed-forward layers.
+        paired: rotary embeddings rotate neighbouring rows of q and k, while transformers rotates the two halves of a head.
+        norm_offset: the value that transformers adds to a norm's weights in the forward pass.
+        windows: whether sliding attention is supported; otherwise every layer attends to all positions.
+        rope_factors: whether one factor per rotary frequency is supported (Llama 3's scaling).
+        square_heads: whether the heads together must be as wide as the model.
+        token_bytes: typical size of a token in the file: text and merges, or text and score.
     """
 
     architecture: str
@@ -61,10 +61,10 @@ FAMILIES = {
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The llama.cpp architecture that computes a model of this configuration.
+    """Returns the llama.cpp architecture that computes a model of this configuration.
 
     Raises:
-        UserError: there is none, or it cannot do all that the configuration asks for.
+        UserError: there is no such architecture, or it does not support the configuration.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -74,26 +74,28 @@ def family_of(config: PretrainedConfig) -> Family:
         )
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if activation not in (family.activation, {"silu": "swish"}.get(family.activation)):
-        raise _refused(config, f"hidden_act={activation}", f"only {family.activation}")
+        raise _unsupported_error(config, f"hidden_act={activation}", f"only {family.activation}")
     if family.square_heads and config.num_attention_heads * head_dim(config) != config.hidden_size:
-        raise _refused(
+        raise _unsupported_error(
             config,
             f"{config.num_attention_heads} heads of {head_dim(config)} beside hidden_size={config.hidden_size}",
             "only heads that are together as wide as the model",
         )
     if getattr(config, "use_bidirectional_attention", False):
-        raise _refused(config, "use_bidirectional_attention", "only causal attention")
+        raise _unsupported_error(config, "use_bidirectional_attention", "only causal attention")
     for parameters in _rope(config):
         kind = parameters.get("rope_type", "default")
         if kind not in ("default", "linear", "yarn") and not (kind == "llama3" and family.rope_factors):
-            raise _refused(config, f"rope_type={kind}", "no such scaling of positions")
-        unknown = [k for k, plain in _ROPE_WITHOUT_KEYS.items() if parameters.get(k) not in (None, plain)]
-        if unknown:
-            raise _refused(config, f"{unknown[0]}={parameters[unknown[0]]}", "no such rotary embedding")
+            raise _unsupported_error(config, f"rope_type={kind}", "no such scaling of positions")
+        unsupported = [k for k, plain in _ROPE_WITHOUT_KEYS.items() if parameters.get(k) not in (None, plain)]
+        if unsupported:
+            raise _unsupported_error(
+                config, f"{unsupported[0]}={parameters[unsupported[0]]}", "no such rotary embedding"
+            )
     return family
 
 
-def _refused(config: PretrainedConfig, what: str, instead: str) -> UserError:
+def _unsupported_error(config: PretrainedConfig, what: str, instead: str) -> UserError:
     return UserError(
         f"method.gguf: llama.cpp computes {instead} for a {config.model_type}, and this one has {what}; "
         f"take another quantization method"
@@ -101,13 +103,14 @@ def _refused(config: PretrainedConfig, what: str, instead: str) -> UserError:
 
 
 def head_dim(config: PretrainedConfig) -> int:
+    """Returns the width of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """The longest sequence for which llama.cpp computes what transformers does.
+    """Returns the longest sequence for which llama.cpp computes the same as transformers.
 
-    Where its architecture has no sliding attention (Mistral, Qwen2), the two agree up to the window and no further.
+    If llama.cpp's architecture has no sliding attention (Mistral, Qwen2), the two agree only up to the window.
     """
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
@@ -119,7 +122,7 @@ def context_length(config: PretrainedConfig) -> int:
 
 
 def add_keys(writer: GGUFWriter, config: PretrainedConfig, rows: int) -> None:
-    """The keys that describe the architecture; `rows` of the token embedding."""
+    """Writes the keys that describe the architecture; `rows` is the number of rows of the token embedding."""
     import gguf
 
     family, width = family_of(config), head_dim(config)
@@ -138,7 +141,8 @@ def add_keys(writer: GGUFWriter, config: PretrainedConfig, rows: int) -> None:
     rope, *local = _rope(config)
     sliding = [kind == "sliding_attention" for kind in config.layer_types] if family.windows else []
     window = config.sliding_window if family.windows else None
-    if sliding and not any(sliding):  # llama.cpp aborts where no layer slides: one that sees everything is said to
+    if sliding and not any(sliding):
+        # llama.cpp aborts if no layer slides: declare one with a window over all positions
         sliding[-1], window, local = True, config.max_position_embeddings, [rope] if local else []
     writer.add_rope_freq_base(rope["rope_theta"])
     if local:
@@ -169,7 +173,7 @@ def _add_yarn(writer: GGUFWriter, rope: dict[str, Any], config: PretrainedConfig
 
 
 def _rope(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """Rotary parameters of the layers of full attention, then, where they differ, of those of sliding attention."""
+    """Returns the rotary parameters of full attention layers, and those of sliding attention layers if they differ."""
     parameters = config.rope_parameters
     if "full_attention" in parameters:
         return [parameters["full_attention"], parameters["sliding_attention"]]
@@ -177,7 +181,7 @@ def _rope(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
-    """What each rotary frequency [head_dim / 2] is divided by, for Llama 3's scaling; None for the others."""
+    """Returns the divisor of each rotary frequency [head_dim / 2] in Llama 3's scaling; None for other scalings."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     (rope, *_), width = _rope(config), head_dim(config)
@@ -189,30 +193,30 @@ def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
     return factors.float()
 
 
-class Names:
-    """GGUF's names of the tensors of a model."""
+class TensorNames:
+    """Maps a model's tensor names in transformers to those in GGUF."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         import gguf
 
         architecture = family_of(config).architecture
-        known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        architecture_keys = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         self.config = config
-        self.map: TensorNameMap = gguf.get_tensor_name_map(known[architecture], config.num_hidden_layers)
+        self.map: TensorNameMap = gguf.get_tensor_name_map(architecture_keys[architecture], config.num_hidden_layers)
 
     def __getitem__(self, name: str) -> str:
-        """Raises UserError where the architecture has no such tensor."""
-        found: str | None = self.map.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        """Returns the GGUF name of a tensor; raises UserError if the architecture has no such tensor."""
+        gguf_name: str | None = self.map.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise UserError(
                 f"method.gguf: llama.cpp knows no tensor {name} in a {self.config.model_type}; "
                 f"start from a model of plain weights (merge adapters first)"
             )
-        return found
+        return gguf_name
 
 
-def converted(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """A weight of transformers, by its GGUF name, as llama.cpp's architecture wants it."""
+def to_gguf(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """Converts a weight of transformers, given its GGUF name, to the layout that llama.cpp expects."""
     family = FAMILIES[config.model_type]
     layer_part = name.split(".")[-2]
     if family.paired and layer_part in ("attn_q", "attn_k"):
@@ -229,10 +233,10 @@ def converted(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torc
 
 
 def _query_scale(config: PretrainedConfig) -> float:
-    """What the queries must be multiplied by where llama.cpp's own scale of the scores is not the configuration's."""
+    """Returns the factor on the queries that corrects llama.cpp's score scale to that of the configuration."""
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is None:
         return 1.0
-    largest = config.num_hidden_layers == LARGEST_LAYERS[config.model_type]
-    assumed = config.hidden_size // config.num_attention_heads if largest else head_dim(config)
-    return math.sqrt(assumed / scalar)
+    is_largest = config.num_hidden_layers == LARGEST_LAYERS[config.model_type]
+    assumed_width = config.hidden_size // config.num_attention_heads if is_largest else head_dim(config)
+    return math.sqrt(assumed_width / scalar)

@@ -1,8 +1,8 @@
-"""A GGUF file as a folder of transformers: dequantized once, and kept for whoever asks for the same file again.
+"""Converts a GGUF file to a transformers folder once, and caches the folder.
 
-The folders lie under `$WINNOW_CACHE/models`, else `$XDG_CACHE_HOME/winnow/models`, else `~/.cache/winnow/models`, each under the
-SHA-256 of the file and of the code that reads it. A folder may be deleted at any time: it is made again. It takes 2 bytes a
-weight, 4 for a file in single precision; one tensor at a time is in memory.
+The folders lie under `$WINNOW_CACHE/models`, else `$XDG_CACHE_HOME/winnow/models`, else `~/.cache/winnow/models`. Their names hold
+the SHA-256 of the file and of the code that reads it. A folder may be deleted at any time; it is then created again. It takes 2
+bytes per weight, or 4 for a file in single precision; one tensor at a time is in memory.
 
     python compress.py model=local model.path=FILE.gguf method=[rtn]
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.core.errors import UserError
-from winnow.core.files import cache_root, sha256, whole_folder, write_json
+from winnow.core.files import atomic_folder, cache_root, sha256, write_json
 from winnow.model import manifest
 from winnow.model.gguf.file import check_name
 from winnow.model.loading import Loading
@@ -48,14 +48,14 @@ READERS = (
     "splits.py",
     "vocabulary.py",
 )
-PATIENCE_S = 2.0  # a conversion that takes longer is worth a line
-_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of safetensors
+PATIENCE_S = 2.0  # a longer conversion reports its progress
+_TYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # torch dtype -> its name in safetensors
 
 
 def folder_of(file: Path, dequantize: bool = True) -> Path:
-    """The folder that a GGUF file was read to; it is made where it is not there.
+    """Returns the cached folder of a GGUF file, and creates it if needed.
 
-    Without `dequantize` it is one as `method=[gguf]` leaves it, with a link to the file itself: what llama.cpp serves.
+    Without `dequantize` the folder is like the result of `method=[gguf]`, with a link to the file, which llama.cpp serves.
 
     Raises:
         UserError: the file cannot be read (see `winnow.model.gguf.read`), or the cache cannot be written.
@@ -63,36 +63,41 @@ def folder_of(file: Path, dequantize: bool = True) -> Path:
     """
     check_name(file)
     digest = sha256(file)
-    made = cache_root() / "models" / f"{_plain(file.stem)}-{digest[:16]}-{_version()}{'' if dequantize else '-file'}"
+    folder = (
+        cache_root()
+        / "models"
+        / f"{_safe_name(file.stem)}-{digest[:16]}-{_reader_version()}{'' if dequantize else '-file'}"
+    )
 
-    def there() -> bool:
-        linked = dequantize or (made / file.name).resolve() == file.resolve()
-        return linked and (made / manifest.NAME).is_file()
+    def is_cached() -> bool:
+        linked = dequantize or (folder / file.name).resolve() == file.resolve()
+        return linked and (folder / manifest.NAME).is_file()
 
-    if not there():
-        with _locked(made):
-            if not there():  # another process may have made it meanwhile
-                _read(file, digest, made, dequantize)
-    return made
+    if not is_cached():
+        with _locked(folder):
+            if not is_cached():  # another process may have created it in the meantime
+                _convert(file, digest, folder, dequantize)
+    return folder
 
 
 @functools.cache
-def _version() -> str:
-    """Of the code that reads: what another one has made may not be what this one makes."""
+def _reader_version() -> str:
+    """Returns a hash of the code that reads GGUF files, because other code may give another result."""
     digest = hashlib.sha256()
     for name in READERS:
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:8]
 
 
-def _plain(name: str) -> str:
+def _safe_name(name: str) -> str:
+    """Returns a name that is safe as a part of a folder name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".")[:64] or "model"
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Held while a folder is made, so that two processes do not both make it; given up when this one dies."""
-    with _allowed():
+    """Locks a folder against creation by another process inside the block; the lock ends when this process dies."""
+    with _cache_errors():
         folder.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -103,7 +108,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _allowed() -> Iterator[None]:
+def _cache_errors() -> Iterator[None]:
+    """Turns an OSError into a UserError about the cache."""
     try:
         yield
     except OSError as error:
@@ -114,31 +120,31 @@ def _allowed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[Path]:
-    with whole_folder(folder, option="the cache", elsewhere="WINNOW_CACHE") as scratch:
+    with atomic_folder(folder, option="the cache", elsewhere="WINNOW_CACHE") as scratch:
         yield scratch
 
 
-def _read(file: Path, digest: str, target: Path, dequantize: bool) -> None:
+def _convert(file: Path, digest: str, output: Path, dequantize: bool) -> None:
     from winnow.model.gguf import read, read_vocabulary
-    from winnow.model.gguf.file import opened
+    from winnow.model.gguf.file import open_gguf
     from winnow.model.quiet import quiet
 
-    contents = opened(file)
+    contents = open_gguf(file)
     with quiet():
-        config = read.configuration(contents)
+        config = read.read_config(contents)
         dtype = read.dtype_of(contents)
         name = str(dtype).removeprefix("torch.")
         config.dtype = dtype
-        tokenizer = read_vocabulary.tokenizer_in(contents)
+        tokenizer = read_vocabulary.read_tokenizer(contents)
         weights = read.Weights(contents, config)
     size = dtype.itemsize * sum(math.prod(shape) for shape in weights.shapes.values())
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(output.parent).free
     if dequantize and free < size:
         raise UserError(
-            f"model.path={file} takes {size / 1e9:.1f} GB as {_NAMES[name]}, and {cache_root()} has {free / 1e9:.1f} GB left; "
+            f"model.path={file} takes {size / 1e9:.1f} GB as {_TYPE_NAMES[name]}, and {cache_root()} has {free / 1e9:.1f} GB left; "
             f"free some space, or set WINNOW_CACHE to another place"
         )
-    with _writing(target) as folder, quiet():
+    with _writing(output) as folder, quiet():
         rounding: dict[str, Any] = {}
         if dequantize:
             rounding = {"dtype": name, **_write_weights(weights, name, folder / "model.safetensors", file)}
@@ -146,94 +152,97 @@ def _read(file: Path, digest: str, target: Path, dequantize: bool) -> None:
             (folder / file.name).symlink_to(file.resolve())
         config.architectures = [type(weights.model).__name__]
         config.save_pretrained(folder)
-        ends = read_vocabulary.end_ids(contents)
+        end_ids = read_vocabulary.end_ids(contents)
         ids = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "pad")}
-        ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+        ids["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else end_ids or None
         write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
         tokenizer.save_pretrained(folder)
         _check_tokenizer(tokenizer, folder, contents)
-        held = {
+        record = {
             "origin": {"file": file.name, "sha256": digest, **_description(contents), **rounding},
             "versions": manifest.versions(),
-            **manifest.described(folder),
+            **manifest.describe_files(folder),
         }
-        manifest.write(folder, held)
+        manifest.write(folder, record)
 
 
-def _check_tokenizer(made: PreTrainedTokenizerBase, folder: Path, file: File) -> None:
-    """Raises UserError where transformers loads another tokenizer than was saved: it has one of its own for some models."""
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, file: File) -> None:
+    """Raises UserError if transformers loads another tokenizer than was saved: it has its own one for some models."""
     from winnow.model.gguf.vocabulary import SAMPLES
     from winnow.model.load import load_tokenizer
 
     loaded = load_tokenizer(str(folder), Loading())
-    if any(loaded(text).input_ids != made(text).input_ids for text in SAMPLES):
-        raise file.refused(
+    if any(loaded(text).input_ids != tokenizer(text).input_ids for text in SAMPLES):
+        raise file.error(
             f"transformers loads the tokenizer of a {file.architecture} as {type(loaded).__name__}, which gives other ids than "
             f"the one in the file (tokenizer.ggml.pre={file.keys.get('tokenizer.ggml.pre')})"
         )
 
 
 def _description(file: File) -> dict[str, Any]:
-    kinds = Counter(tensor.tensor_type.name for tensor in file.tensors.values())
-    named = {"architecture": file.architecture, "name": file.keys.get("general.name")}
-    return {**named, "license": file.keys.get("general.license"), "tensor_types": dict(sorted(kinds.items()))}
+    type_counts = Counter(tensor.tensor_type.name for tensor in file.tensors.values())
+    fields = {"architecture": file.architecture, "name": file.keys.get("general.name")}
+    return {**fields, "license": file.keys.get("general.license"), "tensor_types": dict(sorted(type_counts.items()))}
 
 
 def _write_weights(weights: Weights, dtype: str, target: Path, source: Path) -> dict[str, Any]:
-    """Writes a safetensors file a part of a tensor at a time (8 bytes of length, JSON header, data).
+    """Writes a safetensors file in parts of tensors (8 bytes of length, JSON header, data).
 
-    Returns how many tensors `dtype` could not hold as they were, and the size of what was lost relative to all weights.
+    Returns the number of tensors that `dtype` cannot hold exactly, and the norm of the error relative to that of all weights.
     """
     import torch
 
-    kind: torch.dtype = getattr(torch, dtype)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in weights.shapes.items():
-        start, end = end, end + math.prod(shape) * kind.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+        start, end = end, end + math.prod(shape) * torch_dtype.itemsize
+        header[name] = {"dtype": _TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded_header = json.dumps(header).encode()
+    encoded_header += b" " * (-len(encoded_header) % 8)
     progress = _Progress(source, end)
-    rounded, lost, whole = 0, 0.0, 0.0
+    rounded_tensors, squared_error, squared_norm = 0, 0.0, 0.0
     with target.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.write(struct.pack("<Q", len(encoded_header)) + encoded_header)
         for name in weights.shapes:
-            exact = True
+            is_exact = True
             for part in weights[name]:
-                kept = part.to(kind)
-                if not kept.isfinite().all():
-                    raise weights.file.refused(f"its tensor of {name} holds NaN, infinity or what {dtype} cannot")
-                difference = kept.float() - part
-                lost += float(difference.square().sum(dtype=torch.float64))
-                whole += float(part.square().sum(dtype=torch.float64))
-                exact &= not difference.any()
-                out.write(kept.contiguous().view(torch.uint8).numpy().data)
-                progress.add(kept.nbytes)
-            rounded += not exact
+                stored = part.to(torch_dtype)
+                if not stored.isfinite().all():
+                    raise weights.file.error(f"its tensor of {name} holds NaN, infinity or what {dtype} cannot")
+                difference = stored.float() - part
+                squared_error += float(difference.square().sum(dtype=torch.float64))
+                squared_norm += float(part.square().sum(dtype=torch.float64))
+                is_exact &= not difference.any()
+                out.write(stored.contiguous().view(torch.uint8).numpy().data)
+                progress.add(stored.nbytes)
+            rounded_tensors += not is_exact
     progress.end()
-    return {"rounded_tensors": rounded, "rounding_error": float(f"{math.sqrt(lost / whole) if whole else 0.0:.3g}")}
+    return {
+        "rounded_tensors": rounded_tensors,
+        "rounding_error": float(f"{math.sqrt(squared_error / squared_norm) if squared_norm else 0.0:.3g}"),
+    }
 
 
 @dataclasses.dataclass
 class _Progress:
-    """Lines on standard error for a conversion that takes a while."""
+    """Reports the progress of a long conversion on standard error."""
 
     source: Path
     total: int
     done: int = 0
-    said: float = dataclasses.field(default_factory=time.monotonic)
-    spoke: bool = False
+    last_report: float = dataclasses.field(default_factory=time.monotonic)
+    has_reported: bool = False
 
     def add(self, count: int) -> None:
         self.done += count
-        if time.monotonic() - self.said > (10 if self.spoke else PATIENCE_S):
-            self._say(f"{self.done / self.total:.0%}")
+        if time.monotonic() - self.last_report > (10 if self.has_reported else PATIENCE_S):
+            self._report(f"{self.done / self.total:.0%}")
 
     def end(self) -> None:
-        if self.spoke:
-            self._say("done")
+        if self.has_reported:
+            self._report("done")
 
-    def _say(self, what: str) -> None:
-        self.said, self.spoke = time.monotonic(), True
+    def _report(self, what: str) -> None:
+        self.last_report, self.has_reported = time.monotonic(), True
         print(f"reading {self.source.name} into {cache_root()}: {what}", file=sys.stderr, flush=True)

@@ -24,15 +24,15 @@ _EXACT = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def exact_type(lm: LM) -> str:
-    """The type of GGUF that holds the model's weights as they are."""
+    """Returns the GGUF type that holds the model's weights exactly."""
     return _EXACT.get(lm.model.dtype, "F32")
 
 
 def export(lm: LM, path: Path | str, dtype: str = "F32") -> dict[str, Any]:
-    """Writes `path`: matrices as `dtype` (F32, F16 or BF16), vectors as F32; returns notes on the tokenizer.
+    """Writes `path` with matrices as `dtype` (F32, F16 or BF16) and vectors as F32; returns notes on the tokenizer.
 
     Raises:
-        UserError: llama.cpp has no architecture for the model, or F16 no room for a weight.
+        UserError: llama.cpp has no architecture for the model, or a weight is too large for F16.
         MissingExtra: gguf is not installed.
     """
     require("gguf")
@@ -41,7 +41,7 @@ def export(lm: LM, path: Path | str, dtype: str = "F32") -> dict[str, Any]:
     from winnow.model.gguf import vocabulary
 
     config = lm.model.config
-    names = architectures.Names(config)
+    names = architectures.TensorNames(config)
     weights = [(names[name], tensor.detach()) for name, tensor in lm.model.named_parameters()]
     factors = architectures.rope_factors(config)
     if factors is not None:
@@ -53,7 +53,7 @@ def export(lm: LM, path: Path | str, dtype: str = "F32") -> dict[str, Any]:
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "F32" else f"MOSTLY_{dtype}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         architectures.add_keys(writer, config, rows)
-        notes = vocabulary.add_to(writer, lm.tokenizer, rows)
+        notes = vocabulary.write_vocabulary(writer, lm.tokenizer, rows)
         for name, tensor in weights:
             kind = _kind(tensor, dtype)
             as_numpy, size = _array(torch.empty(0, dtype=DTYPES[kind])).dtype, tensor.numel() * DTYPES[kind].itemsize
@@ -62,7 +62,7 @@ def export(lm: LM, path: Path | str, dtype: str = "F32") -> dict[str, Any]:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, tensor in weights:
-            stored = architectures.converted(name, tensor, config).to(DTYPES[_kind(tensor, dtype)])
+            stored = architectures.to_gguf(name, tensor, config).to(DTYPES[_kind(tensor, dtype)])
             if stored.dtype == torch.float16 and not stored.isfinite().all():
                 raise UserError(
                     f"method.gguf.dense=F16: {name} holds values that F16 cannot; take method.gguf.dense=BF16"
@@ -72,7 +72,7 @@ def export(lm: LM, path: Path | str, dtype: str = "F32") -> dict[str, Any]:
 
 
 def _kind(tensor: torch.Tensor, dtype: str) -> str:
-    return dtype if tensor.ndim > 1 else "F32"  # llama.cpp adds and multiplies vectors in single precision
+    return dtype if tensor.ndim > 1 else "F32"  # llama.cpp computes with vectors in single precision
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""A GGUF file that is to be read: opened, and refused by name where it is not whole, not one file, or not a model.
+"""Opens a GGUF file, and reports a damaged file, a part of a split model, or a file that is not a language model.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
 
 MAGIC = b"GGUF"
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+_PART_NUMBER = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,24 @@ class File:
 
     @property
     def architecture(self) -> str:
-        return str(self.need("general.architecture"))
+        return str(self.required("general.architecture"))
 
-    def need(self, key: str) -> Any:
-        """Raises UserError where the file has no such key."""
+    def required(self, key: str) -> Any:
+        """Returns the value of a key; raises UserError if the file lacks it."""
         if key not in self.keys:
-            raise self.refused(f"it lacks the key {key}")
+            raise self.error(f"it lacks the key {key}")
         return self.keys[key]
 
-    def refused(
+    def error(
         self, why: str, instead: str = "take another file of this model, or its Hugging Face folder"
     ) -> UserError:
+        """Returns the error that says why the file cannot be read, and what to do instead."""
         return UserError(f"model.path={self.path}: {why}; {instead}")
 
 
 def check_name(path: Path) -> None:
-    """Raises UserError for a part of a model that was split into several files."""
-    part = _PART.search(path.name)
+    """Raises UserError if a name is that of one part of a model that was split into several files."""
+    part = _PART_NUMBER.search(path.name)
     if part and int(part[2]) > 1:
         raise UserError(
             f"model.path={path} is part {int(part[1])} of {int(part[2])} of a model; join the parts first: "
@@ -60,11 +61,11 @@ def check_name(path: Path) -> None:
         )
 
 
-def opened(path: Path) -> File:
-    """The file at `path`.
+def open_gguf(path: Path) -> File:
+    """Opens the GGUF file at `path`.
 
     Raises:
-        UserError: it is no GGUF file, is cut short or damaged, is a part of a model, or is no language model.
+        UserError: the file is not a GGUF file, is truncated or damaged, is a part of a model, or is not a language model.
         MissingExtra: gguf is not installed.
     """
     check_name(path)
@@ -87,14 +88,12 @@ def opened(path: Path) -> File:
         ) from error
     file = File(path, keys, {tensor.name: tensor for tensor in reader.tensors})
     if reader.byte_order != "I":
-        raise file.refused("its numbers are in the byte order of another kind of machine")
+        raise file.error("its numbers are in the byte order of another kind of machine")
     if keys.get("split.count", 0) > 1:
         raise UserError(
             f"model.path={path} is one of {keys['split.count']} parts of a model; join them first: "
             f"llama-gguf-split --merge FIRST_PART WHOLE.gguf"
         )
     if keys.get("general.type", "model") != "model":
-        raise file.refused(
-            f"it holds a part of another kind (general.type={keys['general.type']}), not a language model"
-        )
+        raise file.error(f"it holds a part of another kind (general.type={keys['general.type']}), not a language model")
     return file

@@ -1,4 +1,4 @@
-"""llama.cpp, silent."""
+"""Silences the log of llama.cpp."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any
 
-_ERROR, _CONTINUED = 4, 5  # levels of ggml's log; a line may come in parts
+_ERROR, _CONTINUED = 4, 5  # levels of ggml's log; a line may arrive in several parts
 
 
 @contextlib.contextmanager
@@ -24,11 +24,11 @@ def silent() -> Iterator[list[str]]:
         if level == _ERROR:
             errors.append(text.decode(errors="replace").strip())
 
-    callback = llama_cpp.llama_log_callback(listen)  # must live as long as llama.cpp may call it
-    before, its_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(its_data))
+    callback = llama_cpp.llama_log_callback(listen)  # must stay referenced as long as llama.cpp may call it
+    original_callback, original_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(original_callback), ctypes.byref(original_data))
     llama_cpp.llama_log_set(callback, ctypes.c_void_p())
     try:
         yield errors
     finally:
-        llama_cpp.llama_log_set(before, its_data)
+        llama_cpp.llama_log_set(original_callback, original_data)

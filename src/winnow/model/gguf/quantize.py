@@ -1,4 +1,4 @@
-"""Quantizes a GGUF file by llama.cpp's own quantizer, through its C interface."""
+"""Quantizes a GGUF file with llama.cpp's own quantizer, through its C interface."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def quantize(
     source: Path, target: Path, file_type: str, importance: Mapping[str, np.ndarray] | None = None, threads: int = 1
 ) -> None:
-    """Writes `target` from the unquantized `source`; `file_type` as llama.cpp names it: Q4_K_M, Q8_0, ...
+    """Writes `target` from the unquantized `source`; `file_type` is llama.cpp's name: Q4_K_M, Q8_0, ...
 
     Args:
-        importance: mean squared inputs [in] by tensor (see `importance.collect`).
+        importance: mean squared inputs [in] by tensor name.
 
     Raises:
         OSError: the file could not be written.
-        RuntimeError: llama.cpp could not; with its own words.
+        RuntimeError: llama.cpp failed; the message holds its errors.
     """
     require("gguf", "llama_cpp")
     import gguf
@@ -37,7 +37,7 @@ def quantize(
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = threads
     params.ftype = gguf.LlamaFileType[f"MOSTLY_{file_type}"].value
-    # both live until the call is over: `params` holds bare pointers
+    # both must stay referenced until the call returns: `params` holds bare pointers
     vectors = {name: np.ascontiguousarray(values, dtype=np.float32) for name, values in (importance or {}).items()}
     entries = _entries(vectors)
     if vectors:
@@ -45,15 +45,15 @@ def quantize(
     with silent() as errors:
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
     if code:
-        full = shutil.disk_usage(target.parent).free < source.stat().st_size
+        is_full = shutil.disk_usage(target.parent).free < source.stat().st_size
         target.unlink(missing_ok=True)
         if "iostream" in " ".join(errors):
-            raise OSError(errno.ENOSPC if full else errno.EIO, "llama.cpp could not write", str(target))
+            raise OSError(errno.ENOSPC if is_full else errno.EIO, "llama.cpp could not write", str(target))
         raise RuntimeError(f"llama.cpp could not quantize to {file_type}: {' '.join(errors) or f'code {code}'}")
 
 
 def _entries(vectors: Mapping[str, np.ndarray]) -> ctypes.Array[ctypes.Structure]:
-    """llama.cpp's array of named vectors, which ends with one that has no name."""
+    """Returns llama.cpp's array of named vectors, which ends with an entry without a name."""
     import llama_cpp
 
     entries = (llama_cpp.llama_model_imatrix_data * (len(vectors) + 1))()
@@ -65,7 +65,7 @@ def _entries(vectors: Mapping[str, np.ndarray]) -> ctypes.Array[ctypes.Structure
 
 
 def tensor_types(path: Path) -> dict[str, int]:
-    """How many tensors of a GGUF file have which type."""
+    """Returns the number of tensors of each type in a GGUF file."""
     import gguf
 
     return dict(sorted(Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors).items()))

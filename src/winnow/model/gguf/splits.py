@@ -1,4 +1,4 @@
-"""What GGUF keeps of a tokenizer, and the ways to split text that have a name there."""
+"""Defines the tokenizer data that GGUF stores, and the pre-tokenizer splits that have a name in GGUF."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ NAMED_SPLITS: Mapping[tuple[str, ...], str] = {  # steps of a pre-tokenizer -> l
     (f"{'|'.join(_CASED)}|\\p{{N}}|{_CASED_REST}",): "tekken",
     (f"{'|'.join(c + _CONTRACTIONS + '?' for c in _CASED)}|\\p{{N}}{{1,3}}|{_CASED_REST}",): "gpt-4o",
 }
-WHOLE_WORDS = ("llama-bpe", "tekken")  # look a word up in the vocabulary before they merge its parts
+# splits of tokenizers that look a word up in the vocabulary before they merge its parts
+WHOLE_WORDS = ("llama-bpe", "tekken")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF keeps of a tokenizer: `model` is `gpt2` or `llama`; `types` are those of `gguf.TokenType`."""
+    """The tokenizer data in GGUF: `model` is `gpt2` or `llama`; `types` holds values of `gguf.TokenType`."""
 
     model: str
     tokens: list[str]

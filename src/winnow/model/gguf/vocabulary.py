@@ -1,9 +1,9 @@
-"""A tokenizer of transformers as a GGUF vocabulary.
+"""Writes a transformers tokenizer as a GGUF vocabulary.
 
-llama.cpp knows two kinds that matter here: byte-level BPE (`gpt2`: tokens, merges, and the *name* of a way to split text, for
-a file cannot hold the regular expression itself), and SentencePiece (`llama`: tokens with scores). A split that has no name is
-written as the one whose ids agree best with ours on sample texts. What is neither kind is written without texts (`none`): the
-file then takes token ids only, which is how winnow feeds it anyway.
+Two kinds of llama.cpp matter here: byte-level BPE (`gpt2`: tokens, merges, and the *name* of a pre-tokenizer split, because a
+file cannot hold the regular expression itself), and SentencePiece (`llama`: tokens with scores). A split without a name is
+written as the one whose ids agree best with the tokenizer's on sample texts. Any other tokenizer is written without texts
+(`none`): the file then takes token ids only, which is what winnow passes anyway.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ SAMPLES = (
 )
 
 
-def add_to(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
-    """Writes the vocabulary, padded or cut to the `rows` of the embedding; returns what to note of it in the manifest."""
+def write_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
+    """Writes the vocabulary, padded or cut to the `rows` of the embedding; returns notes for the manifest."""
     vocabulary = vocabulary_of(tokenizer, rows)
     if vocabulary is None:
         writer.add_tokenizer_model("none")
         return {"tokenizer": "none"}
     split = _named_split(tokenizer) if vocabulary.model == "gpt2" else vocabulary.pre
-    by_llama_cpp = is_installed("llama_cpp")
-    choose = _best_split if by_llama_cpp else _best_split_as_read
-    chosen, agreement = choose(vocabulary, tokenizer, (split,) if split else CANDIDATES)
+    has_llama_cpp = is_installed("llama_cpp")
+    best_split = _best_split_by_llama_cpp if has_llama_cpp else _best_split_by_reader
+    chosen, agreement = best_split(vocabulary, tokenizer, (split,) if split else CANDIDATES)
     _write(writer, vocabulary, tokenizer, chosen)
     notes = {"tokenizer": vocabulary.model, "tokenizer_agreement": agreement}
-    if not by_llama_cpp:
+    if not has_llama_cpp:
         notes["tokenizer_agreement_with"] = "winnow's reader"
     if vocabulary.model == "gpt2":
         notes["pre_tokenizer"] = chosen if split else f"{chosen} (the nearest that llama.cpp has)"
@@ -54,7 +54,7 @@ def add_to(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) ->
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary | None:
-    """The vocabulary of a tokenizer, or None where llama.cpp has no such kind."""
+    """Returns the vocabulary of a tokenizer, or None if llama.cpp does not support its kind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -70,7 +70,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary |
     if not model.get("byte_fallback"):
         return None
     tokens, types = _tokens(tokenizer, description, rows, sentencepiece=True)
-    # SentencePiece joins the pair that makes the best token; here: the token that the earliest merge makes
+    # SentencePiece joins the pair that makes the best token: here the token of the earliest merge
     ranks = {left + right: rank for rank, (left, right) in reversed(list(enumerate(merges)))}
     scores = [-float(ranks.get(token, len(merges))) for token in tokens]
     return Vocabulary("llama", tokens, types, scores=scores, space_prefix=_adds_space(description))
@@ -79,14 +79,14 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary |
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any], rows: int, sentencepiece: bool
 ) -> tuple[list[str], list[int]]:
-    """Texts and types of the tokens by id; ids without one are unused. No text comes twice: llama.cpp would abort."""
+    """Returns the texts and types of the tokens by id; ids without a token are unused. Texts are unique, else llama.cpp aborts."""
     from gguf import TokenType
 
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
     added = {entry["id"]: entry for entry in description["added_tokens"]}
     tokens: list[str] = []
     types: list[int] = []
-    seen: set[str] = set()
+    used_texts: set[str] = set()
     for index in range(rows):
         text = texts.get(index, f"[PAD{index}]")
         kind = TokenType.NORMAL if index in texts else TokenType.UNUSED
@@ -97,34 +97,35 @@ def _tokens(
         elif sentencepiece and _is_byte(text):
             kind = TokenType.BYTE
         elif sentencepiece and kind == TokenType.USER_DEFINED:
-            text = text.replace("\u2581", " ")  # llama.cpp looks for these before it escapes spaces
-        while text in seen:
+            text = text.replace("\u2581", " ")  # llama.cpp looks for these tokens before it escapes spaces
+        while text in used_texts:
             text, kind = f"{text}#{index}", TokenType.UNUSED
-        seen.add(text)
+        used_texts.add(text)
         tokens.append(text)
         types.append(kind)
     return tokens, types
 
 
 def _is_byte(text: str) -> bool:
+    """Returns whether a token stands for a byte, such as `<0x0A>`."""
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a pre-tokenizer or normalizer, one after the other."""
+    """Returns the steps of a pre-tokenizer or normalizer, in order."""
     if part is None:
         return []
     return list(part.get("pretokenizers") or part.get("normalizers") or [part])
 
 
 def _adds_space(description: Mapping[str, Any]) -> bool:
-    """Whether a space is put before the text, as SentencePiece does unless told not to."""
+    """Returns whether the tokenizer adds a space before the text, as SentencePiece does by default."""
     steps = _steps(description["normalizer"]) + _steps(description["pre_tokenizer"])
     return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
 
 
 def _named_split(tokenizer: Any) -> str | None:
-    """llama.cpp's name of how a byte-level tokenizer splits text, or None."""
+    """Returns llama.cpp's name for a byte-level tokenizer's split, or None."""
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = []
     for step in _steps(description["pre_tokenizer"]):
@@ -143,10 +144,10 @@ def _named_split(tokenizer: Any) -> str | None:
     return name if name is None or (name in WHOLE_WORDS) == whole_words else None
 
 
-def _best_split(
+def _best_split_by_llama_cpp(
     vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...]
 ) -> tuple[str, float]:
-    """The name under which llama.cpp's ids agree with ours on most of the samples, and their share."""
+    """Returns the split with which llama.cpp's ids match the tokenizer's on most samples, and the share of these."""
     import gguf
 
     with tempfile.TemporaryDirectory() as folder:
@@ -162,39 +163,39 @@ def _best_split(
     return best, shares[best]
 
 
-def _best_split_as_read(
+def _best_split_by_reader(
     vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...]
 ) -> tuple[str, float]:
-    """The same without llama.cpp, of the names that winnow can read itself."""
-    from winnow.model.gguf.read_vocabulary import SPLITS, backend
+    """Returns the same without llama.cpp, for the splits that winnow can read itself."""
+    from winnow.model.gguf.read_vocabulary import SPLITS, build_backend
 
-    def ids(text: str) -> list[int]:
-        return list(read.encode(text, add_special_tokens=False).ids)
+    def encode(text: str) -> list[int]:
+        return list(reader.encode(text, add_special_tokens=False).ids)
 
     shares = {}
     for name in [name for name in names if vocabulary.model == "llama" or name in SPLITS]:
-        read = backend(dataclasses.replace(vocabulary, pre=name))
-        shares[name] = _share(tokenizer, [ids(text) for text in SAMPLES])
+        reader = build_backend(dataclasses.replace(vocabulary, pre=name))
+        shares[name] = _share_of_matches(tokenizer, [encode(text) for text in SAMPLES])
     best = max(shares, key=lambda name: shares[name])
     return best, shares[best]
 
 
 def agreement(path: Path, tokenizer: Any, split: str | None = None) -> float:
-    """The share of sample texts that llama.cpp and transformers turn into the same ids; `split` overrides the file's."""
+    """Returns the share of sample texts for which llama.cpp and transformers give the same ids; `split` overrides the file's."""
     import llama_cpp
 
     with silent():
         overrides = {"tokenizer.ggml.pre": split} if split else None
         model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False, kv_overrides=overrides)
-        theirs = [model.tokenize(text.encode(), add_bos=False, special=False) for text in SAMPLES]
+        llama_cpp_ids = [model.tokenize(text.encode(), add_bos=False, special=False) for text in SAMPLES]
         model.close()
-    return _share(tokenizer, theirs)
+    return _share_of_matches(tokenizer, llama_cpp_ids)
 
 
-def _share(tokenizer: Any, theirs: list[list[int]]) -> float:
-    ours = [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in SAMPLES]
-    equal = sum(bool(a == b) for a, b in zip(ours, theirs, strict=True))
-    return float(round(equal / len(SAMPLES), 3))
+def _share_of_matches(tokenizer: Any, ids: list[list[int]]) -> float:
+    expected = [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in SAMPLES]
+    matches = sum(bool(a == b) for a, b in zip(expected, ids, strict=True))
+    return float(round(matches / len(SAMPLES), 3))
 
 
 def _write(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, split: str) -> None:
@@ -212,7 +213,7 @@ def _write(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedToke
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None and index < len(vocabulary.tokens):
             getattr(writer, f"add_{name}_token_id")(index)
-    ids = tokenizer("a").input_ids  # what the post-processor puts around a text is nowhere stated as a flag
+    ids = tokenizer("a").input_ids  # no flag says which tokens the post-processor adds
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(ids) and ids[-1] == tokenizer.eos_token_id)
     if isinstance(tokenizer.chat_template, str):
