@@ -1,1 +1,1 @@
-"""Views of a study: terminal, `front.json`, `report.html`, W&B. Each can be rebuilt from the study at any time."""
+"""Shows what was found: tables, `front.json`, `report.html`, Weights & Biases. Each is made from the study at any time."""
