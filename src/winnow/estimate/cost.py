@@ -74,7 +74,7 @@ class StageCost:
         sorted_weights: that are put in order.
         host_bytes: held in main memory beyond the weights as they came, wherever the work is done.
         device_bytes: held where the work is done, beyond the weights that lie there.
-        hole_bytes: that malloc of a processor's memory leaves between blocks in use, and cannot use itself.
+        fragmentation_bytes: that malloc of a processor's memory leaves between blocks in use, and cannot use itself.
         moved_bytes: weights that lie on the device at a time; a processor has them in main memory anyway.
         matmuls: matrix products of different shapes; on processors oneDNN keeps a compiled kernel for each.
     """
@@ -94,7 +94,7 @@ class StageCost:
 
     def then(self, other: StageCost) -> StageCost:
         """One after the other: the larger of what they hold."""
-        held = ("host_bytes", "device_bytes", "hole_bytes", "moved_bytes")
+        held = ("host_bytes", "device_bytes", "fragmentation_bytes", "moved_bytes")
         both = self + other
         return dataclasses.replace(both, **{name: max(getattr(self, name), getattr(other, name)) for name in held})
 
