@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: search test test-all lint bench clean
+.PHONY: search test test-all lint docs bench clean
 
 # a front in minutes: a quarter of the items, short recoveries, and no new trial after 3 minutes and 36 seconds
 search: $(READY)
@@ -21,6 +21,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+
+# the pages and pictures that are made from the code and from figures already measured
+docs: $(READY)
+	$(BIN)/python docs/draw_layers.py
+	$(BIN)/python bench/methods_page.py --page
+	$(BIN)/python bench/architectures.py page
 
 bench: $(READY)
 	@for bench in $(filter-out bench/common.py bench/direct.py bench/ddp_case.py bench/kill_case.py bench/teacher_case.py bench/trl_case.py \

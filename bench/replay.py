@@ -40,7 +40,7 @@ class Looked:
     def figures(self, strategies: Sequence[Strategy]) -> list[Mapping[str, float]]:
         return [self.rows[s.overrides].known if s.overrides in self.rows else {} for s in strategies]
 
-    def refusal(self, strategy: Strategy) -> str:
+    def infeasible_reason(self, strategy: Strategy) -> str:
         return "" if strategy.overrides in self.rows else "it cannot be made"
 
     def seconds(self, strategy: Strategy) -> float:
@@ -94,7 +94,7 @@ class Replay:
                 return
             strategy = found.strategy
             self.history.begin(number, strategy, found.record)
-            if refusal := self.outlook.refusal(strategy):
+            if refusal := self.outlook.infeasible_reason(strategy):
                 trial = Trial(number, strategy, figures={}, reason=Reason.INFEASIBLE, message=refusal)
             else:
                 trial = self.tried(number, strategy)

@@ -1,0 +1,1 @@
+"""Finds the Pareto-optimal compressed versions of a language model."""

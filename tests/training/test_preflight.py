@@ -154,11 +154,12 @@ from pathlib import Path
 import torch
 from winnow.method.lora import Lora, add_adapters
 from winnow.nano.embedded import trained
-from winnow.recovery import fit as fitting
+from winnow.training import fit as fitting
 from winnow.data.corpus import documents
 from winnow.data.encoding import encode
 from winnow.training.module import Schedule
-from winnow.core.types import Calibration, Run
+from winnow.core.types import Calibration
+from winnow.hardware.run import Run
 
 lm = trained(dtype="float32")
 rows = encode(documents(Calibration(), 500, 0), lm.tokenizer, 128)

@@ -1,0 +1,1 @@
+"""What a pipeline will take and make, known from shapes before anything runs."""

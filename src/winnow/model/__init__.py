@@ -1,0 +1,1 @@
+"""A language model: loading, saving, its files, its architecture, its formats."""

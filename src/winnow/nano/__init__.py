@@ -1,0 +1,1 @@
+"""The embedded model and the small world that its benchmarks are about."""

@@ -1,0 +1,1 @@
+"""A study and what is computed from it: its space, trials, objectives, front and budget."""

@@ -1,0 +1,1 @@
+"""Trains a model: one LightningModule for recovery, distillation and pretraining."""
