@@ -138,7 +138,9 @@ class Replay:
             self.items += len(self.table.items)
             return trial
         at = {t.number: self.numbers[t.strategy.overrides] for t in self.history.trials if t.complete}
-        alike = [at[number] for number in nearest_scored_trials(scored_divergences(self.history), trial.figures.get(KL))]
+        alike = [
+            at[number] for number in nearest_scored_trials(scored_divergences(self.history), trial.figures.get(KL))
+        ]
         drawn = draw(self.table, [*alike, *(at[r.number] for r in rivals)], self._rng)
         race = drawn.race({r.number: at[r.number] for r in rivals}, self.racing.error_rate)
         mine = self.table.scores[self.numbers[trial.strategy.overrides]][drawn.order][:, None]
