@@ -38,12 +38,12 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 def answers(lm: LM) -> list[str]:
     """To two prompts of different lengths at once; choices are scored, too."""
     with serving(lm) as served:
-        asked_model = scorer(served, lm, 2, 4)
+        scoring_model = scorer(served, lm, 2, 4)
         asked = [Instance("loglikelihood", {}, ("", " yes"), 0), Instance("loglikelihood", {}, ("Is it so?", " no"), 1)]
-        assert all(torch.tensor([score for score, _ in asked_model.loglikelihood(asked)]).isfinite())
+        assert all(torch.tensor([score for score, _ in scoring_model.loglikelihood(asked)]).isfinite())
         prompts = ["Tom", "Anna goes to the market to look for"]
         return list(
-            asked_model.generate_until(
+            scoring_model.generate_until(
                 [Instance("generate_until", {}, (text, {"until": ["\n"]}), n) for n, text in enumerate(prompts)]
             )
         )
@@ -161,22 +161,22 @@ A_OF_UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 
 ADAPTERS: dict[str, tuple[Edit, str]] = {
     "a tensor is missing": (
-        tensors(lambda held: {k: t for k, t in held.items() if k != A_OF_UP}, "adapter/asked_modelmodel.safetensors"),
+        tensors(lambda held: {k: t for k, t in held.items() if k != A_OF_UP}, "adapter/adapter_model.safetensors"),
         f"missing: {A_OF_UP}",
     ),
     "a tensor too many": (
-        tensors(lambda held: {**held, "x.lora_A.weight": torch.zeros(4, 4)}, "adapter/asked_modelmodel.safetensors"),
+        tensors(lambda held: {**held, "x.lora_A.weight": torch.zeros(4, 4)}, "adapter/adapter_model.safetensors"),
         "unexpected: x.lora_A",
     ),
     "a tensor of another shape": (
-        tensors(lambda held: {**held, A_OF_UP: torch.zeros(4, 3)}, "adapter/asked_modelmodel.safetensors"),
+        tensors(lambda held: {**held, A_OF_UP: torch.zeros(4, 3)}, "adapter/adapter_model.safetensors"),
         r"of another shape: .*\(4, 3\) for \(4, 64\)",
     ),
 }
 
 
 @pytest.mark.parametrize("name", [None, *ADAPTERS])
-def test_an_asked_modelis_whole_or_refused(name: str | None, folder: Path) -> None:
+def test_an_adapter_is_whole_or_refused(name: str | None, folder: Path) -> None:
     adapter.write(add_adapters(pretrained(str(folder)).model, Lora(rank=4), 0), folder / adapter.NAME)
     if name is None:
         assert adapter.is_adapted(pretrained(str(folder)).model)
