@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from winnow.core import grammar
 from winnow.core.errors import UserError
 from winnow.search.folders import Folders
-from winnow.search.trial import CONFIRMING
+from winnow.search.trial import CONFIRMING, model_settings
 from winnow.search.workers import Launch, Workers
 from winnow.study.policy import Suggestion
 from winnow.study.study import Proposal, Study
@@ -83,7 +83,7 @@ def score(settings: dict[str, Any], artifact: str, output: str, log: Callable[[s
     from winnow.hardware.lock import shared_device
     from winnow.runtime import serving
 
-    model = {**settings["model"], "_target_": "winnow.model.pretrained.pretrained", "path": artifact}
+    model = model_settings(settings, artifact)
     benchmark = {**settings["benchmark"], "confirming": True}
     cfg = OmegaConf.create({**settings, "model": model, "benchmark": benchmark})
     hardware = build.hardware(cfg)

@@ -109,6 +109,11 @@ def _run_confirmation(job: Job) -> Iterator[dict[str, Any]]:
     yield {"figures": job.step("confirm", "winnow.search.holdout:score", arguments)}
 
 
+def model_settings(settings: Mapping[str, Any], artifact: str) -> dict[str, Any]:
+    """Returns the model settings of a job with the artifact in place of the base model."""
+    return {**settings["model"], "_target_": "winnow.model.pretrained.pretrained", "path": artifact}
+
+
 def preloads(cfg: DictConfig) -> list[str]:
     """Returns the modules that the stages of `cfg.method` and the benchmark ask the fork server to import once."""
     users = [target_of(node["_target_"]) for node in [*build.methods(cfg).values(), cfg.benchmark]]
@@ -143,7 +148,7 @@ def evaluate(settings: dict[str, Any], output: str, artifact: str, log: Callable
     from winnow import commands
     from winnow.search.early_stopping import EarlyStopping
 
-    model = {**settings["model"], "_target_": "winnow.model.pretrained.pretrained", "path": artifact}
+    model = model_settings(settings, artifact)
     early_stopping = EarlyStopping(OmegaConf.create(settings), Path(output).parent, log)
     metrics = commands.evaluate(OmegaConf.create({**settings, "model": model, "output": output}), log, early_stopping)
     return {

@@ -110,10 +110,6 @@ class History:
         self.energy_wh += energy.get("wh", 0.0)
         self.co2_g += energy.get("co2_g", 0.0)
 
-    def forget(self, number: int) -> None:
-        """Removes a running trial without an outcome; its strategy may be proposed again."""
-        self.proposed.discard(self.running.pop(number).overrides)
-
     def end(self, trial: Trial) -> None:
         """Adds a finished trial and updates the front."""
         self.running.pop(trial.number, None)
