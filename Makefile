@@ -30,7 +30,7 @@ docs: $(READY)
 
 bench: $(READY)
 	@for bench in $(filter-out bench/common.py bench/direct.py bench/ddp_case.py bench/kill_case.py bench/teacher_case.py bench/trl_case.py \
-	bench/real.py bench/artifacts.py bench/methods_page.py bench/architectures.py bench/fuzz.py bench/table.py bench/replay.py bench/searches.py bench/advisers.py,$(wildcard bench/*.py)); do $(BIN)/python $$bench || exit 1; done
+	bench/real.py bench/artifacts.py bench/methods_page.py bench/architectures.py bench/fuzz.py bench/damages.py bench/table.py bench/replay.py bench/searches.py bench/advisers.py,$(wildcard bench/*.py)); do $(BIN)/python $$bench || exit 1; done
 
 # torch comes first, at its pinned version: a range would fetch gigabytes of CUDA packages onto a machine without a GPU
 $(READY): pyproject.toml constraints.txt

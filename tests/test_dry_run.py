@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from tests.llama_8b import LLAMA_8B
 from tests.peak import measured_peak, predicted_peak
 from tests.test_conf import composed
 from winnow.core.cli import options
@@ -23,19 +24,7 @@ from winnow.report.dry_run import compress_table, countable, forecast, search_ta
 from winnow.search.loop import Budget
 from winnow.study.space import read_space
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-}
+FOLDER_8B = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **LLAMA_8B}
 MACHINE = Machine(flops=1e14, traffic=1e10, sorts=1e7, process_bytes=6 * 10**8)
 
 
@@ -44,7 +33,7 @@ def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a published configuration and nothing else."""
     folder = tmp_path_factory.mktemp("models") / "Llama-8B"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    (folder / "config.json").write_text(json.dumps(FOLDER_8B))
     return folder
 
 
@@ -133,7 +122,7 @@ class TestFromAConfigurationAlone:
         assert 10**9 < found.device_peak_bytes < 8 * 10**9
 
     def test_a_quantized_base_is_refused_as_without(self, llama_8b: Path, tmp_path: Path) -> None:
-        settings = {**LLAMA_8B, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+        settings = {**FOLDER_8B, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
         (tmp_path / "config.json").write_text(json.dumps(settings))
         with pytest.raises(UserError, match="is quantized already"):
             self.table(tmp_path, "method=[rtn]")

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from transformers import LlamaConfig
 
+from tests.llama_8b import LLAMA_8B
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration
 from winnow.estimate.cost import CountedCalibration, StageCost
@@ -27,17 +28,7 @@ MACHINE = Machine(flops=300e12, traffic=1e10, sorts=1e9)
 
 @pytest.fixture(scope="module")
 def llama_8b() -> ModelLayout:
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
+    config = LlamaConfig(**LLAMA_8B)
     return ModelLayout(config, dense_tensors(config))
 
 

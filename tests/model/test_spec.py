@@ -17,20 +17,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.llama_8b import LLAMA_8B
 from winnow.core.errors import UserError
 from winnow.model.spec import spec
 
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=131072,
-    tie_word_embeddings=False,
-    dtype="bfloat16",
-)
+LLAMA = LlamaConfig(**LLAMA_8B)
 QWEN_HALF_B = Qwen2Config(
     vocab_size=151936,
     hidden_size=896,
@@ -72,7 +63,7 @@ GEMMA_270M = Gemma3TextConfig(
 @pytest.mark.parametrize(
     ("config", "parameters", "cache_bytes", "tied"),
     [
-        (LLAMA_8B, 8_030_261_248, 131_072, False),
+        (LLAMA, 8_030_261_248, 131_072, False),
         (QWEN_HALF_B, 494_032_768, 12_288, True),
         (MistralConfig(vocab_size=32768, sliding_window=None, **MISTRAL), 7_248_023_552, 131_072, False),
         (MistralConfig(vocab_size=32000, sliding_window=4096, **MISTRAL), 7_241_732_096, 131_072, False),
@@ -92,12 +83,12 @@ def test_published_models(config: Any, parameters: int, cache_bytes: int, tied: 
 
 
 def test_quantized_sizes_are_packed_weights_and_scales() -> None:
-    found = spec(LLAMA_8B, group_size=128)
+    found = spec(LLAMA, group_size=128)
     rest = found.parameters - found.linear_parameters
     assert found.embedding_parameters == 2 * 128256 * 4096
     assert rest == found.embedding_parameters + (2 * 32 + 1) * 4096  # and the norms
     assert found.size_bytes[4] == found.linear_parameters // 2 + found.linear_parameters // 128 * 2 + 2 * rest
-    assert spec(LLAMA_8B, group_size=32).size_bytes[4] > found.size_bytes[4]
+    assert spec(LLAMA, group_size=32).size_bytes[4] > found.size_bytes[4]
 
 
 def test_windows_bound_the_cache() -> None:
@@ -108,7 +99,7 @@ def test_windows_bound_the_cache() -> None:
     assert gemma.cache_windows.count(512) == 15
     assert gemma.kv_cache_bytes(2048, batch=2) == 2 * 1024 * (15 * 512 + 3 * 2048)
     assert spec(QWEN_HALF_B).kv_cache_bytes(32768) == 32768 * 12288
-    assert spec(LLAMA_8B).kv_cache_bytes(100, bits=4) == 100 * 131072 // 4
+    assert spec(LLAMA).kv_cache_bytes(100, bits=4) == 100 * 131072 // 4
 
 
 def test_a_nested_configuration_describes_its_text_decoder_and_counts_everything() -> None:
@@ -145,7 +136,7 @@ def test_counts_are_those_of_the_real_model(tied: bool) -> None:
 
 
 def test_memory_grows_with_the_work() -> None:
-    found = spec(LLAMA_8B)
+    found = spec(LLAMA)
     assert found.memory_to_run(4, 4096) < found.memory_to_run(16, 4096) < found.memory_to_run(16, 4096, batch=4)
     assert found.memory_to_run(16, 4096) > found.size_bytes[16] + found.kv_cache_bytes(4096)
     full, lora = found.memory_to_train(context=2048), found.memory_to_train("lora", context=2048)
