@@ -29,7 +29,7 @@ def test_updates_are_those_of_torch_but_for_rounding(shape: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("fastest", ["float32", "float16", "bfloat16"])
 def test_products_are_in_bfloat16_only_where_that_is_fast(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer, "fastest", lambda device: fastest)
+    monkeypatch.setattr(optimizer, "fastest_dtype", lambda device: fastest)
     matrix, vector = torch.nn.Parameter(torch.randn(8, 16)), torch.nn.Parameter(torch.randn(16))
     made = MuonAdamW([matrix], [vector], lr=0.1, weight_decay=0.1)
     matrix.grad, vector.grad = torch.randn(8, 16), torch.randn(16)
