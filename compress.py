@@ -9,15 +9,17 @@ from winnow.core.cli import command, say
 
 @command("compress")
 def main(cfg: DictConfig) -> None:
+    from winnow.build import command_settings
+
     if cfg.dry_run:
         from winnow.report.dry_run import compress_table
 
-        print(compress_table(cfg))
+        print(compress_table(command_settings.dry_run(cfg)))
         return
 
     from winnow import commands
 
-    artifact = commands.compress(cfg, log=say)
+    artifact = commands.compress(command_settings.compression(cfg), log=say)
     print(f"artifact: {artifact}")
 
 

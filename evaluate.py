@@ -10,9 +10,10 @@ from winnow.core.cli import command, say
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
     from winnow import commands
+    from winnow.build.command_settings import evaluation
     from winnow.report.metrics import metrics_table
 
-    metrics = commands.evaluate(cfg, log=say)
+    metrics = commands.evaluate(evaluation(cfg), log=say)
     print(metrics_table(metrics))
 
 

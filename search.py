@@ -18,11 +18,12 @@ from winnow.core.cli import command, say
 def main(cfg: DictConfig) -> dict[str, Any]:
     from pathlib import Path
 
+    from winnow.build.job_settings import job_settings
     from winnow.search import trial
 
     hydra = HydraConfig.get()
     folder, environment = Path(hydra.runtime.output_dir), dict(hydra.job.env_set)
-    return trial.run_elsewhere(cfg, hydra.overrides.task, folder, say, environment)
+    return trial.run_elsewhere(job_settings(cfg), hydra.overrides.task, folder, say, environment)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from winnow.core.cli import command, say
 @command("train")
 def main(cfg: DictConfig) -> None:
     from winnow import commands
+    from winnow.build.command_settings import compression
 
-    artifact = commands.compress(cfg, log=say, command="train")
+    artifact = commands.compress(compression(cfg, "train"), log=say)
     print(f"artifact: {artifact}")
 
 

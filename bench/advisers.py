@@ -13,8 +13,8 @@ from searches import SHARE, World, at, ours, reached
 
 from winnow.agent.gp import GP
 from winnow.agent.portfolio import Portfolio
+from winnow.build.job_settings import Racing
 from winnow.core.types import Trial
-from winnow.search.early_stopping import Racing
 from winnow.study import pareto
 from winnow.study.history import History
 from winnow.study.policy import Exhausted, Forecaster, Suggestion, untried_strategies

@@ -95,6 +95,7 @@ def _child(what: str, folder: Path, run: str = "") -> None:
     from hydra import compose, initialize_config_dir
 
     from winnow import commands
+    from winnow.build.command_settings import compression
     from winnow.core.cli import CONF
 
     settings = {
@@ -112,7 +113,7 @@ def _child(what: str, folder: Path, run: str = "") -> None:
     overrides += [f"output={folder / run / 'artifact'}", f"outputs={folder / run / 'outputs'}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides)
-    commands.compress(cfg, lambda line: None, command="train")
+    commands.compress(compression(cfg, "train"), lambda line: None)
 
 
 def make_model(folder: Path) -> None:

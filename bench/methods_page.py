@@ -85,6 +85,7 @@ def measure(again: Sequence[str] = ()) -> dict[str, Any]:
     """Measures every setting that `docs/methods.json` does not hold, or that is one of a method in `again`."""
     from hydra import compose, initialize_config_dir
 
+    from winnow.build.job_settings import job_settings
     from winnow.hardware.inventory import cpu_model
     from winnow.search import fork_server, trial
 
@@ -97,7 +98,7 @@ def measure(again: Sequence[str] = ()) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = compose("search", [*strategy.overrides, f"outputs={scratch}", "study=methods"])
-            outcome = trial.run(cfg, strategy.overrides, Path(scratch), log=lambda line: None)
+            outcome = trial.run(job_settings(cfg), strategy.overrides, Path(scratch), log=lambda line: None)
         found = {name: outcome["figures"][name] for name in KEPT if name in outcome["figures"]}
         message = outcome["message"].replace(f"{Path(scratch) / 'artifact'}: ", "")
         figures[key] = {**found, "seconds": outcome["seconds"].get("compress"), "message": message}

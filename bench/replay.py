@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from table import Row, Table
 
+from winnow.build.job_settings import Racing
 from winnow.core.errors import Reason
 from winnow.core.types import Slot, Strategy, Trial
-from winnow.search.early_stopping import LEAST_CHANCE, Racing, nearest_scored_trials
+from winnow.search.early_stopping import LEAST_CHANCE, nearest_scored_trials
 from winnow.search.folders import scored_divergences
 from winnow.search.racing import Race, Rival
 from winnow.study.costs import Costs, Prefix, prefixes

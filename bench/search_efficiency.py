@@ -30,8 +30,9 @@ from common import Result, report, spread
 from replay import OBJECTIVES, OTHERS, ROUNDS, SCORES, draw, full_cost
 from searches import SHARE, Curve, World, agents, at, ours, peer, peers, reached
 
+from winnow.build.job_settings import Racing
 from winnow.core.types import Strategy, Trial
-from winnow.search.early_stopping import Racing, nearest_scored_trials
+from winnow.search.early_stopping import nearest_scored_trials
 from winnow.search.folders import LATEST_COMPLETE
 from winnow.study import pareto
 from winnow.study.objectives import KL

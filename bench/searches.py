@@ -12,8 +12,8 @@ import numpy as np
 import table as tables
 from replay import OBJECTIVES, Looked, Replay, front_points, full_cost
 
+from winnow.build.job_settings import Racing
 from winnow.core.types import Strategy
-from winnow.search.early_stopping import Racing
 from winnow.study import pareto
 
 SHARE = 0.99
@@ -71,14 +71,16 @@ def first(world: World) -> tuple[Strategy, ...]:
     """What `search.py` begins with."""
     from hydra import compose, initialize_config_dir
 
+    from winnow.build.search_settings import default_of, first_strategies
     from winnow.core.cli import CONF
     from winnow.search.forecaster import smallest
-    from winnow.search.start import first_strategies
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("search", overrides=[tables.METHODS])
     rows = {row.strategy.overrides: row for row in world.table.rows}
-    return tuple(smallest(first_strategies(world.space, cfg), Looked(rows), cfg.first_trials))
+    return tuple(
+        smallest(first_strategies(world.space, cfg.first_slots, default_of(cfg)), Looked(rows), cfg.first_trials)
+    )
 
 
 def peer(world: World, sampler: Any, until: float = SHARE) -> Curve:

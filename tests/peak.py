@@ -20,10 +20,11 @@ FORECAST = """
 import sys
 from hydra import compose, initialize_config_dir
 from winnow.core.cli import CONF
+from winnow.build.command_settings import dry_run
 from winnow.report.dry_run import forecast
 with initialize_config_dir(str(CONF), version_base="1.3"):
     cfg = compose("compress", sys.argv[1:])
-print(forecast(cfg)[1].host_peak_bytes)
+print(forecast(dry_run(cfg))[1].host_peak_bytes)
 """
 
 

@@ -26,9 +26,9 @@ OPTIONS = [(group, name) for group in GROUPS for name in options(group)]
 METHODS = options("method")
 
 
-def composed(command: str, *overrides: str) -> DictConfig:
+def composed(command: str, *overrides: str, hydra: bool = False) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(command, list(overrides))
+        return compose(command, list(overrides), return_hydra_config=hydra)
 
 
 def class_of(node: Any) -> Any:

@@ -14,6 +14,8 @@ import pytest
 from tests.llama_8b import LLAMA_8B
 from tests.peak import measured_peak, predicted_peak
 from tests.test_conf import composed
+from winnow.build.command_settings import dry_run
+from winnow.build.search_settings import search_settings
 from winnow.core.cli import options
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration
@@ -21,8 +23,6 @@ from winnow.estimate.machine import Machine
 from winnow.method.knobs import Knob
 from winnow.model.pretrained import pretrained
 from winnow.report.dry_run import compress_table, countable, forecast, search_table
-from winnow.search.loop import Budget
-from winnow.study.space import read_space
 
 FOLDER_8B = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **LLAMA_8B}
 MACHINE = Machine(flops=1e14, traffic=1e10, sorts=1e7, process_bytes=6 * 10**8)
@@ -94,7 +94,7 @@ def test_bad_input_is_what_it_is_without(command, tmp_path: Path, script: str, a
 @pytest.mark.usefixtures("known_machine")
 class TestFromAConfigurationAlone:
     def table(self, folder: Path, *overrides: str) -> str:
-        return compress_table(composed("compress", "model=local", f"model.path={folder}", *overrides))
+        return compress_table(dry_run(composed("compress", "model=local", f"model.path={folder}", *overrides)))
 
     def test_it_needs_neither_weights_nor_the_hardware(self, llama_8b: Path) -> None:
         found = self.table(llama_8b, "method=[rtn]", "hardware=rtx4090")
@@ -115,7 +115,7 @@ class TestFromAConfigurationAlone:
 
     def test_a_model_without_a_tokenizer_is_calibrated_at_the_most(self, llama_8b: Path) -> None:
         _, found, _ = forecast(
-            composed("compress", "model=local", f"model.path={llama_8b}", "method=[wanda]", "hardware=a100")
+            dry_run(composed("compress", "model=local", f"model.path={llama_8b}", "method=[wanda]", "hardware=a100"))
         )
         states = 128 * 512 * 4096 * 2
         assert found.host_peak_bytes > found.steps[0].plan.memory_bytes + states
@@ -137,24 +137,21 @@ class TestFromAConfigurationAlone:
 def test_every_method_has_a_forecast() -> None:
     for name in options("method"):
         if name != "pretrain":
-            table = compress_table(composed("compress", f"method=[{name}]"))
+            table = compress_table(dry_run(composed("compress", f"method=[{name}]")))
             assert cells(table, name)[-1] in ("yes", "no"), table
 
 
 @pytest.mark.usefixtures("known_machine")
 def test_every_base_that_lies_here_has_one() -> None:
     for name in ("nano", "nano_untrained"):
-        assert cells(compress_table(composed("compress", f"model={name}", "method=[]")), "base")[-1] == "yes"
+        assert cells(compress_table(dry_run(composed("compress", f"model={name}", "method=[]"))), "base")[-1] == "yes"
 
 
 @pytest.mark.usefixtures("known_machine")
 def test_a_method_that_cannot_be_applied_is_a_row_with_its_reason(tiny: Path) -> None:
-    cfg = composed("search", "model=local", f"model.path={tiny}", "method=[rtn]")
-    from omegaconf import OmegaConf
-
-    space = read_space(OmegaConf.to_container(cfg.method), {"method.rtn.group_size": Knob(choices=(64, 128))})  # type: ignore[arg-type]
-    cfg.method.rtn.group_size = 128
-    table = search_table(cfg, space, Budget(3))
+    overrides = ["model=local", f"model.path={tiny}", "method=[rtn]", "method.rtn.group_size=128", "dry_run=true"]
+    cfg = composed("search", *overrides, hydra=True)
+    table = search_table(search_settings(cfg, {"method.rtn.group_size": Knob(choices=(64, 128))}))
     assert cells(table, "rtn(bits=4, group_size=128)")[-1] == "no"
     assert "group_size=128 does not divide the width 64" in table
 

@@ -1,4 +1,4 @@
-"""Implements `compress.py`, `train.py` and `evaluate.py` as functions of their configuration, which trials also run."""
+"""Implements `compress.py`, `train.py` and `evaluate.py` as functions of their settings, which trials also run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from omegaconf import DictConfig, OmegaConf
-
-from winnow import build
 from winnow.benchmark.protocol import Benchmark
+from winnow.build.command_settings import METRICS, Compression, Evaluation
 from winnow.core.errors import Stopped, UserError
 from winnow.core.files import remove_empty
 from winnow.core.types import Figures
@@ -34,24 +32,21 @@ if TYPE_CHECKING:
     from winnow.runtime.in_turn import Base
 
 
-def compress(cfg: DictConfig, log: Callable[[str], None], command: str = "compress") -> Path:
-    """Applies the stages of `cfg.method` to `cfg.model`; returns the folder of the artifact."""
-    hardware = build.hardware(cfg)
-    stages = build.stages(cfg)
-    lm = build.model(cfg)
+def compress(settings: Compression, log: Callable[[str], None]) -> Path:
+    """Applies the stages to the model; returns the folder of the artifact."""
+    hardware, lm, stages = settings.run.hardware, settings.lm, settings.stages
     # weights stay in main memory; stages move one block at a time to the device
     lm.loading = dataclasses.replace(lm.loading, device="cpu")
     hardware.check()
     dist = dist_env.enter(hardware, stages)
     if not dist.is_rank_zero:  # only rank 0 of a distributed training logs
         log = _ignore
-    output = build.output(cfg, command, lm, stages)
-    scratch = build.scratch(cfg, output)
-    curves = curves_of(cfg, output, scratch, log)
+    output, scratch = settings.output, settings.scratch
+    curves = curves_of(settings, log)
     with _lock_scratch(scratch, output) if dist.is_rank_zero else contextlib.nullcontext():
         try:
             with _share_device(hardware.device, log, dist), curves if dist.is_rank_zero else contextlib.nullcontext():
-                run = dataclasses.replace(build.run(cfg, scratch, log), curve=curves.log)
+                run = dataclasses.replace(settings.run.start(scratch, log), curve=curves.log)
                 artifact = run_pipeline(lm, stages, run, output)
         except BaseException:
             # checkpoints of a training stay, so that the same command resumes from them
@@ -90,10 +85,8 @@ class EvaluationHooks(Protocol):
         """Receives the item outcomes so far after each round but the last."""
 
 
-def evaluate(cfg: DictConfig, log: Callable[[str], None], hooks: EvaluationHooks | None = None) -> dict[str, Any]:
-    """Measures and scores `cfg.model` as it is on disk; writes `metrics.json` and the item outcomes, returns the metrics.
-
-    A GGUF file is dequantized to a base model, as in `compress`; `hardware.runtime=llama_cpp` lets llama.cpp serve the file itself.
+def evaluate(settings: Evaluation, log: Callable[[str], None], hooks: EvaluationHooks | None = None) -> dict[str, Any]:
+    """Measures and scores a model as it is on disk; writes `metrics.json` and the item outcomes, returns the metrics.
 
     If a hook stops the evaluation, `stopped` says why, and the figures are those measured before.
     """
@@ -103,15 +96,12 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], hooks: EvaluationHooks
     from winnow.runtime.check import check
     from winnow.runtime.meters import Meters
 
-    hardware = build.hardware(cfg)
-    lm = build.model(cfg, dequantize=hardware.runtime != "llama_cpp")
-    benchmark = build.benchmark(cfg)
+    hardware, lm, benchmark = settings.run.hardware, settings.lm, settings.benchmark
     hardware.check()
     figures, seconds = Figures(), dict[str, float]()
-    output = build.output(cfg, "evaluate", lm, {str(cfg.benchmark.name): benchmark})
     stopped = None
-    with atomic_folder(output) as folder, contextlib.ExitStack() as opened:
-        run = build.run(cfg, folder, log)
+    with atomic_folder(settings.output) as folder, contextlib.ExitStack() as opened:
+        run = settings.run.start(folder, log)
 
         def measure() -> None:
             with _timed(seconds, "meters"):
@@ -143,19 +133,19 @@ def evaluate(cfg: DictConfig, log: Callable[[str], None], hooks: EvaluationHooks
             stopped = end.to_json()
         metrics = {
             "model": {"name": lm.name, "path": lm.path, "sha256": lm.sha256()},
-            "benchmark": str(cfg.benchmark.name),
+            "benchmark": settings.benchmark_name,
             "hardware": hardware.fingerprint(),
             "runtime": served.name,
             "runtime_mode": served.runtime_mode,
-            "seed": cfg.seed,
+            "seed": settings.run.seed,
             "figures": dict(figures),
             "sources": figures.sources,
             "seconds": seconds,
             "versions": manifest.versions(),
             **({"stopped": stopped} if stopped else {}),
         }
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    log(f"metrics: {output / 'metrics.json'}")
+        (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    log(f"metrics: {settings.output / METRICS}")
     return metrics
 
 
@@ -180,17 +170,11 @@ def _lock_scratch(scratch: Path, output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def curves_of(cfg: DictConfig, output: Path, scratch: Path, log: Callable[[str], None]) -> Curves:
+def curves_of(settings: Compression, log: Callable[[str], None]) -> Curves:
     """Returns the logger of training curves: one W&B run named after the output."""
     from winnow.report.curves import Curves
 
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    config = {"model": settings["model"].get("name"), **{k: settings.get(k) for k in ("method", "calibration", "seed")}}
-    folder = Path(cfg.outputs) / "wandb"
-    return Curves(
-        **settings["wandb"], folder=folder, name=output.name, config=config, memory=scratch / "wandb-id", say=log
-    )
+    return Curves(**settings.curves, name=settings.output.name, memory=settings.scratch / "wandb-id", say=log)
 
 
 def _ignore(line: str) -> None: ...

@@ -142,20 +142,22 @@ def test_a_link_to_a_file_that_was_moved_is_made_anew(file: Path) -> None:
 
 
 def test_a_dry_run_dequantizes_nothing(file: Path, cache: Path) -> None:
+    from winnow.build.command_settings import dry_run
     from winnow.report.dry_run import compress_table
 
     typed = ["model=local", f"model.path={file}", "method=[rtn]", "dry_run=true"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        table = compress_table(compose("compress", typed))
+        table = compress_table(dry_run(compose("compress", typed)))
     assert "rtn" in table and not list(cache.rglob("*.safetensors"))
 
 
 def test_a_file_is_compressed_and_its_origin_is_written_down(file: Path, tmp_path: Path) -> None:
     from winnow import commands
+    from winnow.build.command_settings import compression
 
     typed = ["model=local", f"model.path={file}", "method=[magnitude]", f"outputs={tmp_path / 'outputs'}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        artifact = commands.compress(compose("compress", typed), log=lambda line: None)
+        artifact = commands.compress(compression(compose("compress", typed)), log=lambda line: None)
     assert artifact.name.startswith("small-magnitude-")
     base = json.loads((artifact / "manifest.json").read_text())["base"]
     assert base["origin"]["file"] == "small.gguf" and base["origin"]["sha256"] == sha256(file)

@@ -9,9 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.test_conf import composed
-from winnow import build, commands
+from winnow import commands
+from winnow.build.command_settings import compression
 from winnow.core.errors import UserError
-from winnow.model.pretrained import pretrained
 from winnow.report import curves as module
 from winnow.report.curves import Curves
 
@@ -103,9 +103,9 @@ def test_the_mode_is_what_the_environment_says(
 
 
 def test_where_results_go_does_not_depend_on_wandb(tiny: Path) -> None:
-    lm = pretrained(str(tiny))
-    some = [composed("train", *more) for more in ([], ["wandb.mode=offline"], ["wandb.project=mine"], ["seed=1"])]
-    names = [build.output(cfg, "train", lm, {"lora": None}).name for cfg in some]
+    base = ["model=local", f"model.path={tiny}"]
+    some = [[], ["wandb.mode=offline"], ["wandb.project=mine"], ["seed=1"]]
+    names = [compression(composed("train", *base, *more), "train").output.name for more in some]
     assert names[0] == names[1] == names[2] != names[3]
 
 
@@ -113,15 +113,17 @@ def test_a_trial_of_a_search_has_no_curves_of_its_own(monkeypatch: pytest.Monkey
     from winnow.search import trial
 
     seen: list[Any] = []
-    monkeypatch.setattr("winnow.commands.compress", lambda cfg, log: seen.append(cfg))
-    settings = OmegaConf.to_container(composed("search"), resolve=False)
-    trial.compress(settings, str(tmp_path), "", print)  # type: ignore[arg-type]
-    assert seen[0].wandb.mode == "disabled" and seen[0].wandb.project == "winnow"
+    monkeypatch.setattr("winnow.commands.compress", lambda settings, log: seen.append(settings))
+    settings = OmegaConf.to_container(composed("search", "method=[rtn]"), resolve=True)
+    trial.compress(settings, str(tmp_path), print)  # type: ignore[arg-type]
+    assert seen[0].curves["mode"] == "disabled" and seen[0].curves["project"] == "winnow"
 
 
 def test_config_shown_is_plain_and_small(tiny: Path, tmp_path: Path) -> None:
-    cfg = composed("train", "model=local", f"model.path={tiny}", "method.lora.rank=8")
-    made = commands.curves_of(cfg, tmp_path / "x-lora-1", tmp_path / "scratch", print)
+    cfg = composed(
+        "train", "model=local", f"model.path={tiny}", "method.lora.rank=8", f"output={tmp_path / 'x-lora-1'}"
+    )
+    made = commands.curves_of(compression(cfg, "train"), print)
     assert isinstance(made, module.Curves) and made.name == "x-lora-1"
     assert set(made.config) == {"model", "method", "calibration", "seed"}
     assert made.config["method"]["lora"]["rank"] == 8

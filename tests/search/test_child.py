@@ -17,11 +17,11 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.test_conf import composed
 from winnow.benchmark import harness
+from winnow.build import preloads
 from winnow.core.cli import options
 from winnow.core.errors import Reason
 from winnow.hardware.device import RUNTIMES
 from winnow.search import child, fork_server
-from winnow.search.trial import preloads
 
 # what the fork server does with its modules, on a torch that looks as if it were built for CUDA
 LEAVES_OUT = """

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from tests.test_conf import composed
 from winnow.benchmark.order import Order
 from winnow.benchmark.samples import FILE, Sample, read, write
+from winnow.build.job_settings import trial_evaluation
 from winnow.core.errors import Reason, Stopped, UserError
 from winnow.core.types import Calibration, Figures, Strategy, Trial
 from winnow.hardware.run import Run
@@ -56,7 +58,9 @@ def study(tmp_path: Path) -> Path:
 
 
 def gates(study: Path, *overrides: str) -> EarlyStopping:
-    return EarlyStopping(composed("search", *overrides), study / "9", lambda line: None)
+    composed_values = OmegaConf.to_container(composed("search", *overrides), resolve=True)
+    trial = trial_evaluation(composed_values, "embedded", str(study / "9" / "metrics"))  # type: ignore[arg-type]
+    return EarlyStopping(trial, study / "9", lambda line: None)
 
 
 def figures(size: float = SIZE, latency: float = SPEED, kl: float = 0.03) -> Figures:

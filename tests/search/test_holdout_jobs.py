@@ -136,9 +136,9 @@ def test_without_weights_there_is_nothing_to_confirm_and_it_is_said(tmp_path: Pa
 
 
 def test_its_job_runs_below_the_trial_with_the_limits_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from omegaconf import OmegaConf
-
-    from winnow.search import child, fork_server, trial
+    from winnow.build.job_settings import JobSettings, TrialLimits
+    from winnow.hardware.device import Hardware
+    from winnow.search import child, fork_server
 
     asked: list[Any] = []
 
@@ -148,18 +148,13 @@ def test_its_job_runs_below_the_trial_with_the_limits_of_one(tmp_path: Path, mon
 
     monkeypatch.setattr(child, "call", call)
     monkeypatch.setattr(fork_server, "start_server", lambda modules: None)
-    monkeypatch.setattr(trial, "preloads", lambda cfg: [])
-    hardware = {"device": "cpu", "devices": 1, "carbon_g_per_kwh": 100.0}
-    limits = {"minutes": 2, "memory_bytes": 8}
-    cfg = OmegaConf.create(
-        {"confirming": True, "hardware": hardware, "limits": limits, "workers": 1, "outputs": "outputs"}
-    )
+    settings = JobSettings({}, Hardware("cpu"), TrialLimits(2, 8), Path("outputs"), 1, True, [])
     folder = tmp_path / "4" / FOLDER
     folder.mkdir(parents=True)
-    outcome = run_elsewhere(cfg, [], folder, print)
+    outcome = run_elsewhere(settings, [], folder, print)
     assert outcome["reason"] == "invalid" and "outputs=outputs" in outcome["message"], "the trial does not lie here"
     (tmp_path / "4" / RIVALS).touch()
-    assert run_elsewhere(cfg, [], folder, print)["figures"] == {"accuracy": 0.5}
+    assert run_elsewhere(settings, [], folder, print)["figures"] == {"accuracy": 0.5}
     ((function, artifact, memory_bytes, seconds),) = asked
     assert function == "winnow.search.holdout:score" and artifact == str(tmp_path / "4" / "artifact")
     assert memory_bytes == 8 and seconds == pytest.approx(120, abs=60)

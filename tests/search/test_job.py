@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
+from winnow.build.job_settings import JobSettings, TrialLimits
 from winnow.core.errors import Reason
+from winnow.hardware.device import Hardware
 from winnow.search import child, trial
 from winnow.search.job import STOP, Job, read_spent
 from winnow.search.outcome import read_outcome
@@ -16,14 +17,13 @@ from winnow.search.outcome import read_outcome
 STEP = "tests.search.workers:burn"
 
 
+def settings(minutes: float | None = None) -> JobSettings:
+    return JobSettings({}, Hardware("cpu", carbon_g_per_kwh=100.0), TrialLimits(minutes), Path(), 1, False, [])
+
+
 def job(folder: Path, minutes: float | None = None, lines: list[str] | None = None) -> Job:
     pytest.importorskip("codecarbon")
-    settings = {
-        "hardware": {"device": "cpu", "devices": 1, "carbon_g_per_kwh": 100.0},
-        "limits": {"minutes": minutes, "memory_bytes": None},
-        "workers": 1,
-    }
-    return Job(OmegaConf.create(settings), "7", folder, ([] if lines is None else lines).append, {})
+    return Job(settings(minutes), "7", folder, ([] if lines is None else lines).append, {})
 
 
 def test_a_step_that_fails_counts_what_it_used_as_one_that_does_not(tmp_path: Path) -> None:
@@ -67,10 +67,6 @@ def test_a_trial_that_fails_has_energy_in_its_outcome(tmp_path: Path, monkeypatc
 
     pytest.importorskip("codecarbon")
     monkeypatch.setattr(trial, "_run_steps", parts)
-    monkeypatch.setattr(trial, "preloads", lambda cfg: [])
-    hardware = {"device": "cpu", "devices": 1, "carbon_g_per_kwh": 100.0}
-    limits = {"minutes": None, "memory_bytes": None}
-    cfg = OmegaConf.create({"hardware": hardware, "limits": limits, "workers": 1})
-    outcome = trial.run(cfg, [], tmp_path, print)
+    outcome = trial.run(settings(), [], tmp_path, print)
     assert outcome["reason"] == "error" and outcome["energy"]["wh"] > 0
     assert read_outcome(tmp_path) == outcome

@@ -78,7 +78,7 @@ def cuda(log: Any) -> dict[str, Any]:
     }
 
 
-def burn(settings: dict[str, Any], end: str, log: Any) -> dict[str, Any]:
+def burn(composed: dict[str, Any], end: str, log: Any) -> dict[str, Any]:
     """A step of a job that works for a moment, and then comes to this end."""
     until = time.process_time() + 0.3
     while time.process_time() < until:

@@ -18,6 +18,7 @@ import torch
 
 from tests.test_conf import composed
 from winnow import commands
+from winnow.build.command_settings import compression
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration
 from winnow.data.corpus import documents
@@ -258,9 +259,10 @@ def test_train_py_is_stopped_and_goes_on(tiny: Path, tmp_path: Path, repository:
 
     lines: list[str] = []
     with pytest.raises(UserError, match=r"method\.pretrain\.learning_rate: 0\.003 there, 0\.1 here"):
-        commands.compress(composed("train", *arguments, "method.pretrain.learning_rate=0.1"), lines.append, "train")
+        changed = composed("train", *arguments, "method.pretrain.learning_rate=0.1")
+        commands.compress(compression(changed, "train"), lines.append)
 
-    commands.compress(composed("train", *arguments), lines.append, "train")
+    commands.compress(compression(composed("train", *arguments), "train"), lines.append)
     (record,) = pretrained(str(tmp_path / "artifact")).manifest["stages"]
     assert record["training"]["resumed_at_step"] == int(step) and record["training"]["steps"] == 400
     assert not (tmp_path / "outputs" / "scratch").exists()

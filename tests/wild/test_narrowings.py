@@ -20,13 +20,13 @@ from winnow.agent.llm.critic import strategy_of
 from winnow.agent.llm.schema import as_proposal
 from winnow.agent.recipe import read_recipe
 from winnow.agent.samplers import TPE, Grid
+from winnow.build.search_settings import first_strategies
 from winnow.core.cli import options
 from winnow.core.errors import UserError
 from winnow.core.targets import target_of
-from winnow.core.types import Strategy, Trial
+from winnow.core.types import Slot, Strategy, Trial
 from winnow.method.knobs import knobs_of
 from winnow.search import overrides
-from winnow.search.start import first_strategies
 from winnow.study.history import History
 from winnow.study.opening import open_study
 from winnow.study.policy import Suggestion
@@ -195,9 +195,8 @@ def narrowings(name: str, rng: random.Random) -> Iterator[str]:
 
 def proposals(space: Space, names: list[str], seed: int) -> Iterator[Suggestion]:
     """What is tried first, what recipes name, and what agents propose."""
-    cfg = OmegaConf.create({"method": {name: methods()[name] for name in names}, "first_slots": [
-        "prune", "recover", "quantize", "adapt", "cache", "prompt"]})  # fmt: skip
-    yield from (Suggestion(strategy, "first") for strategy in first_strategies(space, cfg))
+    slots = [slot.name for slot in Slot]
+    yield from (Suggestion(strategy, "first") for strategy in first_strategies(space, slots, configured))
     recipe = read_recipe([[f"method=[{name}]"] for name in names], space, configured, lambda line: None)
     yield from (Suggestion(strategy, "recipe") for strategy in recipe.strategies)
     for policy in (TPE(seed=seed, startup_trials=2), GP(seed=seed, startup=2, pool=16), Grid(points=2)):

@@ -14,9 +14,9 @@ import pytest
 from tests.agent import world
 from tests.search.test_loop import Found, outcome
 from tests.test_conf import composed
-from winnow import build
 from winnow.agent.gp import GP
 from winnow.agent.samplers import NSGA2, TPE, Grid, Random
+from winnow.build.command_settings import compression
 from winnow.study.budget import Budget
 from winnow.study.policy import Policy
 from winnow.study.study import Proposal
@@ -71,7 +71,7 @@ def test_numbers_that_mean_nothing_are_refused(command: Callable[..., Any], tmp_
 
 def test_two_processes_do_not_make_the_same_artifact(command: Callable[..., Any], tmp_path: Path) -> None:
     arguments = ["method=[magnitude]", f"output={tmp_path / 'artifact'}"]
-    scratch = build.scratch(composed("compress", f"outputs={tmp_path / 'outputs'}"), tmp_path / "artifact")
+    scratch = compression(composed("compress", *arguments, f"outputs={tmp_path / 'outputs'}")).scratch
     scratch.mkdir(parents=True)
     (scratch / "half-made").touch()
     other = os.open(scratch, os.O_RDONLY)

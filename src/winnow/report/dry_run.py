@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from winnow import build
+from winnow.build.command_settings import DryRun
+from winnow.build.search_settings import SearchSettings
 from winnow.core.errors import UserError
 from winnow.core.formats import MISSING, digits, duration, human, plain, scale
 from winnow.core.targets import target_of
@@ -68,24 +68,21 @@ class DryRunBase:
         return measure_machine(self.hardware, self.plan.compute_dtype, modules)
 
 
-def load_base(cfg: DictConfig, stages: Mapping[str, Stage] | None = None) -> DryRunBase:
-    """Returns the base model of `cfg`, from its configuration alone.
+def load_base(settings: DryRun) -> DryRunBase:
+    """Returns the base model, from its configuration alone.
 
     Raises:
         UserError: the model does not exist or cannot be compressed.
     """
-    from winnow.data.corpus import check_source
     from winnow.estimate.layout import layout_of
     from winnow.method.pipeline import check_dense
 
-    hardware, lm = build.hardware(cfg), build.model(cfg, weights=False)
+    hardware, lm = settings.hardware, settings.lm
     hardware = dataclasses.replace(hardware, memory_limit_bytes=hardware.memory_bytes() or None)  # looked up once
-    calibration = build.calibration(cfg)
-    check_source(calibration)
     compute_dtype = hardware.compute_dtype if lm.loading.dtype == "auto" else lm.loading.dtype
     plan = dataclasses.replace(layout_of(lm), computed_in=compute_dtype)
-    check_dense(lm, plan.config, stages)
-    return DryRunBase(plan, hardware, countable(lm, calibration, cfg.seed), lm.name)
+    check_dense(lm, plan.config, settings.stages)
+    return DryRunBase(plan, hardware, countable(lm, settings.calibration, settings.seed), lm.name)
 
 
 def countable(lm: LM, calibration: Calibration, seed: int) -> Calibration:
@@ -115,21 +112,20 @@ def countable(lm: LM, calibration: Calibration, seed: int) -> Calibration:
     return CountableCalibration(**vars(calibration), count=count)
 
 
-def forecast(cfg: DictConfig) -> tuple[DryRunBase, Feasibility, list[str]]:
-    """Returns for the pipeline of `cfg` the base model, the feasibility of each step and the step names.
+def forecast(settings: DryRun) -> tuple[DryRunBase, Feasibility, list[str]]:
+    """Returns for a pipeline the base model, the feasibility of each step and the step names.
 
     Raises:
         UserError: whatever `compress.py` would refuse before it reads weights.
     """
-    stages = build.stages(cfg)
-    base = load_base(cfg, stages)
+    base, stages = load_base(settings), settings.stages
     feasibility = base.feasibility(stages, base.machine(list(stages.values())))
     return base, feasibility, ["base", *(_strategy_text(name, stage) for name, stage in stages.items())]
 
 
-def compress_table(cfg: DictConfig) -> str:
-    """Returns a table of the base model and the model after each stage of `cfg.method`."""
-    base, feasibility, names = forecast(cfg)
+def compress_table(settings: DryRun) -> str:
+    """Returns a table of the base model and the model after each stage."""
+    base, feasibility, names = forecast(settings)
     rows = [Row(name, step, step.seconds, step.reason) for name, step in zip(names, feasibility.steps, strict=True)]
     peaks = [f"{human('size_bytes', feasibility.host_peak_bytes)} of main memory"]
     if feasibility.device_peak_bytes:
@@ -139,18 +135,19 @@ def compress_table(cfg: DictConfig) -> str:
     return "\n".join([_title(base), "", *_table(rows, base.hardware), "", *_reasons(rows), needs + verdict])
 
 
-def search_table(cfg: DictConfig, space: Space, budget: Budget) -> str:
+def search_table(settings: SearchSettings) -> str:
     """Returns a table of the base model and each method of the space alone: at its defaults and at both ends of its main knob.
 
     Raises:
         UserError: whatever `search.py` would refuse before it reads weights.
     """
-    base = load_base(cfg)
+    base = load_base(settings.dry_run())
+    space, budget = settings.space, settings.budget
     candidates: list[tuple[Strategy, Stage | None, str]] = []
     for method in sorted(space.methods, key=lambda m: m.slot):
-        for strategy in variants(method, cfg):
+        for strategy in variants(method, settings):
             try:
-                candidates.append((strategy, _stage(cfg, method.name, strategy), ""))
+                candidates.append((strategy, _stage(settings, method.name, strategy), ""))
             except UserError as error:
                 candidates.append((strategy, None, str(error)))
     machine = base.machine([stage for _, stage, _ in candidates if stage is not None])
@@ -176,13 +173,13 @@ def search_table(cfg: DictConfig, space: Space, budget: Budget) -> str:
     return "\n".join([_title(base), "", *_table(rows, base.hardware), "", *_reasons(rows), count])
 
 
-def variants(method: Method, cfg: DictConfig) -> list[Strategy]:
+def variants(method: Method, settings: SearchSettings) -> list[Strategy]:
     """Returns the method at its defaults, at each choice (or both ends) of its main knob, and at its strongest compression."""
-    defaults = {d.key: d.nearest(OmegaConf.select(cfg, d.key)) for d in method.dimensions}
+    defaults = {d.key: d.nearest(settings.default(d.key)) for d in method.dimensions}
     changes: list[dict[str, Any]] = [{}]
     for main in method.dimensions[:1]:
         changes += [{main.key: value} for value in main.grid(_GRID_POINTS)]
-    strongest = target_of(cfg.method[method.name]["_target_"]).aggressive
+    strongest = target_of(settings.methods[method.name]["_target_"]).aggressive
     prefix = f"method.{method.name}."
     allowed = {d.key: d for d in method.dimensions}
     changes.append(
@@ -280,8 +277,8 @@ def _budget_text(budget: Budget) -> str:
     return f"budget {' or '.join(parts)}"
 
 
-def _stage(cfg: DictConfig, name: str, strategy: Strategy) -> Stage:
+def _stage(settings: SearchSettings, name: str, strategy: Strategy) -> Stage:
     prefix = f"method.{name}."
     knobs = {key.removeprefix(prefix): value for key, value in strategy.knobs.items()}
-    stage: Stage = build.instantiate(OmegaConf.merge(cfg.method[name], knobs), f"method.{name}")  # type: ignore[arg-type]
+    stage: Stage = build.instantiate({**settings.methods[name], **knobs}, f"method.{name}")
     return stage

@@ -57,7 +57,7 @@ class Cancelled(Ended):
 @dataclass(frozen=True)
 class Limits:
     seconds: float | None = None
-    memory_bytes: int | None = None  # resident memory of the child and its children
+    memory_bytes: float | None = None  # resident memory of the child and its children
 
     def check(self, seconds: float, resident_bytes: int) -> None:
         """Raises Failed if a child with this usage exceeds a limit."""

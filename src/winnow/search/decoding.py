@@ -14,9 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from winnow import build
+from winnow.build.search_settings import SearchSettings
 from winnow.core.errors import Reason, UserError
 from winnow.core.targets import target_of
 from winnow.hardware.compute import slow_dtype_warning
@@ -29,16 +27,16 @@ KEY, DTYPE = "hardware.decode", "hardware.dtype"
 
 
 def resolve_hardware(
-    config: DictConfig, hardware: Hardware, here: bool, command_line: CommandLine, lm: LM, log: Callable[[str], None]
+    settings: SearchSettings, here: bool, command_line: CommandLine, log: Callable[[str], None]
 ) -> tuple[Hardware, CommandLine]:
     """Returns the hardware and the command line of every trial; see `resolve_decode` and `add_decode`."""
-    hardware = resolve_decode(hardware, here, build.methods(config), lm, log)
+    hardware = resolve_decode(settings.hardware, here, settings.methods, settings.lm, log)
     if slow := slow_dtype_warning(hardware.compute_dtype, hardware.device) if here else "":
         log(f"{DTYPE}={hardware.dtype}: {slow}")
     if not here:
         hardware = dataclasses.replace(hardware, dtype=hardware.compute_dtype)
         command_line = _with_override(command_line, DTYPE, hardware.dtype)
-    return hardware, add_decode(command_line, hardware, "decode" in config.hardware)
+    return hardware, add_decode(command_line, hardware, "decode" in settings.composed["hardware"])
 
 
 def resolve_decode(

@@ -16,20 +16,18 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from omegaconf import DictConfig
 
-from winnow import build
 from winnow.benchmark import divergence, order
 from winnow.benchmark.cached import CachedBenchmark
 from winnow.benchmark.harness import Harness
 from winnow.benchmark.protocol import Benchmark
 from winnow.benchmark.samples import FILE, Sample, read
-from winnow.core.errors import Reason, Stopped, UserError
+from winnow.build.job_settings import TrialEvaluation
+from winnow.core.errors import Reason, Stopped
 from winnow.core.types import Figures, Objective, Strategy, Trial
 from winnow.data.task_spec import Spec
 from winnow.hardware.footprint import disk_bytes
@@ -40,7 +38,7 @@ from winnow.model.lm import LM
 from winnow.runtime.in_turn import Base
 from winnow.search import racing
 from winnow.search.job import RIVALS
-from winnow.study.objectives import KL, objectives
+from winnow.study.objectives import KL
 from winnow.study.pareto import is_at_least_as_good
 
 if TYPE_CHECKING:
@@ -52,45 +50,21 @@ LEAST_CHANCE = 0.005  # chance of an item that all of them answered correctly; 1
 _KL_FLOOR = 1e-4  # nats per token: divergences below it count as equal
 
 
-@dataclass(frozen=True)
-class Racing:
-    """Settings that say when a trial is stopped early.
-
-    Attributes:
-        error_rate: probability, over a whole race, of stopping a trial that no rival matches; 0 switches racing off.
-        hopeless_ratio: a trial is hopeless above this ratio of its divergence to that of a rival; 0 switches the check off.
-        hopeless_floor: divergence in nats per token below which no trial is hopeless.
-    """
-
-    error_rate: float = 0.05
-    hopeless_ratio: float = 4.0
-    hopeless_floor: float = 0.02
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.error_rate < 1:
-            raise UserError(f"racing.error_rate={self.error_rate} is not a share; give 0.05, or 0 to score every item")
-        for name in ("hopeless_ratio", "hopeless_floor"):
-            if getattr(self, name) < 0:
-                raise UserError(f"racing.{name}={getattr(self, name)} is negative; give 0 to switch it off")
-
-
 class EarlyStopping:
     """The early stopping of one trial.
 
     Args:
-        config: the configuration of the trial; `model` is the base model.
         folder: the folder of the trial, which holds `rivals.json`.
     """
 
-    def __init__(self, config: DictConfig, folder: Path, log: Callable[[str], None]) -> None:
-        self._config, self._folder, self._log = config, folder, log
+    def __init__(self, trial: TrialEvaluation, folder: Path, log: Callable[[str], None]) -> None:
+        self._trial, self._folder, self._log = trial, folder, log
         self._base: LM | None = None  # None where this trial is the base model itself
-        self._benchmark: Harness = build.benchmark(config)  # type: ignore[assignment]
+        self._benchmark: Harness = trial.evaluation.benchmark  # type: ignore[assignment]
         scores = self._benchmark.scores()
-        study_objectives = objectives(list(config.objectives), scores)
-        self._score_objectives = [o for o in study_objectives if o.name == "accuracy" or o.name in scores]
-        self._other_objectives = [o for o in study_objectives if o not in self._score_objectives]
-        self._settings = Racing(**config.racing)
+        self._score_objectives = [o for o in trial.objectives if o.name == "accuracy" or o.name in scores]
+        self._other_objectives = [o for o in trial.objectives if o not in self._score_objectives]
+        self._settings = trial.racing
         self._rivals: list[Mapping[str, Any]] = []
         self._race: racing.Race | None = None
         self._item_order = self._benchmark.item_order()
@@ -103,14 +77,14 @@ class EarlyStopping:
     def on_loaded(self, lm: LM, served: Served, run: Run) -> Figures:
         """Returns the divergence from the base model and the size on disk."""
         figures = Figures({"size_bytes": float(disk_bytes(lm))})
-        base = build.model(self._config)
+        base = self._trial.base
         is_base = lm.manifest.get("stages", []) == base.manifest.get("stages", [])
         self._base = None if is_base else base
         if is_base and run.cache is not None and run.stage_cache_bytes:
             self._cache = run.cache
             self._cache_key = {
                 "model": [base.sha256(), base.loading.dtype, base.loading.attention],
-                "hardware": build.hardware(self._config).fingerprint(),
+                "hardware": self._trial.evaluation.run.hardware.fingerprint(),
                 "runtime": served.name,
                 "versions": manifest.versions(),
                 "code": code_sha256("benchmark", "data", "runtime", "hardware", "model", "nano"),
@@ -127,8 +101,8 @@ class EarlyStopping:
         base_figures = (self._snapshot["base"] or {}).get("figures", {})
         if self._base is None or not {"latency_ms", "peak_memory_bytes"} <= set(base_figures):
             return None
-        limit = self._config.limits.memory_bytes
-        return Base(self._base, base_figures["latency_ms"], base_figures["peak_memory_bytes"], limit)
+        figures = base_figures["latency_ms"], base_figures["peak_memory_bytes"]
+        return Base(self._base, *figures, self._trial.memory_limit_bytes)
 
     @functools.cached_property
     def _snapshot(self) -> dict[str, Any]:

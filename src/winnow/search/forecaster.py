@@ -10,13 +10,10 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from winnow.build.search_settings import SearchSettings
 from winnow.core.errors import UserError
-from winnow.core.targets import target_of
 from winnow.core.types import Strategy, Trial
 from winnow.search import child, fork_server
 from winnow.study.costs import Costs
@@ -84,10 +81,10 @@ def smallest(strategies: Sequence[Strategy], forecaster: Forecaster, count: int)
     return [feasible[place] for place in sorted(range(len(feasible)), key=sizes.__getitem__)[:count]]
 
 
-def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -> Forecasts:
-    """Returns the forecasts of the search that `cfg` describes, computed in a child process."""
-    settings = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]), resolve=True)
-    arguments = {"settings": settings, "without": fork_server.left_out()}
+def forecasts(settings: SearchSettings) -> Forecasts:
+    """Returns the forecasts of a search, computed in a child process."""
+    folder = settings.folder
+    arguments = {"composed": settings.composed, "without": fork_server.left_out()}
     service = child.Service("winnow.search.forecaster:forecaster", arguments, folder / "log.txt")
 
     def ask(strategies: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,25 +93,25 @@ def forecasts(cfg: DictConfig, folder: Path, constraints: Mapping[str, float]) -
         except child.Failed:
             return [{} for _ in strategies]
 
-    return Forecasts(ask, constraints, cached=bool(cfg.stage_cache_gb))
+    return Forecasts(ask, settings.constraints, cached=bool(settings.plain.stage_cache_gb))
 
 
 def forecaster(
-    settings: dict[str, Any], without: Sequence[str] = ()
+    composed: dict[str, Any], without: Sequence[str] = ()
 ) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
     """Runs in the child: returns the function that computes forecasts.
 
     It imports the modules that the stages need, `without` those that start CUDA.
     """
-    from winnow import build
+    from winnow.build.job_settings import forecast_settings
     from winnow.method.knobs import Stage
     from winnow.method.pipeline import check_order
     from winnow.report.dry_run import load_base
 
-    cfg = OmegaConf.create(settings)
-    base = load_base(cfg)
+    settings, stage_classes = forecast_settings(composed)
+    base = load_base(settings)
     # a strategy holds every knob that differs from the method's default
-    default_stages: dict[str, Any] = {name: target_of(node["_target_"])() for name, node in build.methods(cfg).items()}
+    default_stages: dict[str, Any] = {name: stage_class() for name, stage_class in stage_classes.items()}
     # this process runs beside the trials: CUDA, once started here, would take memory on each GPU
     machine = base.machine(list(default_stages.values()), without)
 

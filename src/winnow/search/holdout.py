@@ -10,12 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from winnow.build.job_settings import CONFIRMING, confirmation
 from winnow.core import grammar
 from winnow.core.errors import UserError
 from winnow.search.folders import Folders
-from winnow.search.trial import CONFIRMING, model_settings
 from winnow.search.workers import Launch, Workers
 from winnow.study.policy import Suggestion
 from winnow.study.study import Proposal, Study
@@ -76,28 +74,18 @@ def confirm(study: Study, launch: Launch, workers: int, folder: Path, log: Calla
         pool.stop(job_folders.cancel)
 
 
-def score(settings: dict[str, Any], artifact: str, output: str, log: Callable[[str], None]) -> dict[str, float]:
+def score(composed: dict[str, Any], artifact: str, output: str, log: Callable[[str], None]) -> dict[str, float]:
     """Runs in the child: returns the scores of an artifact on the held-out items."""
-    from winnow import build
     from winnow.core.files import atomic_folder
     from winnow.hardware.lock import shared_device
     from winnow.runtime import serving
 
-    model = model_settings(settings, artifact)
-    benchmark = {**settings["benchmark"], "confirming": True}
-    cfg = OmegaConf.create({**settings, "model": model, "benchmark": benchmark})
-    hardware = build.hardware(cfg)
+    settings = confirmation(composed, artifact, output)
+    hardware, lm = settings.run.hardware, settings.lm
     hardware.check()
-    lm = build.model(cfg, dequantize=hardware.runtime != "llama_cpp")  # as in the trial's own evaluation
     with (
-        atomic_folder(Path(output)) as folder,
+        atomic_folder(settings.output) as folder,
         shared_device(hardware.device, log),
         serving(lm, hardware, log) as served,
     ):
-        return dict(build.benchmark(cfg)(lm, build.run(cfg, folder, log), served=served))
-
-
-def check(held_back: float, benchmark: Any) -> None:
-    """Raises UserError if confirmation is requested and the benchmark has no scores."""
-    if held_back and not benchmark.scores():
-        raise UserError("confirm: this benchmark has no scores to confirm; set confirm=0")
+        return dict(settings.benchmark(lm, settings.run.start(folder, log), served=served))

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from winnow.build.job_settings import JobSettings
 from winnow.core.errors import Reason, classify, describe
 from winnow.core.files import write_json
+from winnow.hardware.device import Hardware
 from winnow.hardware.energy import EnergyCounters
 from winnow.search import child
 
@@ -43,32 +43,37 @@ class Job:
     """
 
     def __init__(
-        self, cfg: DictConfig, name: str, folder: Path, log: Callable[[str], None], environment: Mapping[str, str]
+        self, settings: JobSettings, name: str, folder: Path, log: Callable[[str], None], environment: Mapping[str, str]
     ) -> None:
         self.folder, self.cancelled = folder, _CancelCheck(folder)
         self.seconds: dict[str, float] = {}
         self.energy: dict[str, float] = {}
         self._started = time.perf_counter()
-        self._settings: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        self._settings = settings
         self._environment = environment
-        self._limits = child.Limits(60 * cfg.limits.minutes if cfg.limits.minutes else None, cfg.limits.memory_bytes)
+        limits = settings.limits
+        self._limits = child.Limits(60 * limits.minutes if limits.minutes else None, limits.memory_bytes)
         # with several workers each line names its trial
-        self._log = (lambda line: log(f"[{name}] {line}")) if cfg.workers > 1 else log
+        self._log = (lambda line: log(f"[{name}] {line}")) if settings.workers > 1 else log
 
     def step(self, name: str, function: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs `function` ("module:name") in a child with the settings and the arguments; returns its result.
+        """Runs `function` ("module:name") in a child with the composed configuration and the arguments; returns its result.
 
         Raises:
             child.Failed: the step failed; carries the typed reason.
             child.Cancelled: the search has cancelled the job.
         """
-        hardware = self._settings["hardware"]
+        hardware = self._settings.hardware
         remaining_s = self._limits.seconds and max(1.0, self._limits.seconds - (time.perf_counter() - self._started))
-        gpus = EnergyCounters.read(hardware["device"], hardware["devices"], {**os.environ, **self._environment})
+        gpus = EnergyCounters.read(hardware.device, hardware.devices, {**os.environ, **self._environment})
         try:
             outcome = child.call(
                 "winnow.search.job:metered",
-                {"function": function, "settings": self._settings, "arguments": dict(arguments)},
+                {
+                    "function": function,
+                    "hardware": hardware,
+                    "arguments": {"composed": self._settings.composed, **arguments},
+                },
                 child.Limits(remaining_s, self._limits.memory_bytes),
                 self._log,
                 self.folder / "log.txt",
@@ -79,7 +84,7 @@ class Job:
             self.seconds[name] = round(ended.seconds, 3)
             estimated_wh = self._estimated_wh(ended)
             wh = estimated_wh + ((gpus.spent_wh() if gpus is not None else None) or 0.0)
-            co2_g = wh / 1000 * hardware["carbon_g_per_kwh"]
+            co2_g = wh / 1000 * hardware.carbon_g_per_kwh
             self._count({"wh": wh, "co2_g": co2_g, "unmetered_wh": estimated_wh})
             raise
         self.seconds[name] = outcome["seconds"]
@@ -115,14 +120,12 @@ class Job:
         return float(estimate["wh"])
 
 
-def metered(
-    function: str, settings: dict[str, Any], arguments: dict[str, Any], log: Callable[[str], None]
-) -> dict[str, Any]:
+def metered(function: str, hardware: Hardware, arguments: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
     """Runs a step in the child; returns its `result` or why it `failed`, and in either case its `seconds` and `energy`."""
     outcome: dict[str, Any] = {"result": None, "failed": None}
-    with _StepCost(settings) as cost:
+    with _StepCost(hardware) as cost:
         try:
-            outcome["result"] = child.load_function(function)(settings=settings, **arguments, log=log)
+            outcome["result"] = child.load_function(function)(**arguments, log=log)
         except BaseException as error:
             traceback.print_exc()
             outcome["failed"] = (classify(error).value, describe(error))
@@ -139,11 +142,10 @@ def estimated(cpu_seconds: float, seconds: float, log: Callable[[str], None]) ->
 class _StepCost:
     """Context manager that measures the time and the energy of a block."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, hardware: Hardware) -> None:
         from winnow.hardware.energy import EnergyMeter
 
-        hardware = settings["hardware"]
-        self._meter = EnergyMeter(hardware["carbon_g_per_kwh"], hardware["device"], hardware["devices"])
+        self._meter = EnergyMeter(hardware.carbon_g_per_kwh, hardware.device, hardware.devices)
 
     def __enter__(self) -> _StepCost:
         self._started = time.perf_counter()

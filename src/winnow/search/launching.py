@@ -21,8 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from winnow.build.job_settings import job_settings
 from winnow.core.cli import say
 from winnow.core.errors import Reason, UserError, describe
 from winnow.core.libraries import require
@@ -51,7 +52,7 @@ class Launching:
         )
         self._basic = isinstance(self._launcher, BasicLauncher)
         if self._basic:
-            self._launcher.setup(hydra_context=context, task_function=_resolve, config=config)
+            self._launcher.setup(hydra_context=context, task_function=job_settings, config=config)
         self._kind = type(self._launcher).__name__
         self.here = self._kind in ("BasicLauncher", "JoblibLauncher")
         self._composing = threading.Lock()
@@ -193,12 +194,6 @@ def device_shares(hardware: Hardware, workers: int) -> list[dict[str, str]]:
         {"CUDA_VISIBLE_DEVICES": ",".join(e.strip() for e in entries[k * devices : (k + 1) * devices]), **order}
         for k in range(workers)
     ]
-
-
-def _resolve(cfg: DictConfig) -> DictConfig:
-    """Task of the basic launcher: resolves interpolations while the job has Hydra's globals, which they may read."""
-    OmegaConf.resolve(cfg)
-    return cfg
 
 
 def _allow_all_cores(variables: Sequence[str]) -> None:

@@ -1,14 +1,12 @@
 """Builds objects from a composed configuration: the only caller of `hydra.utils.instantiate`, behind an allow-list.
 
-No `cfg` passes beyond this module: it returns values and objects of `winnow`.
+No configuration passes beyond this package: `command_settings`, `search_settings` and `job_settings` read it once and return frozen
+values.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +16,6 @@ from winnow.core.errors import UserError
 from winnow.core.scalars import check_scalars
 from winnow.core.targets import target_of
 from winnow.core.types import Calibration
-from winnow.hardware.run import Run
 from winnow.method.knobs import Stage
 from winnow.model.lm import LM
 
@@ -42,7 +39,7 @@ def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str, dict[Any, Any
             yield from _targets(value, f"{key}.{index}")
 
 
-def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
+def instantiate(cfg: DictConfig | Mapping[str, Any], key: str, **extra: Any) -> Any:
     """Builds the object that `cfg`, the configuration under `key`, describes.
 
     Raises:
@@ -51,8 +48,7 @@ def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
     import hydra.utils
     from hydra.errors import InstantiationException
 
-    container = OmegaConf.to_container(cfg, resolve=True)
-    for where, target, values in _targets(container, key):
+    for where, target, values in _targets(plain(cfg), key):
         if where.startswith("agent.") and where.endswith(".llm") and _is_chat_model(target, where):
             continue
         # a mere prefix check would pass "winnow.x.os.system": the definition itself must be in winnow
@@ -68,6 +64,11 @@ def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
         if isinstance(error.__cause__, TypeError):
             raise UserError(f"{key}: {error.__cause__}; see the keys there are with --cfg job") from error
         raise
+
+
+def plain(node: Any) -> Any:
+    """Returns a node of a configuration as plain Python values, with its interpolations resolved."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def _is_chat_model(target: str, where: str) -> bool:
@@ -87,12 +88,19 @@ def _defined_in_winnow(target: str) -> bool:
     return getattr(definition, "__module__", "").startswith("winnow.")
 
 
-def methods(cfg: DictConfig) -> dict[str, Any]:
-    """Returns the configurations of the chosen methods by name.
+def methods(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """Returns the settings of the chosen methods by name, `_target_` among them.
 
     Settings of an experiment for methods that `method=[...]` leaves out are ignored.
     """
-    return {str(name): node for name, node in (cfg.method or {}).items() if node is not None and "_target_" in node}
+    nodes = (cfg.method or {}).items()
+    return {str(name): plain(node) for name, node in nodes if node is not None and "_target_" in node}
+
+
+def preloads(cfg: DictConfig) -> list[str]:
+    """Returns the modules that the chosen methods and the benchmark ask the fork server to import once."""
+    users = [target_of(node["_target_"]) for node in [*methods(cfg).values(), cfg.benchmark]]
+    return sorted({module for user in users for module in user.preload})
 
 
 def stages(cfg: DictConfig) -> dict[str, Stage]:
@@ -160,61 +168,9 @@ def calibration(cfg: DictConfig) -> Calibration:
     """Builds the calibration; replaces an automatic source by the default source of the model."""
     from winnow.data import corpus
 
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.calibration, resolve=True)  # type: ignore[assignment]
+    settings = plain(cfg.calibration)
     check_scalars(Calibration, settings, "calibration")
     if settings["source"] == corpus.AUTO:
         model = cfg.get("model") or {}
         settings["source"] = corpus.default_source(str(model.get("_target_")), model.get("path"))
     return Calibration(**settings)
-
-
-def run(cfg: DictConfig, folder: Path, log: Callable[[str], None]) -> Run:
-    """Builds the run: what stages and meters need besides the model."""
-    from winnow.data.corpus import check_source
-    from winnow.hardware.compute import slow_dtype_warning
-
-    check_scalars(Run, {"seed": cfg.seed})
-    calibration_set = calibration(cfg)
-    check_source(calibration_set)
-    folder.mkdir(parents=True, exist_ok=True)
-    machine = hardware(cfg)
-    warning = slow_dtype_warning(machine.compute_dtype, machine.device)
-    if warning and "study" not in cfg:  # a search logs it once, not in each trial
-        log(f"hardware.dtype={machine.dtype}: {warning}")
-    return Run(
-        folder=folder,
-        seed=cfg.seed,
-        device=machine.device,
-        dtype=machine.compute_dtype,
-        log=log,
-        calibration=calibration_set,
-        base=cfg.get("base"),
-        devices=machine.devices,
-        parallel=machine.parallel,
-        tflops=machine.tflops,
-        memory_limit_bytes=machine.memory_limit_bytes,
-        carbon_g_per_kwh=machine.carbon_g_per_kwh,
-        cache=Path(cfg.outputs) / "cache",
-        stage_cache_bytes=int(cfg.get("stage_cache_gb", 0) * 1e9),
-    )
-
-
-def output(cfg: DictConfig, command: str, lm: LM, parts: Mapping[str, Any]) -> Path:
-    """Returns the folder for results: `cfg.output`, or a name under `cfg.outputs` derived from the settings."""
-    if cfg.output:
-        return Path(cfg.output)
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    ignored = ("outputs", "output", "dry_run", "wandb")
-    relevant = json.dumps({k: v for k, v in settings.items() if k not in ignored}, sort_keys=True)
-    digest = hashlib.sha256(relevant.encode()).hexdigest()[:8]
-    return Path(cfg.outputs) / command / "-".join([lm.name, *parts, digest])
-
-
-def scratch(cfg: DictConfig, output: Path) -> Path:
-    """Returns the folder for checkpoints and intermediate files of `output`, which is the same for the same command."""
-    return (
-        Path(cfg.outputs)
-        / "scratch"
-        / f"{output.name}-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]}"
-    )
