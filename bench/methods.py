@@ -83,7 +83,8 @@ def one(method: str, side: str, model: str, size: str, device: str, output: str)
         started = time.perf_counter()
         if side == "ours":
             stage = target_of(f"winnow.method.{targets[method]}")(**knobs)
-            save(stage(lm, Run(Path(scratch), device=device, log=lambda line: None)), Path(output))
+            made = stage(lm, Run(Path(scratch), device=device, log=lambda line: None))
+            save(made.lm, Path(output))
         else:
             PEERS[method](lm.model, lm.tokenizer, batches, Path(output))
         seconds = time.perf_counter() - started

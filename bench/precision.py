@@ -28,8 +28,8 @@ def lora_tokens_per_second(precision: str) -> float:
 
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(Path(scratch), log=lambda line: None)
-        lm = Lora(steps=4, tokens_per_batch=512, precision=precision)(trained(), run)
-    return float(lm.manifest["_notes"]["training"]["tokens_per_second"])
+        notes = Lora(steps=4, tokens_per_batch=512, precision=precision)(trained(), run).notes
+    return float(notes["training"]["tokens_per_second"])
 
 
 def forward_tokens_per_second(dtype: str) -> float:

@@ -52,8 +52,8 @@ def one(method: str, model: str, profiled: str = "") -> dict[str, float]:
     lm = pretrained(model)
     parameters = sum(p.numel() for p in lm.model.parameters()) - lm.model.get_input_embeddings().weight.numel()
     torch.cuda.reset_peak_memory_stats()
-    lm = trained(lm, STEPS)
-    speed = lm.manifest["_notes"]["training"]["tokens_per_second"]
+    lm, notes = trained(lm, STEPS)
+    speed = notes["training"]["tokens_per_second"]
     peak = torch.cuda.max_memory_allocated() / 2**30
     if profiled:
         from torch.profiler import ProfilerActivity, profile

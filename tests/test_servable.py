@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from winnow.core.errors import MissingExtra, Reason, Unservable, classify
 from winnow.core.types import Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage
+from winnow.method.knobs import BaseStage, StageResult
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS, untrained
@@ -128,9 +128,9 @@ class Spoiled(BaseStage):
 
     slot = Slot.PRUNE
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         rows_shuffled(lm)
-        return lm.with_model(lm.model)
+        return StageResult(lm.with_model(lm.model))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +139,9 @@ class Redrawn(BaseStage):
 
     slot = Slot.PRUNE
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         fresh = type(lm.model)(lm.model.config)
-        return lm.with_model(fresh.to(lm.model.dtype))
+        return StageResult(lm.with_model(fresh.to(lm.model.dtype)))
 
 
 def test_a_model_that_is_random_is_noticed_because_its_base_was_not(tmp_path: Path, run_in: Run) -> None:

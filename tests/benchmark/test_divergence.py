@@ -45,7 +45,7 @@ def test_more_damage_is_further_away_and_it_is_the_divergence_of_the_distributio
     )
     distances = []
     for bits in (4, 2):
-        lm = RTN(bits=bits, group_size=32)(pretrained(str(WEIGHTS)), run)
+        lm = RTN(bits=bits, group_size=32)(pretrained(str(WEIGHTS)), run).lm
         with serving(base) as theirs, serving(lm) as served:
             distances.append(divergence.divergence(served, wanted)["kl_to_base"])
             vocabulary = served.vocab_size

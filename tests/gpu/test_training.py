@@ -71,10 +71,8 @@ def lost_and_regained(stage: Any, run: Run) -> tuple[float, float]:
     """Held-out loss of the embedded model, half of its weights pruned, before and after the stage."""
     from winnow.method.prune import Magnitude
 
-    pruned = Magnitude(0.6)(pretrained(str(WEIGHTS)), run)
-    pruned.manifest.pop("_notes", None)
-    trained = stage(pruned, run)
-    record = trained.manifest["_notes"]["training"]
+    pruned = Magnitude(0.6)(pretrained(str(WEIGHTS)), run).lm
+    record = stage(pruned, run).notes["training"]
     return record["held_out_loss_before"], record["held_out_loss"]
 
 
@@ -137,5 +135,5 @@ def test_ligers_kernels_train_to_the_same_loss(run_there: Run, monkeypatch: pyte
         if not fused:
             monkeypatch.setattr(kernels, "fused", lambda *_: contextlib.nullcontext())
         trained = Lora(steps=10, tokens_per_batch=1024)(pretrained(str(WEIGHTS)), run_there)
-        losses[fused] = trained.manifest["_notes"]["training"]["loss"]
+        losses[fused] = trained.notes["training"]["loss"]
     assert losses[True] == pytest.approx(losses[False], rel=0.02)

@@ -94,8 +94,8 @@ def test_a_training_takes_the_faster_precision_and_says_if_another_one_was_asked
     quick: dict[str, Any] = {"steps": 2, "tokens_per_batch": 128, "max_length": 32, "rank": 4}
     for precision, expected in (("auto", fast), ("bf16-mixed", "bf16-mixed")):
         lines.clear()
-        lm = Lora(**quick, precision=precision)(pretrained(str(tiny)), Run(tmp_path, log=lines.append))
-        assert lm.manifest["_notes"]["training"]["precision"] == expected
+        lm, notes = Lora(**quick, precision=precision)(pretrained(str(tiny)), Run(tmp_path, log=lines.append))
+        assert notes["training"]["precision"] == expected
         said = [line for line in lines if "slow on this processor" in line]
         assert len(said) == (precision != "auto" and flags is EPYC_MILAN)
         assert str(lm.model.dtype) == "torch.bfloat16"

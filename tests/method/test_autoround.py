@@ -129,9 +129,9 @@ def test_pruned_weights_stay_zero(pattern: str, tiny: Path, run_in: Run, monkeyp
 
     monkeypatch.setattr(driver, "LEARNING_RATE", 1.0)  # so that rounding moves by more than half a step
 
-    pruned = Magnitude(pattern=pattern)(pretrained(str(tiny)), run_in)
+    pruned = Magnitude(pattern=pattern)(pretrained(str(tiny)), run_in).lm
     zeros = {name: linear.weight == 0 for name, linear in linears(pruned.model).items()}
-    tuned = quick(2, 8)(pruned, run_in)
+    tuned = quick(2, 8)(pruned, run_in).lm
     for name, linear in linears(tuned.model).items():
         assert (linear.weight[zeros[name]] == 0).all() and (linear.integers[zeros[name]] == 0).all(), name
         assert not (linear.weight == 0).all()
@@ -144,7 +144,7 @@ def test_the_same_seed_makes_the_same_bytes(tmp_path: Path, tiny: Path, run_in: 
 
 def test_it_beats_rounding_to_nearest(run_in: Run) -> None:
     def made_by(stage: Any) -> float:
-        return perplexity(stage(pretrained(str(WEIGHTS)), run_in), 50)
+        return perplexity(stage(pretrained(str(WEIGHTS)), run_in).lm, 50)
 
     nearest, searched, tuned = made_by(RTN(2, 64)), made_by(AutoRound(2, 64, 0)), made_by(AutoRound(2, 64, 10))
     assert searched < nearest

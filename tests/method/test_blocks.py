@@ -236,9 +236,9 @@ def test_a_walk_that_died_goes_on_and_ends_the_same(
         decoder_blocks(again.model)[index].mlp.register_forward_hook(lambda *args: pytest.fail("walked again"))
     finished = stage(again, run_of(tmp_path / "died", lines))
     assert lines == [f"{name}: going on at block 3 of 4", f"{name}: block 3 of 4", f"{name}: block 4 of 4"]
-    assert finished.manifest["_notes"] == whole.manifest["_notes"]
-    for key, tensor in weights(whole.model).items():
-        assert torch.equal(tensor, weights(finished.model)[key]), key
+    assert finished.notes == whole.notes
+    for key, tensor in weights(whole.lm.model).items():
+        assert torch.equal(tensor, weights(finished.lm.model)[key]), key
 
 
 @pytest.mark.parametrize("other", ["knob", "seed", "calibration", "weights", "damaged", "cut short"])

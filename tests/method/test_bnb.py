@@ -51,7 +51,7 @@ def test_bytes_are_as_predicted(name: str, family: str, tmp_path: Path, run_in: 
 def test_memory_is_as_predicted(name: str, run_in: Run) -> None:
     base = pretrained(str(WEIGHTS))
     plan = METHODS[name]().predict(layout_of(base))
-    model: Any = METHODS[name]()(base, run_in).model
+    model: Any = METHODS[name]()(base, run_in).lm.model
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     for module in model.modules():
         if name == "int8" and isinstance(module, bitsandbytes.nn.Linear8bitLt):
@@ -67,7 +67,7 @@ def test_memory_is_as_predicted(name: str, run_in: Run) -> None:
 def test_single_precision_becomes_half(name: str, tmp_path: Path, tiny: Path, run_in: Run) -> None:
     base = pretrained(str(tiny), dtype="float32")
     plan = METHODS[name]().predict(layout_of(base))
-    made = METHODS[name]()(base, run_in)
+    made = METHODS[name]()(base, run_in).lm
     assert made.model.dtype == torch.bfloat16
     saved = save(made, tmp_path / "artifact")
     assert plan.disk_bytes == pytest.approx(saved.manifest["sizes"]["size_bytes"], rel=0.03)
@@ -76,7 +76,7 @@ def test_single_precision_becomes_half(name: str, tmp_path: Path, tiny: Path, ru
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_an_artifact_saved_after_a_forward_pass_is_whole(name: str, tmp_path: Path, tiny: Path, run_in: Run) -> None:
     """A forward pass may repack 4-bit weights for the processor, after which both the file and the model are wrong."""
-    made = METHODS[name]()(pretrained(str(tiny)), run_in)
+    made = METHODS[name]()(pretrained(str(tiny)), run_in).lm
     with torch.no_grad():
         before = made.model(input_ids=IDS).logits.float()
     for layer in four_bit_layers(made.model):
@@ -89,7 +89,7 @@ def test_an_artifact_saved_after_a_forward_pass_is_whole(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_gradients_still_flow_after_an_evaluation(name: str, tiny: Path, run_in: Run) -> None:
     """The repacked product has no gradient: adapters below a layer would train nothing, with a warning at most."""
-    model: Any = METHODS[name]()(pretrained(str(tiny)), run_in).model
+    model: Any = METHODS[name]()(pretrained(str(tiny)), run_in).lm.model
     with torch.no_grad():
         model(input_ids=IDS)
     layers = four_bit_layers(model)
@@ -102,7 +102,7 @@ def test_gradients_still_flow_after_an_evaluation(name: str, tiny: Path, run_in:
 def test_int8_does_not_remark_on_every_layer_and_forward(
     tiny: Path, run_in: Run, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
-    made = Int8()(pretrained(str(tiny)), run_in)
+    made = Int8()(pretrained(str(tiny)), run_in).lm
     with caplog.at_level(logging.INFO):
         logits(made)
     assert not [r for r in caplog.records if r.name.startswith("bitsandbytes")]
@@ -110,6 +110,8 @@ def test_int8_does_not_remark_on_every_layer_and_forward(
 
 
 def test_fp4_differs_from_nf4(tiny: Path, run_in: Run) -> None:
-    kinds = {name: four_bit_layers(METHODS[name]()(pretrained(str(tiny)), run_in).model)[0] for name in ("nf4", "fp4")}
+    kinds = {
+        name: four_bit_layers(METHODS[name]()(pretrained(str(tiny)), run_in).lm.model)[0] for name in ("nf4", "fp4")
+    }
     assert {name: layer.weight.quant_state.quant_type for name, layer in kinds.items()} == {"nf4": "nf4", "fp4": "fp4"}
     assert all(layer.weight.quant_state.nested for layer in kinds.values())

@@ -32,7 +32,7 @@ def test_what_a_trial_has_computed_another_reads(tiny: Path, run: Run, monkeypat
     monkeypatch.setattr(depth, "block_influences", lambda *args: pytest.fail("computed again"))
     elsewhere = dataclasses.replace(run, folder=run.folder / "of another trial")
     again = Depth(0.4)(pretrained(str(tiny)), elsewhere)
-    assert again.manifest["_notes"] == first.manifest["_notes"]
+    assert again.notes == first.notes
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         Depth(0.4)(pretrained(str(tiny)), dataclasses.replace(run, calibration=Calibration(samples=5)))
     changed = pretrained(str(tiny))
@@ -44,7 +44,7 @@ def test_what_a_trial_has_computed_another_reads(tiny: Path, run: Run, monkeypat
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         Depth(0.4)(otherwise_normed, run)
     moved = pretrained(str(shutil.copytree(tiny, run.folder / "moved")))
-    assert Depth(0.4)(moved, run).manifest["_notes"] == first.manifest["_notes"]
+    assert Depth(0.4)(moved, run).notes == first.notes
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_what_a_trial_has_computed_another_reads(tiny: Path, run: Run, monkeypat
 def test_from_what_is_kept_comes_the_same_model(
     stage: Stage, computing: tuple[object, str], tiny: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = stage(pretrained(str(tiny)), run).model
+    first = stage(pretrained(str(tiny)), run).lm.model
     monkeypatch.setattr(*computing, lambda *args: pytest.fail("computed again"))
-    again = stage(pretrained(str(tiny)), run).model
+    again = stage(pretrained(str(tiny)), run).lm.model
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 

@@ -95,8 +95,8 @@ def test_a_layer_that_does_nothing_goes_first(by: str, tmp_path: Path, run_in) -
     for linear in (lm.model.model.layers[3].self_attn.o_proj, lm.model.model.layers[3].mlp.down_proj):
         linear.weight.data.zero_()
     before = logits(lm)
-    made = Depth(0.2, by)(lm, run_in)
-    assert made.manifest["_notes"]["dropped_layers"] == [3] or by == "perplexity"  # a random layer may do harm
+    made, notes = Depth(0.2, by)(lm, run_in)
+    assert notes["dropped_layers"] == [3] or by == "perplexity"  # a random layer may do harm
     if by == "influence":
         torch.testing.assert_close(logits(made), before, rtol=0, atol=0)
 
@@ -147,7 +147,7 @@ def test_at_least_one_layer_goes_and_one_is_kept(share: float, left: int, tmp_pa
     lm = pretrained(str(deep("llama", tmp_path / "base")))
     config = lm.model.config
     assert Depth(share).predict(ModelLayout(config, {})).config.num_hidden_layers == left
-    assert len(Depth(share)(lm, run_in).model.model.layers) == left
+    assert len(Depth(share)(lm, run_in).lm.model.model.layers) == left
 
 
 def test_what_cannot_be_shallower_is_refused(tmp_path: Path, run_in) -> None:

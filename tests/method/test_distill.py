@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {"steps": 4, "tokens_per_batch": 512, "learning_rate": 3
 
 
 def shallow(tiny: Path, run: Run) -> LM:
-    return Depth(share=0.5)(pretrained(str(tiny), dtype="float32"), run)
+    return Depth(share=0.5)(pretrained(str(tiny), dtype="float32"), run).lm
 
 
 @pytest.fixture
@@ -65,10 +65,10 @@ def test_the_student_comes_nearer_to_the_model_the_pipeline_began_with(
     run = dataclasses.replace(run, base=str(WEIGHTS))
     teacher = pretrained(str(WEIGHTS))
     stage = Distill(steps=12, tokens_per_batch=1024, learning_rate=3e-4, **knobs)
-    made = stage(shallow_nano(), run)
+    made, notes = stage(shallow_nano(), run)
     assert divergence(made, teacher) < 0.7 * divergence(shallow_nano(), teacher)
-    assert made.manifest["_notes"]["teacher"]["sha256"] == teacher.sha256()
-    assert made.manifest["_notes"]["training"]["steps"] == 12
+    assert notes["teacher"]["sha256"] == teacher.sha256()
+    assert notes["training"]["steps"] == 12
 
 
 def test_students_of_the_same_documents_share_cached_targets(
@@ -76,13 +76,13 @@ def test_students_of_the_same_documents_share_cached_targets(
 ) -> None:
     shared = dataclasses.replace(run, cache=tmp_path / "cache")
     stage = Distill(**SMALL, teacher="cached")
-    first = stage(shallow(tiny, shared), shared)
+    first = stage(shallow(tiny, shared), shared).lm
 
     def never(*arguments: Any) -> None:
         raise AssertionError("the teacher was loaded again")
 
     monkeypatch.setattr("winnow.training.teacher.load_frozen", never)
-    second = stage(shallow(tiny, shared), shared)
+    second = stage(shallow(tiny, shared), shared).lm
     for name, weight in first.model.state_dict().items():
         assert torch.equal(weight, second.model.state_dict()[name]), name
     # another way to cut the same documents into batches
@@ -91,10 +91,10 @@ def test_students_of_the_same_documents_share_cached_targets(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_pruned_weights_stay_zero(tiny: Path, run: Run, optimizer: str) -> None:
-    pruned = Wanda(pattern="2:4")(pretrained(str(tiny)), run)
+    pruned = Wanda(pattern="2:4")(pretrained(str(tiny)), run).lm
     zero = {name: linear.weight == 0 for name, linear in linears(pruned.model).items()}
     before = {name: linear.weight.detach().clone() for name, linear in linears(pruned.model).items()}
-    made = Distill(steps=3, tokens_per_batch=256, learning_rate=0.01, optimizer=optimizer)(pruned, run)
+    made = Distill(steps=3, tokens_per_batch=256, learning_rate=0.01, optimizer=optimizer)(pruned, run).lm
     for name, linear in linears(made.model).items():
         assert torch.equal(linear.weight == 0, zero[name]), name
         assert not torch.equal(linear.weight, before[name]), name

@@ -19,7 +19,7 @@ from winnow.method import pipeline
 from winnow.method.kv import KV
 from winnow.method.rtn import RTN
 from winnow.model import manifest
-from winnow.model.lm import LM
+from winnow.model.lm import LM, FileLM
 from winnow.model.pretrained import pretrained
 from winnow.model.save import save
 from winnow.nano.embedded import WEIGHTS
@@ -172,8 +172,8 @@ def test_it_edits_final_files(has_own: bool, tmp_path: Path, tiny: Path, run_in:
     if not has_own:
         (folder / "generation_config.json").unlink()
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    lm = KV(4, 32)(pretrained(str(tiny)).with_files(folder), run_in)
-    assert lm.has_final_files
+    lm = KV(4, 32)(pretrained(str(tiny)).with_files(folder), run_in).lm
+    assert isinstance(lm, FileLM)
     assert {n for n, data in before.items() if (folder / n).read_bytes() != data} <= {"generation_config.json"}
     assert json.loads((folder / "generation_config.json").read_text())["cache_config"]["nbits"] == 4
     cache = generate(lm.model).past_key_values
@@ -209,9 +209,9 @@ def test_a_shorter_window_is_kept_and_acts(
         unchanged = lm.model(input_ids=text).logits.float()
     if files:
         shutil.copytree(base, run_in.folder / "files")
-        done = stage(lm.with_files(run_in.folder / "files"), run_in)
+        done = stage(lm.with_files(run_in.folder / "files"), run_in).lm
     else:
-        done = stage(lm, run_in)
+        done = stage(lm, run_in).lm
     with torch.inference_mode():
         before = done.model(input_ids=text).logits.float()
     save(done, tmp_path / "artifact")

@@ -36,12 +36,12 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_zeros_survive_and_the_loss_falls(pattern: str, dora: bool, tiny, run_in) -> None:
-    pruned = Wanda(pattern=pattern)(pretrained(str(tiny)), run_in)
+    pruned = Wanda(pattern=pattern)(pretrained(str(tiny)), run_in).lm
     masks = {n: m.weight.data != 0 for n, m in linears(pruned.model).items()}
     before = {n: m.weight.data.clone() for n, m in linears(pruned.model).items()}
     knobs = {"rank": 8, "tokens_per_batch": 512, "learning_rate": 0.02, "held_out": 8}
-    recovered = Lora(steps=30, dora=dora, **knobs)(pruned, run_in)
-    training = recovered.manifest["_notes"]["training"]
+    recovered, notes = Lora(steps=30, dora=dora, **knobs)(pruned, run_in)
+    training = notes["training"]
     assert training["held_out_loss"] < training["held_out_loss_before"] - 0.1
     for name, linear in linears(recovered.model).items():
         assert torch.equal(linear.weight != 0, masks[name]), name
@@ -57,7 +57,7 @@ def test_zeros_survive_and_the_loss_falls(pattern: str, dora: bool, tiny, run_in
 def test_what_is_merged_is_what_was_trained(knobs: dict[str, Any], sparse: bool, tiny, run_in) -> None:
     base = pretrained(str(tiny))
     if sparse:
-        base = Wanda(0.5)(base, run_in)
+        base = Wanda(0.5)(base, run_in).lm
     plain = logits(base.model.float())
     model = with_update(base.model, **knobs)
     mask_zeros(model)
@@ -88,7 +88,7 @@ def test_doras_rows_have_the_trained_lengths(tiny) -> None:
 
 def test_the_masked_layer_is_the_masked_update(tiny, run_in) -> None:
     """Against the plain reference: base weight plus mask times scaled B A, as a dense layer."""
-    base = Wanda(0.5)(pretrained(str(tiny)), run_in).model
+    base = Wanda(0.5)(pretrained(str(tiny)), run_in).lm.model
     model = with_update(base)
     mask_zeros(model)
     layer = layers(model)["model.layers.0.mlp.up_proj"]
@@ -102,7 +102,7 @@ def test_targets_choose_layers(tiny, run_in) -> None:
     lm = pretrained(str(tiny))
     before = {n: m.weight.data.clone() for n, m in linears(lm.model).items()}
     knobs = {"rank": 4, "steps": 2, "tokens_per_batch": 128, "learning_rate": 0.02}
-    after = Lora(targets=["q_proj", "layers.1.mlp.up_proj"], **knobs)(lm, run_in)
+    after = Lora(targets=["q_proj", "layers.1.mlp.up_proj"], **knobs)(lm, run_in).lm
     changed = {n for n, m in linears(after.model).items() if not torch.equal(m.weight, before[n])}
     expected = {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
     assert changed == expected

@@ -95,7 +95,7 @@ def test_the_artifact_computes_what_it_did_in_memory(family: str, tmp_path: Path
 
 def test_the_factors_are_near_the_weights_that_they_replace(tmp_path: Path, run_in) -> None:
     base = pretrained(str(random_model("mistral", tmp_path / "base"))).model
-    made = LowRank(0.95, 16)(pretrained(str(tmp_path / "base")), run_in).model
+    made = LowRank(0.95, 16)(pretrained(str(tmp_path / "base")), run_in).lm.model
     for name, linear in linears(base).items():
         product = made.get_submodule(name)
         weight = product[1].weight.float() @ product[0].weight.float()

@@ -226,7 +226,7 @@ def test_pruned_weights_stay_zero_and_the_same_seed_makes_the_same_bytes(
     stages = {"magnitude": Magnitude(sparsity=0.5), "mixed": Mixed(3.5, 32)}
     made = [pipeline.compress(pretrained(str(tiny)), stages, run_in, tmp_path / str(i)) for i in range(2)]
     assert made[0].manifest["sha256"] == made[1].manifest["sha256"]
-    pruned = linears(Magnitude(sparsity=0.5)(pretrained(str(tiny)), run_in).model)
+    pruned = linears(Magnitude(sparsity=0.5)(pretrained(str(tiny)), run_in).lm.model)
     quantized = pretrained(str(tmp_path / "0"))
     logits(quantized)  # a forward pass unpacks the weights
     for name, linear in linears(quantized.model).items():

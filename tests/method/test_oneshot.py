@@ -117,7 +117,7 @@ def test_other_shapes_keep_their_function_and_reload(family: str, name: str, bas
 )
 def test_norms_of_gemma_that_no_scale_goes_into_keep_every_bit(stage: Stage, moved: set[str], base_of, quick) -> None:
     norms = {n: p.clone() for n, p in pretrained(str(base_of("gemma3_text"))).model.named_parameters() if "norm" in n}
-    after = dict(stage(pretrained(str(base_of("gemma3_text"))), quick).model.named_parameters())
+    after = dict(stage(pretrained(str(base_of("gemma3_text"))), quick).lm.model.named_parameters())
     changed = {name.split(".")[-2] for name, before in norms.items() if not torch.equal(after[name], before)}
     assert changed == moved
 
@@ -128,9 +128,9 @@ def test_norms_of_gemma_that_no_scale_goes_into_keep_every_bit(stage: Stage, mov
     ids=["gptq", "gptq-unstructured", "awq", "smoothquant", "fp8"],
 )
 def test_pruned_weights_stay_zero(stage: Stage, pattern: str, tiny: Path, quick) -> None:
-    pruned = Wanda(pattern=pattern)(pretrained(str(tiny)), quick)
+    pruned = Wanda(pattern=pattern)(pretrained(str(tiny)), quick).lm
     zeros = {name: linear.weight == 0 for name, linear in linears(pruned.model).items()}
-    made = stage(pruned, quick)
+    made = stage(pruned, quick).lm
     for name, linear in linears(made.model).items():
         assert (linear.weight[zeros[name]] == 0).all(), name
         assert zeros[name].float().mean() == pytest.approx(0.5, abs=0.01)
@@ -147,19 +147,19 @@ def test_the_same_seed_makes_the_same_bytes(stage: Stage, tiny: Path, quick, tmp
 
 def test_both_beat_rounding_to_nearest_at_two_bits(quick) -> None:
     run = dataclasses.replace(quick, calibration=Calibration(samples=24, max_length=96))
-    plain = perplexity(RTN(2, 64)(trained(), run), 40)
-    assert perplexity(GPTQ(2)(trained(), run), 40) < 0.9 * plain
-    assert perplexity(AWQ(2, grid=3)(trained(), run), 40) < 0.95 * plain
+    plain = perplexity(RTN(2, 64)(trained(), run).lm, 40)
+    assert perplexity(GPTQ(2)(trained(), run).lm, 40) < 0.9 * plain
+    assert perplexity(AWQ(2, grid=3)(trained(), run).lm, 40) < 0.95 * plain
 
 
 def test_a_line_a_block_is_logged_and_nothing_is_printed(tiny: Path, quick, capfd: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
     for stage in (GPTQ(4), AWQ(4, grid=3), SmoothQuant(), FP8()):
         name = type(stage).__name__.lower()
-        lm = stage(pretrained(str(tiny)), dataclasses.replace(quick, log=lines.append))
+        made = stage(pretrained(str(tiny)), dataclasses.replace(quick, log=lines.append))
         assert lines[-2:] == [f"{name}: block 1 of 2", f"{name}: block 2 of 2"]
         assert "starts over" in lines[-3] and len(lines) == 3
-        assert ("calibration_sha256" in lm.manifest.get("_notes", {})) == (name != "fp8")
+        assert ("calibration_sha256" in made.notes) == (name != "fp8")
         lines.clear()
     assert capfd.readouterr() == ("", "")
 

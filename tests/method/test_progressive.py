@@ -64,12 +64,11 @@ def test_sparsity_rises_to_exactly_the_target(pruner: str) -> None:
 
 
 def test_zeros_are_as_many_as_the_pruner_alone_makes(tiny: Path, run_in: Run) -> None:
-    made = Progressive(pruner="magnitude", amount=0.5, rounds=2, **QUICK)(pretrained(str(tiny)), run_in)
-    alone = Magnitude(sparsity=0.5)(pretrained(str(tiny)), run_in)
+    made, notes = Progressive(pruner="magnitude", amount=0.5, rounds=2, **QUICK)(pretrained(str(tiny)), run_in)
+    alone = Magnitude(sparsity=0.5)(pretrained(str(tiny)), run_in).lm
     for (name, mine), theirs in zip(linears(made.model).items(), linears(alone.model).values(), strict=True):
         assert (mine.weight == 0).sum() == (theirs.weight == 0).sum(), name
-    rounds = made.manifest["_notes"]["rounds"]
-    assert [r["training"]["steps"] for r in rounds] == [2, 2]
+    assert [r["training"]["steps"] for r in notes["rounds"]] == [2, 2]
 
 
 class Killed(BaseException):
@@ -99,9 +98,9 @@ def test_a_killed_run_goes_on_at_its_round(
     resumed = stage(pretrained(str(tiny)), run("cut", said.append))
     assert "progressive: going on after round 1 of 2" in said
     assert not any("round 1 of 2: " in line for line in said)
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(weight, resumed.model.state_dict()[name]), name
-    told = [[r["intermediate_size"] for r in lm.manifest["_notes"]["rounds"]] for lm in (whole, resumed)]
+    for name, weight in whole.lm.model.state_dict().items():
+        assert torch.equal(weight, resumed.lm.model.state_dict()[name]), name
+    told = [[r["intermediate_size"] for r in made.notes["rounds"]] for made in (whole, resumed)]
     assert told == [[96, 64], [96, 64]]
 
 

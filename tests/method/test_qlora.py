@@ -73,12 +73,12 @@ DORA = {"dora": True, "rslora": True, "targets": ["q_proj", "up_proj"]}
 )
 def test_only_the_adapter_is_trained_and_all_of_it(quantizer: Any, knobs: dict, tiny: Path, run_in: Run) -> None:
     lm = pretrained(str(tiny))
-    lm = (quantizer or NF4)()(lm, run_in)
+    lm = (quantizer or NF4)()(lm, run_in).lm
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
     if quantizer is not Int8:
         with torch.no_grad():
             lm.model(input_ids=IDS)  # would repack what it can, if it was let: then nothing could be trained
-    made = QLoRA(**{**QUICK, **knobs})(lm, run_in)
+    made = QLoRA(**{**QUICK, **knobs})(lm, run_in).lm
     found = layers(made.model)
     assert len(found) == (4 if knobs else 14)
     for name, layer in found.items():
@@ -94,8 +94,8 @@ def test_only_the_adapter_is_trained_and_all_of_it(quantizer: Any, knobs: dict, 
 def test_merging_adds_the_update_to_the_weights(
     quantizer: Any, dora: bool, tiny: Path, tmp_path: Path, run_in: Run
 ) -> None:
-    lm = quantizer()(pretrained(str(tiny)), run_in)
-    made = QLoRA(**QUICK, dora=dora)(lm, run_in)
+    lm = quantizer()(pretrained(str(tiny)), run_in).lm
+    made = QLoRA(**QUICK, dora=dora)(lm, run_in).lm
     before = logits(made)
     dense = lm.with_model(merge_adapter(made.model))
     assert not adapter.is_adapted(dense.model) and not hasattr(dense.model.config, "quantization_config")
@@ -213,7 +213,7 @@ def test_weights_packed_by_another_library_are_refused(tiny: Path, run_in: Run, 
 
 def test_kernels_without_a_gradient_are_not_trained_through(tiny: Path, run_in: Run) -> None:
     """What bitsandbytes does to a repacked layer, without a word: its output has no gradient."""
-    lm = NF4()(pretrained(str(tiny)), run_in)
+    lm = NF4()(pretrained(str(tiny)), run_in).lm
     lm.model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, output: output.detach())
     lm.model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda module, args, output: output.detach())
     with pytest.raises(UserError, match="no gradient reaches"):
@@ -233,7 +233,7 @@ def test_a_training_that_was_cut_off_goes_on(tiny: Path, tmp_path: Path) -> None
         calibration = Calibration(samples=16, max_length=64)
         run = Run(folder, log=lambda line: None, curve=curve, calibration=calibration)
         knobs = {**QUICK, "steps": 6, "precision": "32-true", "checkpoint_minutes": 0.001}
-        return logits(QLoRA(**knobs)(pretrained(str(tiny)), run))
+        return logits(QLoRA(**knobs)(pretrained(str(tiny)), run).lm)
 
     with pytest.raises(Cut):
         train(tmp_path / "cut", cut=True)

@@ -32,7 +32,7 @@ def test_rtn_rounds_to_the_nearest_point_of_its_grid(tiny: Path, run_in, bits: i
     from winnow.method.rtn import RTN
 
     base = {n: m.weight.detach().clone().float() for n, m in linears(pretrained(str(tiny)).model).items()}
-    quantized = RTN(bits, group_size)(pretrained(str(tiny)), run_in).model
+    quantized = RTN(bits, group_size)(pretrained(str(tiny)), run_in).lm.model
     for name, linear in linears(quantized).items():
         groups, step = base[name].view(-1, group_size), linear.weight_scale.float().view(-1, 1)
         torch.testing.assert_close(step, groups.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2), rtol=0.01, atol=0)

@@ -78,14 +78,14 @@ def test_training_sees_what_peft_computes(family: str, padded: bool, tmp_path: P
 
 
 def test_no_weight_is_touched_and_the_loss_falls(tmp_path: Path, run_in: Run) -> None:
-    lm = RTN(3, 64)(pretrained(str(WEIGHTS)), run_in)
+    lm = RTN(3, 64)(pretrained(str(WEIGHTS)), run_in).lm
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
     knobs = {**QUICK, "max_length": 256, "held_out": 8}
-    made = SoftPrompt(**{**knobs, "steps": 12, "tokens_per_batch": 512})(lm, run_in)
+    made, notes = SoftPrompt(**{**knobs, "steps": 12, "tokens_per_batch": 512})(lm, run_in)
     base = adapter.base_model(made.model)
     assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
-    notes = made.manifest["_notes"]["training"]
-    assert notes["held_out_loss"] < notes["held_out_loss_before"] - 0.05
+    training = notes["training"]
+    assert training["held_out_loss"] < training["held_out_loss_before"] - 0.05
 
 
 @pytest.mark.parametrize("quantizer", [None, NF4, Int8, lambda: RTN(4, 64)], ids=["dense", "nf4", "int8", "rtn"])
@@ -93,7 +93,7 @@ def test_an_artifact_on_disk_gets_a_prompt(quantizer: Any, tiny: Path, tmp_path:
     source = tiny
     if quantizer is not None:
         source = tmp_path / "quantized"
-        save(quantizer()(pretrained(str(tiny)), run_in), source)
+        save(quantizer()(pretrained(str(tiny)), run_in).lm, source)
     stage = SoftPrompt(**QUICK)
     made = pipeline.compress(pretrained(str(source)), {"soft_prompt": stage}, run_in, tmp_path / "artifact")
     folder = tmp_path / "artifact"

@@ -122,6 +122,6 @@ def test_it_keeps_the_embedded_model_closer_to_itself_than_wanda(run_in) -> None
     wanted = base.model(input_ids=ids).logits.float()
     errors = {}
     for stage in (SparseGPT(pattern="2:4"), Wanda(pattern="2:4")):
-        logits = stage(trained(), run_in).model(input_ids=ids).logits.float()
+        logits = stage(trained(), run_in).lm.model(input_ids=ids).logits.float()
         errors[stage.name] = (logits - wanted).square().mean().item()
     assert errors["sparsegpt"] < errors["wanda"]

@@ -66,7 +66,7 @@ def test_what_did_nothing_is_cut_and_nothing_changes(family: str, tmp_path: Path
         layer.self_attn.o_proj.weight.data[hidden] = 0
         layer.mlp.down_proj.weight.data[hidden] = 0
     before = logits(lm)
-    made = HALF(lm, run_in)
+    made = HALF(lm, run_in).lm
     assert made.model.config.hidden_size == 128
     torch.testing.assert_close(logits(made), before, rtol=1e-4, atol=1e-4 * before.std().item())
 
@@ -77,7 +77,7 @@ def test_what_is_kept_is_a_slice_of_the_base(family: str, tmp_path: Path, run_in
     whole = pretrained(str(base)).model
     batches, _ = calibration_batches(pretrained(str(base)), run_in)
     found = importances(whole, 4, batches, run_in)
-    made = Width(mlp=0.5, heads=0.5)(pretrained(str(base)), run_in).model
+    made = Width(mlp=0.5, heads=0.5)(pretrained(str(base)), run_in).lm.model
     for old, new, channels, heads in zip(
         whole.model.layers, made.model.layers, found.channels, found.heads, strict=True
     ):

@@ -160,8 +160,7 @@ def test_full_precision_is_written_and_read_without_llama_cpp(
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(MissingExtra, match="llama-cpp-python is not installed"):
         GGUF()(trained(), run_in)
-    made = GGUF(dense="F32")(trained(), run_in)
-    notes = made.manifest["_notes"]
+    made, notes = GGUF(dense="F32")(trained(), run_in)
     assert "nearest" in notes["pre_tokenizer"] and notes["tokenizer_agreement_with"] == "winnow's reader"
     (file,) = Path(str(made.path)).glob("*.gguf")
     theirs = state(pretrained(str(file)))

@@ -23,7 +23,7 @@ from winnow.estimate.layout import layout_of
 from winnow.hardware.run import Run
 from winnow.method import pipeline, suitability
 from winnow.method.bnb import NF4
-from winnow.method.knobs import BaseStage
+from winnow.method.knobs import BaseStage, StageResult
 from winnow.method.lora import Lora, add_adapters, layers
 from winnow.method.oneshot import GPTQ
 from winnow.method.prune import Magnitude, Wanda
@@ -164,8 +164,8 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_made(
 class Idle(BaseStage):
     slot: ClassVar[Slot] = Slot.QUANTIZE
 
-    def __call__(self, lm: LM, run: Run) -> LM:
-        return lm.with_model(lm.model)
+    def __call__(self, lm: LM, run: Run) -> StageResult:
+        return StageResult(lm.with_model(lm.model))
 
 
 def test_a_stage_that_changes_nothing_is_an_error(tiny: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_row_of_zeros_stays_one_and_spoils_nothing(folder: Path, run_in: Run) 
     tensors(lambda held: {**held, UP: held[UP].index_fill(0, torch.tensor([3]), 0)})(folder)
     knobs = {"steps": 3, "tokens_per_batch": 128, "dora": True, "targets": ["up_proj"]}
     for stage in (Lora(**knobs), QLoRA(**knobs, merge=True)):
-        made = stage(pretrained(str(folder)), run_in).model.get_parameter(UP)
+        made = stage(pretrained(str(folder)), run_in).lm.model.get_parameter(UP)
         assert made.isfinite().all() and not made[3].any() and made[4].any()
     with pytest.raises(UserError, match=r"row of zeros, which model\.layers\.1\.mlp\.up_proj has; .*merge=true"):
         QLoRA(**knobs)(pretrained(str(folder)), run_in)

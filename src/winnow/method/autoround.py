@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 from winnow.model.matrix_kinds import LINEAR
 
@@ -95,7 +95,7 @@ class AutoRound(BaseStage):
         )
         return (passes + tuning).then(StageCost.packed(plan))
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         import torch
 
         from winnow.data.calibration import calibration_batches
@@ -116,8 +116,7 @@ class AutoRound(BaseStage):
         driver.tune_blocks(lm, run, tuning, driver.rows_of(batches), checkpoint)
         if self.format == "auto_round":
             driver.pack_for_auto_round(model, self.bits, self.group_size)
-        lm.manifest["_notes"] = {"calibration_sha256": digest}
-        return lm.with_model(model)
+        return StageResult(lm.with_model(model), {"calibration_sha256": digest})
 
 
 def _check_words(name: str, outputs: int) -> None:

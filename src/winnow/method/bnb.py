@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 from winnow.model.matrix_kinds import LINEAR, TRANSPOSED
 
@@ -118,8 +118,9 @@ class Int8(BaseStage):
 
         return StageCost.reloaded(plan, bits=8)
 
-    def __call__(self, lm: LM, run: Run) -> LM:
-        return lm.with_model(_reload_quantized(lm, run, load_in_8bit=True, llm_int8_threshold=self.threshold))
+    def __call__(self, lm: LM, run: Run) -> StageResult:
+        model = _reload_quantized(lm, run, load_in_8bit=True, llm_int8_threshold=self.threshold)
+        return StageResult(lm.with_model(model))
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class _FourBit(BaseStage):
 
         return StageCost.reloaded(plan, bits=BITS)
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         model = _reload_quantized(
             lm,
             run,
@@ -157,7 +158,7 @@ class _FourBit(BaseStage):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=_half(lm.model.dtype),
         )
-        return lm.with_model(model)
+        return StageResult(lm.with_model(model))
 
 
 @dataclass(frozen=True)

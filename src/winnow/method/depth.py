@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Depth(BaseStage):
         states = StageCost(host_bytes=plan.element_bytes * layers * data.tokens * plan.spec.hidden_size)
         return StageCost.calibrated(plan, calibration, passes=self._dropped(layers) * layers / 2) + states
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.data.calibration import calibration_batches
         from winnow.method import calibration_statistics
         from winnow.model.layers import decoder_blocks
@@ -103,8 +103,8 @@ class Depth(BaseStage):
         config = config_of_layers(lm.model.config, remaining)
         for index in sorted(dropped, reverse=True):
             del blocks[index]
-        lm.manifest["_notes"] = {"calibration_sha256": digest, "dropped_layers": sorted(dropped)}
-        return lm.with_model(rebuild_model(lm.model, config))
+        notes = {"calibration_sha256": digest, "dropped_layers": sorted(dropped)}
+        return StageResult(lm.with_model(rebuild_model(lm.model, config)), notes)
 
     def remaining_layers(self, layers: int) -> int:
         """Returns how many of `layers` layers remain."""

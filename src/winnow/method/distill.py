@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import knob
+from winnow.method.knobs import StageResult, knob
 from winnow.method.trainable import Training
 from winnow.model.lm import LM
 
@@ -228,7 +228,7 @@ class Distill(Distilling):
     def work(self, plan: ModelLayout, calibration: Calibration) -> StageCost:
         return self.training_work(self.predict(plan), calibration)
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.method.student_init import slice_student, student_config
 
         teacher = self._teacher(lm, run)
@@ -237,8 +237,8 @@ class Distill(Distilling):
         rows = self.documents_for(lm, teacher, run)
         model = slice_student(lm.model, config) if self.student else lm.model
         record = self.learn(model, teacher, rows, run)
-        lm.manifest["_notes"] = {"training": record, "teacher": {"name": teacher.name, "sha256": teacher.sha256()}}
-        return lm.with_model(model)
+        notes = {"training": record, "teacher": {"name": teacher.name, "sha256": teacher.sha256()}}
+        return StageResult(lm.with_model(model), notes)
 
     def _teacher(self, lm: LM, run: Run) -> LM:
         """Returns the teacher without loading its weights.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class GGUF(BaseStage):
         writing = StageCost(traffic_bytes=4 * plan.memory_bytes, host_bytes=8 * largest)
         return StageCost.calibrated(plan, calibration).then(writing) if self._uses_calibration else writing
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.method.imatrix import collect
         from winnow.model.gguf import architectures, mix
         from winnow.model.gguf.quantize import tensor_types
@@ -115,8 +115,7 @@ class GGUF(BaseStage):
                 f"gguf: llama.cpp's own tokenizer gives the same ids for {agreement:.0%} of some sample texts; "
                 f"winnow feeds it those of transformers"
             )
-        lm.manifest["_notes"] = notes
-        return lm.with_files(folder)
+        return StageResult(lm.with_files(folder), notes)
 
     @property
     def _uses_calibration(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from winnow.core.errors import UserError
 from winnow.core.libraries import require
@@ -87,13 +87,20 @@ def same(value: Any, other: Any) -> bool:
     return (type(value) is type(other) or (is_number(value) and is_number(other))) and bool(value == other)
 
 
+class StageResult(NamedTuple):
+    """The model that a stage makes, and what the stage adds to its record in the artifact's manifest."""
+
+    lm: LM
+    notes: Mapping[str, Any] = {}
+
+
 @runtime_checkable
 class Stage(Protocol):
     """A compression method: a frozen dataclass of knobs."""
 
     slot: ClassVar[Slot]
 
-    def __call__(self, lm: LM, run: Run) -> LM: ...
+    def __call__(self, lm: LM, run: Run) -> StageResult: ...
 
     def check(self, plan: ModelLayout, base: LM, run: Run) -> None: ...
 

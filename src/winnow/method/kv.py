@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
-from winnow.model.lm import LM
+from winnow.method.knobs import BaseStage, StageResult, knob
+from winnow.model.lm import LM, FileLM
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
@@ -83,9 +83,9 @@ class KV(BaseStage):
 
         return StageCost()
 
-    def __call__(self, lm: LM, run: Run) -> LM:
-        if lm.has_final_files:
-            return self._edit(lm)
+    def __call__(self, lm: LM, run: Run) -> StageResult:
+        if isinstance(lm, FileLM):
+            return StageResult(self._edit(lm))
         config = lm.model.config
         self._check(config)
         if self.bits < 16:
@@ -95,13 +95,12 @@ class KV(BaseStage):
             for module in lm.model.modules():
                 if getattr(module, "sliding_window", None):  # attention layers copied it from the config when built
                     module.sliding_window = self.window
-        return lm.with_model(lm.model)
+        return StageResult(lm.with_model(lm.model))
 
-    def _edit(self, lm: LM) -> LM:
+    def _edit(self, lm: FileLM) -> FileLM:
         """Applies the settings to a folder of final files in the run's scratch space."""
         from transformers import AutoConfig, GenerationConfig
 
-        assert lm.path is not None
         folder = Path(lm.path)
         if any(folder.glob("*.gguf")):
             raise UserError(

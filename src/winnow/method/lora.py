@@ -17,7 +17,7 @@ from unittest import mock
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import knob
+from winnow.method.knobs import StageResult, knob
 from winnow.method.trainable import Training
 from winnow.model.lm import LM
 
@@ -105,7 +105,7 @@ class Lora(Adapting):
         as_stored = self.precision_in(plan.compute_dtype) == "bf16-mixed" and plan.dtype == "bfloat16"
         return self.cost(plan, calibration, self.trained_parameters(plan), frozen=as_stored, masked=plan.sparse)
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         import torch
 
         from winnow.model.packing import cast_weights
@@ -119,9 +119,8 @@ class Lora(Adapting):
         mask_zeros(model)
         fitted = self.train(model, rows, run, learning_rate=self.learning_rate)
         merged = merge(model)
-        lm.manifest["_notes"] = {"training": fitted.record()}
         cast_weights(merged, dtype)
-        return lm.with_model(merged)
+        return StageResult(lm.with_model(merged), {"training": fitted.record()})
 
 
 def add_adapters(model: Any, settings: Adapting, seed: int) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class LowRank(BaseStage):
         )
         return StageCost.calibrated(plan, calibration) + StageCost.hessians(plan, calibration) + solving
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         import torch
 
         from winnow.data.calibration import calibration_batches
@@ -118,8 +118,7 @@ class LowRank(BaseStage):
                         product.get_parameter("1.bias").data.copy_(linear.bias)
                     lm.model.set_submodule(name, product)
             run.log(f"lowrank: block {index + 1} of {count}")
-        lm.manifest["_notes"] = {"calibration_sha256": digest}
-        return lm.with_model(rebuild_model(lm.model, config, kind))
+        return StageResult(lm.with_model(rebuild_model(lm.model, config, kind)), {"calibration_sha256": digest})
 
     def ranks(self, config: PretrainedConfig) -> dict[str, int]:
         """Returns the rank of each linear layer of the blocks, by name.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 from winnow.model.matrix_kinds import LINEAR
 
@@ -95,7 +95,7 @@ class Mixed(BaseStage):
         )
         return (passes + buffers).then(StageCost.packed(plan))
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.data.calibration import calibration_batches
         from winnow.method.rtn import rtn_scale
         from winnow.method.sensitivity import divergences, halves, unit_of
@@ -129,13 +129,13 @@ class Mixed(BaseStage):
         attach_scheme(lm.model, widths, self.group_size)
         for name, linear in layers.items():
             quantize_linear(linear, rtn_scale(linear.weight.data, widths[name], self.group_size))
-        lm.manifest["_notes"] = {
+        notes = {
             "calibration_sha256": digest,
             "average_bits": round(average, 4),
             "widths": recipe,
             "divergence": {"mixed": mixed_divergence, f"uniform_{uniform}": uniform_divergence},
         }
-        return lm.with_model(lm.model)
+        return StageResult(lm.with_model(lm.model), notes)
 
     def _scores(
         self, lm: LM, run: Run, batches: list[Any], digest: str, units: list[str]

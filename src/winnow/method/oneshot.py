@@ -19,7 +19,7 @@ from unittest import mock
 from winnow.core.errors import UserError, raised_below
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 from winnow.model.matrix_kinds import EXPERT, LINEAR
 
@@ -104,7 +104,7 @@ class GPTQ(_Grouped):
         reading = StageCost.calibrated(plan, calibration) + StageCost.hessians(plan, calibration)
         return (reading + StageCost.solved(plan) + StageCost.widened(plan)).then(StageCost.packed(plan))
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         order = {"actorder": self.act_order if self.act_order != "none" else None}
         scheme = self._scheme(lm.model, **order)
 
@@ -158,7 +158,7 @@ class AWQ(_Grouped):
         supported = {*AWQ_MAPPING_REGISTRY, *AWQ_DYNAMIC_MAPPING_REGISTRY} - _AWQ_UNSUITED
         check_architecture(plan.spec.name, "awq", supported)
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         scheme = self._scheme(lm.model)
 
         from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -169,7 +169,7 @@ class AWQ(_Grouped):
         return quantize_calibrated(lm, run, "awq", [smoothing, QuantizationModifier(**scheme)])
 
 
-def quantize_calibrated(lm: LM, run: Run, name: str, recipe: list[Any]) -> LM:
+def quantize_calibrated(lm: LM, run: Run, name: str, recipe: list[Any]) -> StageResult:
     """Applies the modifiers of `recipe` with calibration data.
 
     Raises:
@@ -188,8 +188,7 @@ def quantize_calibrated(lm: LM, run: Run, name: str, recipe: list[Any]) -> LM:
         raise UserError(
             f"method={name} does not suit {type(lm.model).__name__}: {str(error).splitlines()[0][:200]}; take method=gptq or rtn"
         ) from error
-    lm.manifest["_notes"] = {"calibration_sha256": digest}
-    return lm.with_model(lm.model)
+    return StageResult(lm.with_model(lm.model), {"calibration_sha256": digest})
 
 
 def _preserve_zeros(quantize_weight: Callable[..., Any]) -> Callable[..., Any]:

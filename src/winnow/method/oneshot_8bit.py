@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration
 from winnow.hardware.run import Run
-from winnow.method.knobs import knob
+from winnow.method.knobs import StageResult, knob
 from winnow.method.oneshot import (
     DRIVER,
     OneShot,
@@ -76,7 +76,7 @@ class SmoothQuant(OneShot):
     def predict(self, plan: ModelLayout) -> ModelLayout:
         return _activations_in_8_bits(plan.with_linears(lambda name, t: _in_bytes(t, t.shape[0] * scale_bytes(plan))))
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from llmcompressor.modifiers.quantization import QuantizationModifier
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
@@ -121,7 +121,7 @@ class FP8(OneShot):
 
         return _activations_in_8_bits(plan.with_linears(change))
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from llmcompressor.modifiers.quantization import QuantizationModifier
 
         from winnow.method.oneshot_driver import oneshot
@@ -129,7 +129,7 @@ class FP8(OneShot):
         scheme = {"channel": "FP8_DYNAMIC", "block": "FP8_BLOCK"}[self.scales]
         recipe = [QuantizationModifier(targets=["Linear"], scheme=scheme, ignore=unquantized_linears(lm.model))]
         oneshot(lm, run, "fp8", recipe)
-        return lm.with_model(lm.model)
+        return StageResult(lm.with_model(lm.model))
 
 
 def _smoothquant_mappings(model: PreTrainedModel) -> Any:

@@ -118,7 +118,7 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after_stage: Callable[[
         started = time.perf_counter()
         weights_before = _prepare(stage, lm)
         with EnergyMeter(run.carbon_g_per_kwh, run.device, run.devices) as energy:
-            lm = (
+            lm, notes = (
                 torchrun.run_under_torchrun(name, stage, lm, run)
                 if torchrun.needs_torchrun(stage, run)
                 else stage(lm, run)
@@ -131,7 +131,7 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after_stage: Callable[[
             "computed_in": run.compute_dtype,
             "seconds": round(time.perf_counter() - started, 3),
             **dist_env.total_energy(energy, run).record(),
-            **lm.manifest.pop("_notes", {}),
+            **notes,
         }
         if weights_before and lm.path is None:  # an LM on disk has another format, or was checked where it was written
             suitability.check_changed(name, weights_before, lm.model)

@@ -31,7 +31,7 @@ from winnow.data import corpus
 from winnow.hardware.run import Run
 from winnow.method.knobs import Stage
 from winnow.model import adapter, manifest
-from winnow.model.lm import LM
+from winnow.model.lm import LM, FileLM
 
 FOLDER = "prefixes"
 DISK_BYTES_PER_SECOND = 200e6  # an artifact that is computed faster than a slow disk writes it is not worth caching
@@ -89,8 +89,8 @@ class PrefixCache:
         records = lm.manifest["stages"][self.earlier_stages :]
         entry = self.folder / self.key(len(records))
         seconds = sum(record["seconds"] for record in records if not record.get("reused"))
-        on_disk = lm.path is not None and not lm.has_final_files
-        dense = not lm.has_final_files and is_dense(lm)
+        on_disk = lm.path is not None and not isinstance(lm, FileLM)
+        dense = not isinstance(lm, FileLM) and is_dense(lm)
         size = _size(Path(str(lm.path))) if on_disk else sum(p.nbytes for p in lm.model.parameters())
         if entry.is_dir() or size > self.limit_bytes or seconds < size / DISK_BYTES_PER_SECOND:
             return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import knob
+from winnow.method.knobs import StageResult, knob
 from winnow.method.trainable import Training
 from winnow.model.lm import LM
 
@@ -48,7 +48,7 @@ class Pretrain(Training):
         parameters = sum(t.numel for t in plan.tensors.values())
         return self.cost(plan, calibration, parameters, adapters=False)
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         import torch
 
         from winnow.model.packing import cast_weights
@@ -66,6 +66,5 @@ class Pretrain(Training):
             weight_decay=0.01,
             warmup=0.02,
         )
-        lm.manifest["_notes"] = {"training": fitted.record()}
         cast_weights(lm.model, getattr(torch, self.save_dtype))
-        return lm.with_model(lm.model)
+        return StageResult(lm.with_model(lm.model), {"training": fitted.record()})

@@ -20,7 +20,7 @@ from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
 from winnow.method.distill import Distilling
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Progressive(Distilling):
             Depth(share=amount) if self.pruner == "depth" else (Wanda if self.pruner == "wanda" else Magnitude)(amount)
         )
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.model.save import save
         from winnow.model.unfused import prepare_for_stage
         from winnow.training.teacher import open_teacher
@@ -137,16 +137,14 @@ class Progressive(Distilling):
             round_run.folder.mkdir(parents=True, exist_ok=True)
             prepare_for_stage(lm.model, self.matrices)  # a restored model has the form of its architecture
             run.log(f"progressive: round {number} of {len(stages)}: {type(stage).__name__.lower()}")
-            lm = stage(lm, round_run)
-            notes = lm.manifest.pop("_notes", {})
+            lm, notes = stage(lm, round_run)
             records.append({**notes, "training": self.learn(lm.model, teacher, rows, round_run)})
             lm.manifest["_rounds"] = records
             save(lm, _round_folder(folder, number))
             del lm.manifest["_rounds"]
             for old in (round_run.folder, _round_folder(folder, number - 1)):
                 shutil.rmtree(old, ignore_errors=True)
-        lm.manifest["_notes"] = {"rounds": records}
-        return lm
+        return StageResult(lm, {"rounds": records})
 
     def _fingerprint(self, teacher: LM, run: Run) -> str:
         from winnow.data.corpus import content

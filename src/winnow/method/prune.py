@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Magnitude(Pruning):
         ranked = StageCost.selected(plan) if self.pattern == "unstructured" else StageCost.sorted(plan)
         return StageCost.calibrated(plan, calibration).then(ranked) if self.allocation == "owl" else ranked
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.data.calibration import calibration_batches
         from winnow.model.layers import decoder_blocks, linears, linears_in
 
@@ -188,8 +188,7 @@ class Magnitude(Pruning):
                 mask = self.mask(score, sparsities[names[linear]], by_row=False)  # one threshold a matrix
                 linear.weight.data.masked_fill_(mask.to(linear.weight.device), 0)
             run.log(f"{self.name}: block {index + 1} of {len(blocks)}")
-        lm.manifest["_notes"] = notes(blocks, digest)
-        return lm.with_model(lm.model)
+        return StageResult(lm.with_model(lm.model), notes(blocks, digest))
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ class CalibratedPruning(Pruning):
         iterations = 1 if self.allocation == "uniform" else 2
         return StageCost.calibrated(plan, calibration, passes=2 * iterations) + StageCost.sorted(plan)
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.data.calibration import calibration_batches
         from winnow.method.blocks import iterate_blocks
         from winnow.method.checkpoint import checkpoint_of
@@ -219,8 +218,7 @@ class CalibratedPruning(Pruning):
             layers = {linear: (name, sparsities[name]) for linear, name in names.items()}
             self.prune_block(block, run_calibration, layers)
             run.log(f"{self.name}: block {index + 1} of {len(blocks)}")
-        lm.manifest["_notes"] = notes(blocks, digest)
-        return lm.with_model(lm.model)
+        return StageResult(lm.with_model(lm.model), notes(blocks, digest))
 
     def prune_block(
         self, block: nn.Module, run_calibration: Callable[[], None], layers: Mapping[nn.Linear, tuple[str, float]]

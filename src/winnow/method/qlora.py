@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import knob
+from winnow.method.knobs import StageResult, knob
 from winnow.method.lora import Adapting
 from winnow.model.lm import LM
 from winnow.model.matrix_kinds import LINEAR, TRANSPOSED
@@ -101,7 +101,7 @@ class QLoRA(Adapting):
 
         return NF4().predict(plan) if is_dense(plan) else plan
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.method import bnb
         from winnow.method.lora import add_adapters, rows_of_zeros
         from winnow.model import adapter
@@ -109,7 +109,7 @@ class QLoRA(Adapting):
 
         adapter.check_no_adapter(lm.model, lm.path or lm.name, "qlora")
         if getattr(lm.model.config, "quantization_config", None) is None:
-            lm = bnb.NF4()(lm, run)
+            lm = bnb.NF4()(lm, run).lm
         bnb.keep_packing(lm.model)
         model = add_adapters(lm.model, self, run.seed)
         with_zero_rows = rows_of_zeros(model) if self.dora else []
@@ -121,9 +121,9 @@ class QLoRA(Adapting):
         with self.cast_frozen(model, run):
             adapter.check_gradients(model, "qlora")
             fitted = self.train(model, self.encode_documents(lm, run), run, learning_rate=self.learning_rate)
-        lm.manifest["_notes"] = {"training": fitted.record()}
         adapter.round_matrices(model, lm.model.dtype)
-        return lm.with_model(merge_adapter(model)) if self.merge else attach_adapter(lm, model)
+        finished = lm.with_model(merge_adapter(model)) if self.merge else attach_adapter(lm, model)
+        return StageResult(finished, {"training": fitted.record()})
 
 
 def is_dense(plan: ModelLayout) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 from winnow.model.matrix_kinds import EXPERT, LINEAR
 
@@ -56,14 +56,14 @@ class RTN(BaseStage):
 
         return StageCost.streamed(plan).then(StageCost.packed(plan))
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.model.layers import linears
         from winnow.model.packing import attach_scheme, quantize_linear
 
         attach_scheme(lm.model, self.bits, self.group_size)
         for linear in linears(lm.model).values():
             quantize_linear(linear, rtn_scale(linear.weight.data, self.bits, self.group_size))
-        return lm.with_model(lm.model)
+        return StageResult(lm.with_model(lm.model))
 
 
 def rtn_scale(weight_oi: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import knob
+from winnow.method.knobs import StageResult, knob
 from winnow.method.trainable import Training
 from winnow.model.lm import LM
 from winnow.model.spec import context_of
@@ -86,7 +86,7 @@ class SoftPrompt(Training):
         numbers = self.tokens * plan.spec.hidden_size
         return self.cost(plan, calibration, numbers, tokens_per_batch=tokens_read, frozen=True)
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.method.bnb import keep_packing
         from winnow.model import adapter
         from winnow.model.save import attach_adapter
@@ -100,8 +100,7 @@ class SoftPrompt(Training):
         with self.cast_frozen(model, run):
             adapter.check_gradients(model, "soft_prompt")
             fitted = self.train(model, rows, run, learning_rate=self.learning_rate, student=PromptedStudent(model))
-        lm.manifest["_notes"] = {"training": fitted.record()}
-        return attach_adapter(lm, model)
+        return StageResult(attach_adapter(lm, model), {"training": fitted.record()})
 
     def _longest(self, config: PretrainedConfig) -> int:
         """Returns the number of tokens of a text that fit behind the prompt.

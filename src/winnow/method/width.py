@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from winnow.core.errors import UserError
 from winnow.core.types import Calibration, Slot
 from winnow.hardware.run import Run
-from winnow.method.knobs import BaseStage, knob
+from winnow.method.knobs import BaseStage, StageResult, knob
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Width(BaseStage):
         sliced = StageCost(host_bytes=sum(t.memory_bytes for t in plan.linears))
         return StageCost.calibrated(plan, calibration).then(sliced)
 
-    def __call__(self, lm: LM, run: Run) -> LM:
+    def __call__(self, lm: LM, run: Run) -> StageResult:
         from winnow.data.calibration import calibration_batches
         from winnow.method.importance import cached_importances
         from winnow.model.reshape import rebuild_model
@@ -103,8 +103,8 @@ class Width(BaseStage):
             narrow_block(layer, hidden, strongest(channels, new.intermediate_size), queries, keys, new.head_dim)
         if new.hidden_size < old.hidden_size:
             narrow_stream(lm.model, hidden, units.energy)
-        lm.manifest["_notes"] = {"calibration_sha256": digest, **{name: getattr(new, name) for name in WIDTHS}}
-        return lm.with_model(rebuild_model(lm.model, new))
+        notes = {"calibration_sha256": digest, **{name: getattr(new, name) for name in WIDTHS}}
+        return StageResult(lm.with_model(rebuild_model(lm.model, new)), notes)
 
     def narrow_config(self, config: PretrainedConfig) -> PretrainedConfig:
         """Returns the configuration with the reduced widths.

@@ -20,7 +20,6 @@ class LM:
     Attributes:
         path: the folder or hub id that it was loaded from or saved to; None for a model that exists only in memory.
         manifest: its origin, written next to the weights when it is saved.
-        has_final_files: whether `path` holds the exact files that saving copies.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class LM:
         self.manifest: dict[str, Any] = dict(manifest or {})
         self.loading = loading or Loading()
         self.name = name or (Path(self.path).name if self.path else "model")
-        self.has_final_files = False
         self._model = model
         self._tokenizer = tokenizer
 
@@ -87,9 +85,13 @@ class LM:
         """Returns an LM with the same manifest and the weights of `model`, which are in memory only."""
         return LM(model=model, tokenizer=self.tokenizer, manifest=self.manifest, loading=self.loading, name=self.name)
 
-    def with_files(self, folder: str | Path) -> LM:
+    def with_files(self, folder: str | Path) -> FileLM:
         """Returns an LM with the same manifest whose weights are files in `folder`, in the form in which they are saved."""
         tokenizer, manifest = self.tokenizer, self.manifest
-        lm = LM(folder, tokenizer=tokenizer, manifest=manifest, loading=self.loading, name=self.name)
-        lm.has_final_files = True
-        return lm
+        return FileLM(folder, tokenizer=tokenizer, manifest=manifest, loading=self.loading, name=self.name)
+
+
+class FileLM(LM):
+    """An LM whose folder `path` holds the exact files that saving copies."""
+
+    path: str

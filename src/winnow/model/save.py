@@ -8,7 +8,7 @@ from typing import Any
 
 from winnow.core.files import atomic_folder
 from winnow.model import manifest as manifests
-from winnow.model.lm import LM
+from winnow.model.lm import LM, FileLM
 
 
 def save(lm: LM, output: Path) -> LM:
@@ -17,8 +17,7 @@ def save(lm: LM, output: Path) -> LM:
     The model in memory must not be used afterwards: its weights are packed in place.
     """
     with atomic_folder(output) as scratch:
-        if lm.has_final_files:
-            assert lm.path is not None
+        if isinstance(lm, FileLM):
             shutil.copytree(lm.path, scratch, dirs_exist_ok=True)
         else:
             _write_weights(lm, scratch)
@@ -55,11 +54,10 @@ def _write_weights(lm: LM, folder: Path) -> None:
 
 
 def attach_adapter(lm: LM, model: Any) -> LM:
-    """Returns an LM with the adapter of `model`: in memory, or written next to the files if `lm` has final files."""
+    """Returns an LM with the adapter of `model`: in memory, or written next to the files of a `FileLM`."""
     from winnow.model.adapter import NAME, base_model, write
 
-    if not lm.has_final_files:
+    if not isinstance(lm, FileLM):
         return lm.with_model(model)
-    assert lm.path is not None
     write(model, Path(lm.path) / NAME, base_model(model).dtype)
     return lm.with_files(lm.path)

@@ -52,8 +52,8 @@ def needs_torchrun(stage: HasSlot, run: Run) -> bool:
     return run.devices > 1 and not under_torchrun() and stage.slot in TRAINING and hasattr(stage, "steps")
 
 
-def run_under_torchrun(name: str, stage: HasSlot, lm: LM, run: Run) -> LM:
-    """Returns the result of `stage(lm, run)`, computed by one process per device; its record is in the manifest's `_notes`.
+def run_under_torchrun(name: str, stage: HasSlot, lm: LM, run: Run) -> tuple[LM, dict[str, Any]]:
+    """Returns the model and the notes of `stage(lm, run)`, computed by one process per device.
 
     Raises:
         UserError: the training refused its input; the message is the training's own.
@@ -76,9 +76,8 @@ def run_under_torchrun(name: str, stage: HasSlot, lm: LM, run: Run) -> LM:
     (output / "manifest.json").unlink()
     record = manifest["stages"][-1]
     lm.manifest |= {k: v for k, v in manifest.items() if k not in _PIPELINE_KEYS}
-    lm.manifest["_notes"] = {k: v for k, v in record.items() if k not in ("method", "slot", "knobs", "seed", "seconds")}
-    lm.manifest["_notes"]["devices"] = run.devices
-    return lm.with_files(output)
+    notes = {k: v for k, v in record.items() if k not in ("method", "slot", "knobs", "seed", "seconds")}
+    return lm.with_files(output), {**notes, "devices": run.devices}
 
 
 def _saved_model_path(lm: LM, folder: Path) -> str:
