@@ -152,7 +152,7 @@ def test_its_job_runs_below_the_trial_with_the_limits_of_one(tmp_path: Path, mon
     hardware = {"device": "cpu", "devices": 1, "carbon_g_per_kwh": 100.0}
     limits = {"minutes": 2, "memory_bytes": 8}
     cfg = OmegaConf.create(
-        {"confirming": True, "hardware": hardware, "limits": limits, "workers": 1, "outputs": "outputs"}
+        {"score_holdout": True, "hardware": hardware, "limits": limits, "workers": 1, "outputs": "outputs"}
     )
     folder = tmp_path / "4" / FOLDER
     folder.mkdir(parents=True)
@@ -170,5 +170,5 @@ def test_its_overrides_are_ones_that_hydra_takes() -> None:
     from tests.test_conf import composed
 
     flag, subdir = overrides(4)
-    assert composed("search", flag).confirming is True
+    assert composed("search", flag).score_holdout is True
     assert subdir == "hydra.sweep.subdir='trials/4/confirmation'"

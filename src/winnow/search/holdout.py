@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from winnow.core import grammar
 from winnow.core.errors import UserError
 from winnow.search.folders import Folders
-from winnow.search.trial import CONFIRMING, model_settings
+from winnow.search.trial import SCORE_HOLDOUT, model_settings
 from winnow.search.workers import Launch, Workers
 from winnow.study.policy import Suggestion
 from winnow.study.study import Proposal, Study
@@ -25,7 +25,7 @@ FOLDER = "confirmation"  # subfolder of a trial's folder
 
 def overrides(number: int) -> list[str]:
     """Returns the overrides that turn the job of a trial into its confirmation."""
-    return [f"+{CONFIRMING}=true", f"hydra.sweep.subdir={grammar.quoted(f'trials/{number}/{FOLDER}')}"]
+    return [f"+{SCORE_HOLDOUT}=true", f"hydra.sweep.subdir={grammar.quoted(f'trials/{number}/{FOLDER}')}"]
 
 
 def confirm(study: Study, launch: Launch, workers: int, folder: Path, log: Callable[[str], None]) -> None:
@@ -84,7 +84,7 @@ def score(settings: dict[str, Any], artifact: str, output: str, log: Callable[[s
     from winnow.runtime import serving
 
     model = model_settings(settings, artifact)
-    benchmark = {**settings["benchmark"], "confirming": True}
+    benchmark = {**settings["benchmark"], "score_holdout": True}
     cfg = OmegaConf.create({**settings, "model": model, "benchmark": benchmark})
     hardware = build.hardware(cfg)
     hardware.check()
@@ -97,7 +97,7 @@ def score(settings: dict[str, Any], artifact: str, output: str, log: Callable[[s
         return dict(build.benchmark(cfg)(lm, build.run(cfg, folder, log), served=served))
 
 
-def check(held_back: float, benchmark: Any) -> None:
+def check(holdout_share: float, benchmark: Any) -> None:
     """Raises UserError if confirmation is requested and the benchmark has no scores."""
-    if held_back and not benchmark.scores():
+    if holdout_share and not benchmark.scores():
         raise UserError("confirm: this benchmark has no scores to confirm; set confirm=0")

@@ -280,8 +280,8 @@ def _shared_overrides(config: DictConfig, typed: Sequence[str]) -> list[str]:
     groups = {o.split("=")[0] for o in typed}
     choices = config.hydra.runtime.choices
     chosen = [f"{group}={choices[group]}" for group in ("model", "benchmark", "hardware") if group not in groups]
-    held_back = [f"benchmark.held_back={config.confirm}"] if config.confirm else []
-    return [*chosen, *typed, *held_back]
+    holdout_share = [f"benchmark.holdout_share={config.confirm}"] if config.confirm else []
+    return [*chosen, *typed, *holdout_share]
 
 
 def _write_spec(folder: Path, lm: LM) -> None:

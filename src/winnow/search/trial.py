@@ -23,7 +23,7 @@ from winnow.search import child, fork_server
 from winnow.search.job import RIVALS, Job
 from winnow.search.outcome import failure, write_outcome
 
-CONFIRMING = "confirming"  # config key that makes a job the confirmation of a trial
+SCORE_HOLDOUT = "score_holdout"  # config key that makes a job the confirmation of a trial
 
 
 def run(
@@ -45,14 +45,14 @@ def run(
         child.Cancelled: the search is over or has cancelled this job; there is no outcome.
     """
     number = _trial_folder(cfg, folder).name
-    say = (lambda line: None) if cfg.get(CONFIRMING) else log  # the search itself reports a confirmation
+    say = (lambda line: None) if cfg.get(SCORE_HOLDOUT) else log  # the search itself reports a confirmation
     job = Job(cfg, number, folder, say, dict(environment or {}))
     if job.cancelled():  # e.g. while it waited in a cluster's queue
         raise child.Cancelled(f"{folder} is no longer wanted")
     fork_server.start_server(preloads(cfg))
     outcome: dict[str, Any] = {"figures": {}, "sources": {}, "reason": None, "message": "", "stages": []}
     try:
-        for part in _run_confirmation(job) if cfg.get(CONFIRMING) else _run_steps(job):
+        for part in _run_confirmation(job) if cfg.get(SCORE_HOLDOUT) else _run_steps(job):
             outcome |= part
     except child.Failed as failed:
         outcome |= {"reason": failed.reason.value, "message": failed.message, "figures": {}, "sources": {}}
@@ -83,7 +83,7 @@ def run_elsewhere(
 
 def _trial_folder(cfg: DictConfig, folder: Path) -> Path:
     """Returns the folder of the trial that a job is or confirms."""
-    return folder.parent if cfg.get(CONFIRMING) else folder
+    return folder.parent if cfg.get(SCORE_HOLDOUT) else folder
 
 
 def _run_steps(job: Job) -> Iterator[dict[str, Any]]:
