@@ -14,9 +14,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from winnow.build import instantiate
+from winnow.build import instantiate, model, stages
 from winnow.core.cli import CONF, options
 from winnow.core.errors import UserError
+from winnow.core.targets import MOVED, target_of
 from winnow.core.types import Slot
 from winnow.method.knobs import Stage, knobs_of
 
@@ -135,6 +136,26 @@ def test_only_winnows_own_targets_are_built(target: str) -> None:
         instantiate(OmegaConf.create({"_target_": target}), "model")
     with pytest.raises(UserError, match="not allowed"):
         instantiate(OmegaConf.create({"_target_": "winnow.agent.samplers.Grid", "x": {"_target_": target}}), "agent")
+
+
+@pytest.mark.parametrize(("earlier", "present"), MOVED.items())
+def test_a_target_is_found_where_it_was_before(earlier: str, present: str) -> None:
+    assert target_of(earlier) is class_of({"_target_": present})
+
+
+def test_a_configuration_that_an_earlier_version_wrote_is_built(tmp_path: Path) -> None:
+    """Hydra writes `.hydra/config.yaml` into the folder of each trial, and `--config-path` composes from it."""
+    present = composed("compress", "method=[smoothquant]")
+    text = OmegaConf.to_yaml(present)
+    for earlier, now in MOVED.items():
+        text = text.replace(now, earlier)
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("config")
+    targets = cfg.method.smoothquant._target_, cfg.model._target_
+    assert targets == ("winnow.method.oneshot.SmoothQuant", "winnow.nano.model.trained")
+    assert stages(cfg) == stages(present)
+    assert model(cfg).sha256() == model(present).sha256()
 
 
 def loaded_by(imports: str, *heavy: str) -> list[str]:

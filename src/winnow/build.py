@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from winnow.benchmark.protocol import Benchmark
 from winnow.core.errors import UserError
 from winnow.core.scalars import check_scalars
-from winnow.core.targets import target_of
+from winnow.core.targets import MOVED, target_of
 from winnow.core.types import Calibration
 from winnow.hardware.run import Run
 from winnow.method.knobs import Stage
@@ -60,6 +60,9 @@ def instantiate(cfg: DictConfig, key: str, **extra: Any) -> Any:
             allowed = "targets must be classes or functions of winnow, or as agent.llm a chat model that conf/agent/llm.yaml names"
             raise UserError(f"{where}._target_={target} is not allowed: {allowed}")
         check_scalars(target_of(target), values, where)
+        if target in MOVED:
+            values["_target_"] = MOVED[target]
+            cfg = OmegaConf.create(container)  # type: ignore[assignment]
     try:
         return hydra.utils.instantiate(cfg, **extra)
     except InstantiationException as error:
