@@ -14,9 +14,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from winnow.build import instantiate
+from winnow.build import instantiate, model, stages
 from winnow.core.cli import CONF, options
 from winnow.core.errors import UserError
+from winnow.core.targets import MOVED, target_of
 from winnow.core.types import Slot
 from winnow.method.knobs import Stage, knobs_of
 
@@ -24,11 +25,34 @@ COMMANDS = ("train", "compress", "evaluate", "search")
 GROUPS = {"model": "evaluate", "method": "compress", "benchmark": "evaluate", "hardware": "evaluate", "agent": "search"}
 OPTIONS = [(group, name) for group in GROUPS for name in options(group)]
 METHODS = options("method")
+DERIVED = sorted(path for path in CONF.rglob("*.yaml") if "@_here_" in path.read_text(encoding="utf-8"))
 
 
 def composed(command: str, *overrides: str, hydra: bool = False) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(command, list(overrides), return_hydra_config=hydra)
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """What a YAML itself sets."""
+    settings = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items() if key != "defaults"}
+
+
+def bases_of(path: Path) -> list[str]:
+    """The bases of a YAML: `NAME@_here_` in its defaults."""
+    entries = OmegaConf.load(path).get("defaults", [])
+    return [str(entry).removesuffix("@_here_") for entry in entries if str(entry).endswith("@_here_")]
+
+
+def inherited(path: Path) -> dict[str, Any]:
+    """What a YAML takes from its bases."""
+    settings: dict[str, Any] = {}
+    for name in bases_of(path):
+        base = (CONF if name.startswith("/") else path.parent) / f"{name.strip('/')}.yaml"
+        settings |= inherited(base) | settings_of(base)
+    return settings
 
 
 def class_of(node: Any) -> Any:
@@ -64,16 +88,23 @@ def test_each_debug_option_composes_with_each_command(path: Path, command: str) 
 
 
 def test_no_yaml_is_left_out() -> None:
-    """A YAML in a folder that nothing above composes would rot unseen."""
+    """A YAML in a folder that nothing above composes would rot unseen, and so would a base that no option takes."""
     known = {*GROUPS, "experiment", "debug", "hydra"}
     assert {p.name for p in CONF.iterdir() if p.is_dir()} <= known
+    bases = {p.stem for p in CONF.glob("*.yaml")} - {*COMMANDS, "base"}
+    assert bases == {name.strip("/") for path in DERIVED for name in bases_of(path) if name.startswith("/")}
 
 
-@pytest.mark.parametrize("path", sorted((CONF / "benchmark").glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_benchmark_says_only_what_its_base_does_not(path: Path) -> None:
-    base, own = (OmegaConf.to_container(OmegaConf.load(p)) for p in (CONF / "benchmark_base.yaml", path))
-    assert isinstance(base, dict) and isinstance(own, dict)
-    assert not [key for key in own if key in base and own[key] == base[key]]
+def test_the_help_lists_options_and_no_bases() -> None:
+    """Hydra lists each folder below a group as a group of its own."""
+    assert not [p for group in (*GROUPS, "experiment", "debug") for p in (CONF / group).iterdir() if p.is_dir()]
+    assert not [(group, name) for group, name in OPTIONS if "base" in name]
+
+
+@pytest.mark.parametrize("path", DERIVED, ids=lambda p: p.stem)
+def test_an_option_says_only_what_its_base_does_not(path: Path) -> None:
+    base = inherited(path)
+    assert not [key for key, value in settings_of(path).items() if key in base and value == base[key]]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -105,6 +136,26 @@ def test_only_winnows_own_targets_are_built(target: str) -> None:
         instantiate(OmegaConf.create({"_target_": target}), "model")
     with pytest.raises(UserError, match="not allowed"):
         instantiate(OmegaConf.create({"_target_": "winnow.agent.samplers.Grid", "x": {"_target_": target}}), "agent")
+
+
+@pytest.mark.parametrize(("earlier", "present"), MOVED.items())
+def test_a_target_is_found_where_it_was_before(earlier: str, present: str) -> None:
+    assert target_of(earlier) is class_of({"_target_": present})
+
+
+def test_a_configuration_that_an_earlier_version_wrote_is_built(tmp_path: Path) -> None:
+    """Hydra writes `.hydra/config.yaml` into the folder of each trial, and `--config-path` composes from it."""
+    present = composed("compress", "method=[smoothquant]")
+    text = OmegaConf.to_yaml(present)
+    for earlier, now in MOVED.items():
+        text = text.replace(now, earlier)
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("config")
+    targets = cfg.method.smoothquant._target_, cfg.model._target_
+    assert targets == ("winnow.method.oneshot.SmoothQuant", "winnow.nano.model.trained")
+    assert stages(cfg) == stages(present)
+    assert model(cfg).sha256() == model(present).sha256()
 
 
 def loaded_by(imports: str, *heavy: str) -> list[str]:

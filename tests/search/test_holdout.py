@@ -47,7 +47,7 @@ class Loaded:
         self.task = Task(items)
 
 
-def test_held_back_items_are_never_seen_by_the_search_whatever_its_limit() -> None:
+def test_held_out_items_are_never_seen_by_the_search_whatever_its_limit() -> None:
     tasks = [Loaded(500)]
     asked = {q.doc_hash for q in questions(tasks, None, 1, holdout_share=0.2)}  # type: ignore[arg-type]
     fresh = {q.doc_hash for q in questions(tasks, None, 1, holdout_share=0.2, score_holdout=True)}  # type: ignore[arg-type]

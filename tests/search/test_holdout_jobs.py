@@ -165,5 +165,5 @@ def test_its_overrides_are_ones_that_hydra_takes() -> None:
     from tests.test_conf import composed
 
     flag, subdir = overrides(4)
-    assert composed("search", flag).confirming is True
+    assert composed("search", flag).score_holdout is True
     assert subdir == "hydra.sweep.subdir='trials/4/confirmation'"

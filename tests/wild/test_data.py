@@ -164,9 +164,9 @@ def test_texts_that_are_all_too_long_give_no_divergence(short: Path, tmp_path: P
             divergence.divergence(served, wanted)
 
 
-@pytest.mark.parametrize(("confirming", "way_out"), [(True, "raise confirm"), (False, "lower confirm")])
-def test_a_hold_out_that_leaves_no_item_is_refused(confirming: bool, way_out: str) -> None:
-    share = 1e-9 if confirming else 1 - 1e-9
-    made = harness("arc_easy", data_dir=ITEMS, held_back=share, confirming=confirming)
+@pytest.mark.parametrize(("score_holdout", "way_out"), [(True, "raise confirm"), (False, "lower confirm")])
+def test_a_hold_out_that_leaves_no_item_is_refused(score_holdout: bool, way_out: str) -> None:
+    share = 1e-9 if score_holdout else 1 - 1e-9
+    made = harness("arc_easy", data_dir=ITEMS, holdout_share=share, score_holdout=score_holdout)
     with pytest.raises(UserError, match=f"arc_easy has so few items that none is left.*{way_out}, or set confirm=0"):
         made.load_items()

@@ -20,7 +20,7 @@ from winnow.runtime import Served
 
 FOLDER = "outcomes"
 # fields of the benchmark that only choose the items
-_ITEM_FIELDS = ("name", "limit", "data_dir", "held_back", "confirming", "order", "specs")
+_ITEM_FIELDS = ("name", "limit", "data_dir", "holdout_share", "score_holdout", "order", "specs")
 
 
 @dataclass(frozen=True)

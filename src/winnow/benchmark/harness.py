@@ -57,8 +57,8 @@ class Harness:
         batch_size: prompts at a time; keep it fixed, since it moves scores by rounding.
         max_gen_toks: upper limit of tokens to generate for an answer; None leaves each task's own.
         seed: the seed that chooses items and exemplars, and the order of the items.
-        held_back: a share of the items that is left out, so that a search can confirm its results on it.
-        confirming: whether only the held-back items are scored.
+        holdout_share: a share of the items that is left out, so that a search can confirm its results on it.
+        score_holdout: whether only these held-out items are scored.
         rounds: shares of all items after which a race looks at the outcomes so far (`winnow.search.racing`). Scores are
             comparable only for equal rounds, which decide which prompts share a batch.
         order: a file of a search (`winnow.benchmark.order`) that puts some items early; None puts all in random order.
@@ -74,8 +74,8 @@ class Harness:
     batch_size: int = 16
     max_gen_toks: int | None = None
     seed: int = 1234
-    held_back: float = 0.0
-    confirming: bool = False
+    holdout_share: float = 0.0
+    score_holdout: bool = False
     rounds: Sequence[float] = (0.05, 0.15, 0.4, 1.0)
     order: str | None = None
     specs: tuple[Spec, ...] = field(init=False, repr=False)
@@ -93,8 +93,8 @@ class Harness:
             or self.rounds[-1] != 1
         ):
             raise UserError(f"benchmark.rounds={list(self.rounds)} does not rise to 1, such as [0.1,0.4,1.0]")
-        if not 0 <= self.held_back < 1:
-            raise UserError(f"benchmark.held_back={self.held_back} is not a share below 1; give e.g. 0.2")
+        if not 0 <= self.holdout_share < 1:
+            raise UserError(f"benchmark.holdout_share={self.holdout_share} is not a share below 1; give e.g. 0.2")
         if not self.tasks:
             raise UserError("benchmark.tasks is empty; give at least one task")
         object.__setattr__(self, "specs", tuple(Spec.read(name, dict(values)) for name, values in self.tasks.items()))
@@ -169,14 +169,14 @@ class Harness:
         from winnow.data.tasks import load
 
         loaded = {spec.name: load(spec, self.data_dir, self.num_fewshot) for spec in self.specs}
-        selection = (self.limit, self.seed, self.held_back, self.confirming)
+        selection = (self.limit, self.seed, self.holdout_share, self.score_holdout)
         items = {name: questions(main, *selection) for name, (main, _) in loaded.items()}
         empty = [name for name, group in items.items() if not group]
-        if empty and self.held_back:
-            purpose, option = ("to confirm on", "raise") if self.confirming else ("to search with", "lower")
+        if empty and self.holdout_share:
+            purpose, option = ("to confirm on", "raise") if self.score_holdout else ("to search with", "lower")
             raise UserError(
-                f"benchmark {empty[0]} has so few items that none is left {purpose} where a share of {self.held_back:g} is held "
-                f"back; {option} confirm, or set confirm=0"
+                f"benchmark {empty[0]} has so few items that none is left {purpose} where a share of {self.holdout_share:g} is "
+                f"held back; {option} confirm, or set confirm=0"
             )
         if empty:
             raise UserError(f"benchmark {empty[0]} has no items")

@@ -6,6 +6,7 @@ values.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from winnow.benchmark.protocol import Benchmark
 from winnow.core.errors import UserError
 from winnow.core.scalars import check_scalars
-from winnow.core.targets import target_of
+from winnow.core.targets import MOVED, target_of
 from winnow.core.types import Calibration
 from winnow.method.knobs import Stage
 from winnow.model.lm import LM
@@ -48,7 +49,8 @@ def instantiate(cfg: DictConfig | Mapping[str, Any], key: str, **extra: Any) -> 
     import hydra.utils
     from hydra.errors import InstantiationException
 
-    for where, target, values in _targets(plain(cfg), key):
+    container = copy.deepcopy(plain(cfg))
+    for where, target, values in _targets(container, key):
         if where.startswith("agent.") and where.endswith(".llm") and _is_chat_model(target, where):
             continue
         # a mere prefix check would pass "winnow.x.os.system": the definition itself must be in winnow
@@ -56,8 +58,9 @@ def instantiate(cfg: DictConfig | Mapping[str, Any], key: str, **extra: Any) -> 
             allowed = "targets must be classes or functions of winnow, or as agent.llm a chat model that conf/agent/llm.yaml names"
             raise UserError(f"{where}._target_={target} is not allowed: {allowed}")
         check_scalars(target_of(target), values, where)
+        values["_target_"] = MOVED.get(target, target)
     try:
-        return hydra.utils.instantiate(cfg, **extra)
+        return hydra.utils.instantiate(container, **extra)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

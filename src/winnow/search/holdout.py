@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from winnow.build.job_settings import CONFIRMING, confirmation
+from winnow.build.job_settings import SCORE_HOLDOUT, confirmation
 from winnow.core import grammar
 from winnow.core.errors import UserError
 from winnow.search.folders import Folders
@@ -23,7 +23,7 @@ FOLDER = "confirmation"  # subfolder of a trial's folder
 
 def overrides(number: int) -> list[str]:
     """Returns the overrides that turn the job of a trial into its confirmation."""
-    return [f"+{CONFIRMING}=true", f"hydra.sweep.subdir={grammar.quoted(f'trials/{number}/{FOLDER}')}"]
+    return [f"+{SCORE_HOLDOUT}=true", f"hydra.sweep.subdir={grammar.quoted(f'trials/{number}/{FOLDER}')}"]
 
 
 def confirm(study: Study, launch: Launch, workers: int, folder: Path, log: Callable[[str], None]) -> None:

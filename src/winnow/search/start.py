@@ -154,8 +154,8 @@ def _shared_overrides(settings: SearchSettings, typed: Sequence[str]) -> list[st
     chosen = [
         f"{group}={settings.chosen[group]}" for group in ("model", "benchmark", "hardware") if group not in groups
     ]
-    held_back = [f"benchmark.held_back={settings.plain.confirm}"] if settings.plain.confirm else []
-    return [*chosen, *typed, *held_back]
+    share = settings.plain.confirm
+    return [*chosen, *typed, *([f"benchmark.holdout_share={share}"] if share else [])]
 
 
 def _write_spec(settings: SearchSettings) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from winnow.core.errors import UserError
 from winnow.core.types import Objective
 from winnow.study import storage
+from winnow.study.serialization import fingerprint_from_json
 from winnow.study.study import Study
 
 
@@ -44,13 +45,15 @@ def open_study(
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([o.name for o in objectives])  # optuna-dashboard shows them
         stored = {key: study.user_attrs[key] for key in settings}  # another search may have stored its settings first
-        differences = _differences(stored, json.loads(json.dumps(settings)))
+        compared = stored | {"fingerprint": fingerprint_from_json(stored["fingerprint"])}
+        differences = _differences(compared, json.loads(json.dumps(settings)))
         if differences:
             raise UserError(
                 f"{option}={name} holds trials of other settings ({'; '.join(differences[:4])}); they cannot be "
                 f"compared: give this search a name of its own with {option}=NAME, or go back to the settings it had"
             )
-        return Study(study, objectives, fingerprint, limits, "" if storage.sqlite_file(url) else url)
+        # the fingerprint as stored: the ids of the study's W&B runs follow from it
+        return Study(study, objectives, stored["fingerprint"], limits, "" if storage.sqlite_file(url) else url)
 
 
 def _differences(stored: Any, current: Any, key: str = "") -> list[str]:

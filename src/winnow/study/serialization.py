@@ -9,6 +9,9 @@ from typing import Any
 from winnow.core.errors import Reason
 from winnow.core.types import Strategy, Trial
 
+# keys of `benchmark` in studies of earlier versions -> their present names
+RENAMED = {"held_back": "holdout_share", "confirming": "score_holdout"}
+
 
 def strategy_json(strategy: Strategy) -> dict[str, Any]:
     return {"methods": list(strategy.methods), "knobs": dict(strategy.knobs)}
@@ -51,7 +54,22 @@ def trial_from_json(data: Mapping[str, Any]) -> Trial:
         seconds=data["seconds"],
         energy=data["energy"],
         stages=tuple(data["stages"]),
-        commands=tuple(data["commands"]),
+        commands=tuple(_command_from_text(command) for command in data["commands"]),
         proposed_by=data["proposed_by"],
         decision=data["decision"],
     )
+
+
+def fingerprint_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored fingerprint under the present names of its settings."""
+    benchmark = data.get("benchmark")
+    if not isinstance(benchmark, dict):
+        return dict(data)
+    return {**data, "benchmark": {RENAMED.get(key, key): value for key, value in benchmark.items()}}
+
+
+def _command_from_text(command: str) -> str:
+    """Returns a stored command line under the present names of its settings, so that it can be run."""
+    for old, new in RENAMED.items():
+        command = command.replace(f"benchmark.{old}=", f"benchmark.{new}=")
+    return command
