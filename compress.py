@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from winnow.core.cli import command, say
+from winnow.core.cli import command
 
 
 @command("compress")
@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
 
     from winnow import commands
 
-    artifact = commands.compress(command_settings.compression(cfg), log=say)
+    artifact = commands.compress(command_settings.compression(cfg))
     print(f"artifact: {artifact}")
 
 

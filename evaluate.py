@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from winnow.core.cli import command, say
+from winnow.core.cli import command
 
 
 @command("evaluate")
@@ -13,7 +13,7 @@ def main(cfg: DictConfig) -> None:
     from winnow.build.command_settings import evaluation
     from winnow.report.metrics import metrics_table
 
-    metrics = commands.evaluate(evaluation(cfg), log=say)
+    metrics = commands.evaluate(evaluation(cfg))
     print(metrics_table(metrics))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from winnow.core.cli import command, say
+from winnow.core.cli import command
 
 
 @command("search")
@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
     hydra = HydraConfig.get()
     folder, environment = Path(hydra.runtime.output_dir), dict(hydra.job.env_set)
-    return trial.run_elsewhere(job_settings(cfg), hydra.overrides.task, folder, say, environment)
+    return trial.run_elsewhere(job_settings(cfg), hydra.overrides.task, folder, environment)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from winnow.core.cli import command, say
+from winnow.core.cli import command
 
 
 @command("train")
@@ -12,7 +12,7 @@ def main(cfg: DictConfig) -> None:
     from winnow import commands
     from winnow.build.command_settings import compression
 
-    artifact = commands.compress(compression(cfg, "train"), log=say)
+    artifact = commands.compress(compression(cfg, "train"))
     print(f"artifact: {artifact}")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from common import REPOSITORY, Result, report
 
 sys.path.insert(0, str(REPOSITORY))
+from tests.logged import logged
 from tests.wild.architectures import ARCHITECTURES, random_model
 
 FIGURES, PAGE = REPOSITORY / "docs" / "architectures.json", REPOSITORY / "docs" / "architectures.md"
@@ -64,15 +65,14 @@ def outcome(folder: Path, name: str, stage: Any, scratch: Path) -> str:
     from winnow.model.matrix_kinds import EXPERT
     from winnow.model.pretrained import pretrained
 
-    said: list[str] = []
     seen: list[Any] = []
-    run = Run(scratch, log=said.append, calibration=Calibration("nano", samples=4, max_length=64))
+    run = Run(scratch, calibration=Calibration("nano", samples=4, max_length=64))
     try:
         lm = pretrained(str(folder))
         plan = layout_of(lm)
         suitability.check({name: stage}, plan.tensors, plan.spec.name)
         predicted = stage.predict(plan).disk_bytes
-        with look_before_saving(seen):
+        with look_before_saving(seen), logged() as said:
             made = pipeline.compress(lm, {name: stage}, run, scratch / "artifact")
         size = manifest.sizes(scratch / "artifact")["size_bytes"]
         if not predicted / SIZE <= size <= predicted * SIZE:

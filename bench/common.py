@@ -1,8 +1,9 @@
-"""What benches share: repeated timings, and the table and JSON line that each ends with."""
+"""What benches share: repeated timings, progress on the terminal, and the table and JSON line that each ends with."""
 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import statistics
@@ -45,6 +46,12 @@ def command(*arguments: str) -> str:
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout
+
+
+def show_progress() -> None:
+    """Shows the progress that winnow logs, on standard error."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("winnow").setLevel(logging.INFO)
 
 
 _held: list[Callable[[Any], Any]] = []  # what a pool is to do: its processes inherit it, so it need not pickle

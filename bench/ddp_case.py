@@ -88,7 +88,7 @@ def process(path: Path, parallel: str, lora: bool) -> None:
 
     Recovery.on_before_optimizer_step = keep  # type: ignore[method-assign]
     rows = encode(documents(Calibration(), 400, seed=0), tokenizer, 200)
-    run = Run(path.parent, log=lambda line: None, devices=dist_env.world().size, parallel=parallel)
+    run = Run(path.parent, devices=dist_env.world().size, parallel=parallel)
     fitted = fit(model, rows, Schedule(1e-3, 1), Batching(TOKENS, TOKENS_PER_DEVICE), run)
     if dist_env.world().is_rank_zero:
         torch.save({"loss": fitted.loss, "gradients": gradients}, path)

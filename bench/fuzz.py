@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY, Result, report
+from common import REPOSITORY, Result, report, show_progress
 from damages import damages
 
 sys.path.insert(0, str(REPOSITORY))
@@ -203,6 +203,7 @@ def attempt(case: Case, folder: Path, said: Path) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    show_progress()
     from tests.wild.architectures import random_model
 
     base, output = folder / "base", folder / "artifact"

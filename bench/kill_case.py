@@ -113,7 +113,7 @@ def _child(what: str, folder: Path, run: str = "") -> None:
     overrides += [f"output={folder / run / 'artifact'}", f"outputs={folder / run / 'outputs'}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides)
-    commands.compress(compression(cfg, "train"), lambda line: None)
+    commands.compress(compression(cfg, "train"))
 
 
 def make_model(folder: Path) -> None:

@@ -83,7 +83,7 @@ def one(method: str, side: str, model: str, size: str, device: str, output: str)
         started = time.perf_counter()
         if side == "ours":
             stage = target_of(f"winnow.method.{targets[method]}")(**knobs)
-            made = stage(lm, Run(Path(scratch), device=device, log=lambda line: None))
+            made = stage(lm, Run(Path(scratch), device=device))
             save(made.lm, Path(output))
         else:
             PEERS[method](lm.model, lm.tokenizer, batches, Path(output))

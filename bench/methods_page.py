@@ -98,7 +98,7 @@ def measure(again: Sequence[str] = ()) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = compose("search", [*strategy.overrides, f"outputs={scratch}", "study=methods"])
-            outcome = trial.run(job_settings(cfg), strategy.overrides, Path(scratch), log=lambda line: None)
+            outcome = trial.run(job_settings(cfg), strategy.overrides, Path(scratch))
         found = {name: outcome["figures"][name] for name in KEPT if name in outcome["figures"]}
         message = outcome["message"].replace(f"{Path(scratch) / 'artifact'}: ", "")
         figures[key] = {**found, "seconds": outcome["seconds"].get("compress"), "message": message}

@@ -27,7 +27,7 @@ def lora_tokens_per_second(precision: str) -> float:
     from winnow.nano.embedded import trained
 
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(Path(scratch), log=lambda line: None)
+        run = Run(Path(scratch))
         notes = Lora(steps=4, tokens_per_batch=512, precision=precision)(trained(), run).notes
     return float(notes["training"]["tokens_per_second"])
 

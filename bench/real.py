@@ -163,7 +163,7 @@ def score(artifact: str, data: str) -> dict[str, Any]:
         for name, limit in limits.items():
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = compose("evaluate", [f"benchmark={name}", f"benchmark.data_dir={data}", f"benchmark.{limit}"])
-            figures.merge(build.benchmark(cfg)(lm, Run(Path(scratch), log=lambda line: None)))
+            figures.merge(build.benchmark(cfg)(lm, Run(Path(scratch))))
     kept = {name: figures[name] for name in ("arc_easy", "arc_easy_acc", "piqa", "piqa_acc", "perplexity")}
     return {**manifest.sizes(Path(artifact)), **kept}
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY
+from common import REPOSITORY, show_progress
 from methods import random_model
 
 PUBLIC = (
@@ -37,6 +37,7 @@ def one(method: str, model: str, profiled: str = "") -> dict[str, float]:
     from winnow.method.qlora import QLoRA
     from winnow.model.pretrained import pretrained
 
+    show_progress()
     kept = tempfile.TemporaryDirectory()  # what is found of the batch size, for the second training, too
 
     def trained(lm: Any, steps: int) -> Any:
@@ -44,10 +45,7 @@ def one(method: str, model: str, profiled: str = "") -> dict[str, float]:
             steps=steps, max_length=ROW, tokens_per_batch=ROW * ROWS, checkpoint_minutes=1e6
         )
         with tempfile.TemporaryDirectory() as scratch:
-            run = Run(
-                Path(scratch), device="cuda", log=lambda line: print(line, file=sys.stderr), cache=Path(kept.name)
-            )
-            return stage(lm, run)
+            return stage(lm, Run(Path(scratch), device="cuda", cache=Path(kept.name)))
 
     lm = pretrained(model)
     parameters = sum(p.numel() for p in lm.model.parameters()) - lm.model.get_input_embeddings().weight.numel()

@@ -116,9 +116,7 @@ def _rows(lm: LM, count: int) -> list[Encoded]:
 
 
 def _targets(teacher: LM, rows: list[Encoded], folder: Path, vocabulary: int) -> Targets:
-    return load_or_compute_targets(
-        teacher, rows, Sampling(), folder, vocabulary, lambda: load_frozen(teacher, "cpu"), lambda line: None
-    )
+    return load_or_compute_targets(teacher, rows, Sampling(), folder, vocabulary, lambda: load_frozen(teacher, "cpu"))
 
 
 if __name__ == "__main__":

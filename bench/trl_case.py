@@ -146,7 +146,7 @@ def ours(model: Any, rows: list[Encoded], steps: int, folder: Path, clock: Clock
             clock.count(batch["input_ids"].numel())
             return super().__call__(student, batch)
 
-    run = Run(folder, log=lambda line: None, bars=False, curve=lambda step, figures: clock.end())
+    run = Run(folder, bars=False, curve=lambda step, figures: clock.end())
     batching = Batching(TOKENS, tokens_per_device=at_a_time(setting))
     fit(model, rows, schedule(steps), batching, run, precision=PRECISION, objective=Counted())
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import started
+from tests.logged import logged
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -100,13 +101,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """The lines that winnow logs during the test."""
+    with logged() as lines:
+        yield lines
+
+
+@pytest.fixture
 def run_in(tmp_path: Path) -> Any:
     """A `Run` whose folder is the test's own, with little calibration."""
     from winnow.core.types import Calibration
     from winnow.hardware.run import Run
 
     (tmp_path / "run").mkdir()
-    return Run(tmp_path / "run", log=lambda line: None, calibration=Calibration(samples=16, max_length=128))
+    return Run(tmp_path / "run", calibration=Calibration(samples=16, max_length=128))
 
 
 @pytest.fixture(scope="session")

@@ -168,14 +168,14 @@ def test_the_manifest_lists_the_runtimes_as_tried(tiny: Path, tmp_path: Path, ru
     assert not list((tmp_path / "artifact").glob(".*"))
 
 
-def test_an_artifact_that_nothing_serves_is_saved_and_says_so(tmp_path: Path, run_in: Run) -> None:
+def test_an_artifact_that_nothing_serves_is_saved_and_says_so(
+    tmp_path: Path, run_in: Run, log_lines: list[str]
+) -> None:
     from winnow.method.pipeline import compress
 
-    lines: list[str] = []
-    run = dataclasses.replace(run_in, log=lines.append)
-    saved = compress(nano(), {"spoiled": Spoiled()}, run, tmp_path / "artifact")
+    saved = compress(nano(), {"spoiled": Spoiled()}, run_in, tmp_path / "artifact")
     (result,) = saved.manifest["runtimes"].values()
     assert "fails: in transformers its perplexity on plain text is" in result and str(tmp_path) not in result
-    assert lines[-1] == f"{tmp_path / 'artifact'}: saved, but no runtime serves it"
+    assert log_lines[-1] == f"{tmp_path / 'artifact'}: saved, but no runtime serves it"
     with pytest.raises(Unservable):
         checked(pretrained(str(saved.path)))

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ from winnow.benchmark.protocol import Benchmark
 from winnow.build.command_settings import METRICS, Compression, Evaluation
 from winnow.core.errors import Stopped, UserError
 from winnow.core.files import remove_empty
+from winnow.core.muted import muted
 from winnow.core.types import Figures
 from winnow.hardware.lock import shared_device
 from winnow.hardware.run import Run
@@ -31,22 +33,22 @@ if TYPE_CHECKING:
     from winnow.runtime import Served
     from winnow.runtime.in_turn import Base
 
+logger = logging.getLogger(__name__)
 
-def compress(settings: Compression, log: Callable[[str], None]) -> Path:
+
+def compress(settings: Compression) -> Path:
     """Applies the stages to the model; returns the folder of the artifact."""
     hardware, lm, stages = settings.run.hardware, settings.lm, settings.stages
     # weights stay in main memory; stages move one block at a time to the device
     lm.loading = dataclasses.replace(lm.loading, device="cpu")
     hardware.check()
     dist = dist_env.enter(hardware, stages)
-    if not dist.is_rank_zero:  # only rank 0 of a distributed training logs
-        log = _ignore
     output, scratch = settings.output, settings.scratch
-    curves = curves_of(settings, log)
-    with _lock_scratch(scratch, output) if dist.is_rank_zero else contextlib.nullcontext():
+    curves = curves_of(settings)
+    with _lock_scratch(scratch, output) if dist.is_rank_zero else muted():  # only rank 0 of a distributed training logs
         try:
-            with _share_device(hardware.device, log, dist), curves if dist.is_rank_zero else contextlib.nullcontext():
-                run = dataclasses.replace(settings.run.start(scratch, log), curve=curves.log)
+            with _share_device(hardware.device, dist), curves if dist.is_rank_zero else contextlib.nullcontext():
+                run = dataclasses.replace(settings.run.start(scratch), curve=curves.log)
                 artifact = run_pipeline(lm, stages, run, output)
         except BaseException:
             # checkpoints of a training stay, so that the same command resumes from them
@@ -85,7 +87,7 @@ class EvaluationHooks(Protocol):
         """Receives the item outcomes so far after each round but the last."""
 
 
-def evaluate(settings: Evaluation, log: Callable[[str], None], hooks: EvaluationHooks | None = None) -> dict[str, Any]:
+def evaluate(settings: Evaluation, hooks: EvaluationHooks | None = None) -> dict[str, Any]:
     """Measures and scores a model as it is on disk; writes `metrics.json` and the item outcomes, returns the metrics.
 
     If a hook stops the evaluation, `stopped` says why, and the figures are those measured before.
@@ -101,7 +103,7 @@ def evaluate(settings: Evaluation, log: Callable[[str], None], hooks: Evaluation
     figures, seconds = Figures(), dict[str, float]()
     stopped = None
     with atomic_folder(settings.output) as folder, contextlib.ExitStack() as opened:
-        run = settings.run.start(folder, log)
+        run = settings.run.start(folder)
 
         def measure() -> None:
             with _timed(seconds, "meters"):
@@ -110,7 +112,7 @@ def evaluate(settings: Evaluation, log: Callable[[str], None], hooks: Evaluation
         def score() -> None:
             if hooks is not None:
                 hooks.on_measured(figures)
-            with shared_device(hardware.device, log), _timed(seconds, "benchmark"):
+            with shared_device(hardware.device), _timed(seconds, "benchmark"):
                 figures.merge(
                     benchmark(lm, run, served=served)
                     if hooks is None
@@ -118,9 +120,9 @@ def evaluate(settings: Evaluation, log: Callable[[str], None], hooks: Evaluation
                 )
 
         try:
-            with shared_device(hardware.device, log):  # shared with other work; the meters wait for exclusive use
+            with shared_device(hardware.device):  # shared with other work; the meters wait for exclusive use
                 with _timed(seconds, "load"):
-                    served = opened.enter_context(serving(lm, hardware, log))
+                    served = opened.enter_context(serving(lm, hardware))
                 with _timed(seconds, "check"):
                     check(lm, served)  # before anything expensive
                 if hooks is not None:
@@ -129,7 +131,7 @@ def evaluate(settings: Evaluation, log: Callable[[str], None], hooks: Evaluation
             for part in (score, measure) if hooks is not None and hooks.scores_first else (measure, score):
                 part()
         except Stopped as end:
-            log(f"stopped: {end}")
+            logger.info(f"stopped: {end}")
             stopped = end.to_json()
         metrics = {
             "model": {"name": lm.name, "path": lm.path, "sha256": lm.sha256()},
@@ -145,7 +147,7 @@ def evaluate(settings: Evaluation, log: Callable[[str], None], hooks: Evaluation
             **({"stopped": stopped} if stopped else {}),
         }
         (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    log(f"metrics: {settings.output / METRICS}")
+    logger.info(f"metrics: {settings.output / METRICS}")
     return metrics
 
 
@@ -170,22 +172,17 @@ def _lock_scratch(scratch: Path, output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def curves_of(settings: Compression, log: Callable[[str], None]) -> Curves:
+def curves_of(settings: Compression) -> Curves:
     """Returns the logger of training curves: one W&B run named after the output."""
     from winnow.report.curves import Curves
 
-    return Curves(**settings.curves, name=settings.output.name, memory=settings.scratch / "wandb-id", say=log)
+    return Curves(**settings.curves, name=settings.output.name, memory=settings.scratch / "wandb-id")
 
 
-def _ignore(line: str) -> None: ...
-
-
-def _share_device(
-    device: str, log: Callable[[str], None], dist: dist_env.DistEnv
-) -> contextlib.AbstractContextManager[None]:
+def _share_device(device: str, dist: dist_env.DistEnv) -> contextlib.AbstractContextManager[None]:
     """Takes the shared device once for all ranks: a measurement waiting for exclusive use would block a second request."""
     already_held = dist.local_rank > 0 or dist_env.DEVICE_HELD in os.environ
-    return contextlib.nullcontext() if already_held else shared_device(device, log)
+    return contextlib.nullcontext() if already_held else shared_device(device)
 
 
 @contextlib.contextmanager

@@ -20,15 +20,14 @@ DATE = datetime(2031, 5, 4, 12, 0, tzinfo=UTC)
 
 
 class Steered:
-    """A policy at an endpoint, with what it logs and how long it would have waited."""
+    """A policy at an endpoint, with how long it would have waited."""
 
     def __init__(self, url: str, **settings: Any) -> None:
         from langchain_openai import ChatOpenAI
 
-        self.lines: list[str] = []
         self.waits: list[float] = []
         llm = functools.partial(ChatOpenAI, model="scripted", base_url=url)
-        given = {"llm": llm, "optimizer": Random(seed=1), "timeout_s": 20.0, "log": self.lines.append, **settings}
+        given = {"llm": llm, "optimizer": Random(seed=1), "timeout_s": 20.0, **settings}
         self.policy = LLM(**given)
         self.policy.chat.sleep = self.waits.append
         self.policy.chat.clock = lambda: DATE.timestamp()

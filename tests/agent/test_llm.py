@@ -180,7 +180,7 @@ def test_what_runs_is_not_proposed_again() -> None:
         assert "is running now" in endpoint.requests[-1]["messages"][-1]["content"]
 
 
-def test_a_spent_budget_silences_the_model_and_the_search_goes_on() -> None:
+def test_a_spent_budget_silences_the_model_and_the_search_goes_on(log_lines: list[str]) -> None:
     with Endpoint(GOOD) as endpoint:
         for budget, prices in (({"tokens": 2000}, {}), ({"usd": 0.005}, {"scripted": {"input": 2.0, "output": 10.0}})):
             endpoint.requests.clear()
@@ -190,7 +190,7 @@ def test_a_spent_budget_silences_the_model_and_the_search_goes_on() -> None:
             assert found.by == "llm"
             assert steered.ask().by == "random"
             assert len(endpoint.requests) == 2
-            assert "is spent; the optimizer steers on" in steered.lines[-1]
+            assert "is spent; the optimizer steers on" in log_lines[-1]
 
 
 def test_tokens_are_guessed_where_the_endpoint_does_not_say() -> None:
@@ -206,14 +206,16 @@ def test_a_usd_budget_needs_a_price() -> None:
         Steered("http://127.0.0.1:1/v1", budget={"trials": 5, "usd": 2.0})
 
 
-def test_no_key_is_an_error_before_any_work_or_the_named_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_key_is_an_error_before_any_work_or_the_named_fallback(
+    monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
         Steered("https://api.openai.com/v1")
     steered = Steered("https://api.openai.com/v1", fallback=Grid())
     found = steered.ask()
     assert (found.by, found.record["fallback"]) == ("grid", "OPENAI_API_KEY is not set")
-    assert steered.lines == ["search: no language model steers (OPENAI_API_KEY is not set): agent.fallback does"]
+    assert log_lines == ["search: no language model steers (OPENAI_API_KEY is not set): agent.fallback does"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from tests.agent.endpoint import Cut, Endpoint, Fault, Say, Words, propose
 from tests.agent.histories import OBJECTIVES, outlook, rtn, space_of
 from tests.agent.steered import KEY, in_space
+from tests.logged import logged
 from winnow import build
 from winnow.agent.llm.steering import LLM
 from winnow.agent.portfolio import Portfolio
@@ -51,7 +52,7 @@ SCRIPT = [
 ]
 
 
-def run(folder: Path, policy: Any, log: Any = lambda line: None, trials: int = 10, launch: Any = None) -> Study:
+def run(folder: Path, policy: Any, trials: int = 10, launch: Any = None) -> Study:
     study = open_study(folder.name, f"sqlite:///{folder / 'study.db'}", OBJECTIVES, {"model": {"name": "m"}})
 
     def made(proposal: Proposal, worker: int) -> dict[str, Any]:
@@ -68,8 +69,7 @@ def run(folder: Path, policy: Any, log: Any = lambda line: None, trials: int = 1
         budget=Budget(trials=trials),
         folder=folder,
         shared=[],
-        views=Views(folder, lambda line: None),
-        log=log,
+        views=Views(folder),
     ).run()
     return study
 
@@ -78,14 +78,14 @@ def run(folder: Path, policy: Any, log: Any = lambda line: None, trials: int = 1
 def steered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Study, list[str]]:
     from langchain_openai import ChatOpenAI
 
-    folder, lines = tmp_path_factory.mktemp("studies") / "steered", list[str]()
+    folder = tmp_path_factory.mktemp("studies") / "steered"
     folder.mkdir()
-    with pytest.MonkeyPatch.context() as patch, Endpoint(*SCRIPT) as endpoint:
+    with pytest.MonkeyPatch.context() as patch, Endpoint(*SCRIPT) as endpoint, logged() as lines:
         patch.setenv("OPENAI_API_KEY", KEY)
         llm = functools.partial(ChatOpenAI, model="scripted", base_url=endpoint.url)
-        policy = LLM(llm=llm, optimizer=Grid(), attempts=2, timeout_s=30.0, log=lines.append)
+        policy = LLM(llm=llm, optimizer=Grid(), attempts=2, timeout_s=30.0)
         policy.chat.sleep = lambda seconds: None
-        study = run(folder, policy, lines.append)
+        study = run(folder, policy)
     return folder, study, lines
 
 
@@ -145,12 +145,11 @@ def test_a_replay_runs_the_same_without_an_endpoint(
     assert replayed.tokens == 0
 
 
-def test_a_replay_skips_what_is_not_in_this_space(steered: tuple[Path, Study, list[str]]) -> None:
+def test_a_replay_skips_what_is_not_in_this_space(steered: tuple[Path, Study, list[str]], log_lines: list[str]) -> None:
     from tests.agent.histories import started
     from winnow.study.policy import Exhausted
 
-    lines: list[str] = []
-    replay, history = Replay(study=str(steered[0]), log=lines.append), started()
+    replay, history = Replay(study=str(steered[0])), started()
     found = []
     with pytest.raises(Exhausted, match="was replayed"):
         while True:
@@ -158,7 +157,7 @@ def test_a_replay_skips_what_is_not_in_this_space(steered: tuple[Path, Study, li
             history.begin(len(found), found[-1])
     assert found and all(s.methods == ("rtn",) for s in found)
     skipped = {t.strategy.overrides for t in steered[1].trials} - {s.overrides for s in found} - {Strategy().overrides}
-    assert len(lines) == len(skipped) and "it is not in this space" in lines[0]
+    assert len(log_lines) == len(skipped) and "it is not in this space" in log_lines[0]
 
 
 @pytest.mark.parametrize(("settings", "words"), [({}, "agent.study is not set"), ({"study": "none"}, "there is no")])

@@ -17,20 +17,19 @@ from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
 
 
-def test_items_are_put_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_are_put_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]) -> None:
     lm, benchmark, about = pretrained(str(WEIGHTS)), harness("nano", limit=3), {"model": "m"}
-    lines: list[str] = []
 
     def scored(name: str, benchmark: Any, about: dict[str, Any]) -> Any:
         (tmp_path / name).mkdir()
-        return CachedBenchmark(benchmark, tmp_path / "cache", about)(lm, Run(tmp_path / name, log=lines.append))
+        return CachedBenchmark(benchmark, tmp_path / "cache", about)(lm, Run(tmp_path / name))
 
     first = scored("first", benchmark, about)
     serving = module.serving
     monkeypatch.setattr(module, "serving", lambda *_, **__: pytest.fail("it is put to the model again"))
     assert scored("again", benchmark, about) == first
     assert read(tmp_path / "again") == read(tmp_path / "first")
-    assert "the outcomes of 18 items are known" in lines[-1]
+    assert "the outcomes of 18 items are known" in log_lines[-1]
 
     asked = []
     monkeypatch.setattr(module, "serving", lambda *a, **k: asked.append(1) or serving(*a, **k))

@@ -20,7 +20,7 @@ from winnow.runtime.transformers import Runtime, batches
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run(tmp_path, log=lambda line: None, calibration=Calibration(max_length=64), cache=tmp_path / "cache")
+    return Run(tmp_path, calibration=Calibration(max_length=64), cache=tmp_path / "cache")
 
 
 def full_kl(p: np.ndarray, q: np.ndarray) -> float:

@@ -35,7 +35,7 @@ def small() -> Harness:
     return harness("nano", limit=6, batch_size=4, max_gen_toks=8)
 
 
-def test_a_run_repeats_and_leaves_nothing_behind(lm: LM, small: Harness, tmp_path: Path) -> None:
+def test_a_run_repeats_and_leaves_nothing_behind(lm: LM, small: Harness, tmp_path: Path, log_lines: list[str]) -> None:
     import datasets  # noqa: F401  (which sets its level when it is imported)
 
     assert isinstance(small, Probe)
@@ -43,11 +43,11 @@ def test_a_run_repeats_and_leaves_nothing_behind(lm: LM, small: Harness, tmp_pat
     lm.tokenizer.pad_token = None
     levels = {name: logging.getLogger(name).level for name in ("lm_eval", "transformers", "datasets")}
     before = dict(os.environ), list(warnings.filters), lm.tokenizer.padding_side
-    results, lines = [], []
+    results = []
     try:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-            results.append(small(lm, Run(folder=tmp_path / name, log=lines.append)))
+            results.append(small(lm, Run(folder=tmp_path / name)))
         assert lm.model.training and lm.tokenizer.pad_token is None
     finally:
         lm.model.eval()
@@ -56,7 +56,7 @@ def test_a_run_repeats_and_leaves_nothing_behind(lm: LM, small: Harness, tmp_pat
     assert levels == {name: logging.getLogger(name).level for name in levels}
     assert results[0] == results[1]
     assert samples.read(tmp_path / "a") == samples.read(tmp_path / "b")
-    assert lines[0].startswith("nano_gsm8k: 6 items, 0.000 ± 0.000, ") and len(lines) == 12
+    assert log_lines[0].startswith("nano_gsm8k: 6 items, 0.000 ± 0.000, ") and len(log_lines) == 12
     assert results[0]["items"] == 36 and 200 < results[0]["perplexity"] < 5000
     assert {*small.scores(), "accuracy", "accuracy_stderr", "bits_per_byte"} <= set(results[0])
 
@@ -64,7 +64,7 @@ def test_a_run_repeats_and_leaves_nothing_behind(lm: LM, small: Harness, tmp_pat
 def test_nothing_is_said_but_through_the_log(
     lm: LM, small: Harness, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    small(lm, Run(folder=tmp_path, log=lambda line: None))
+    small(lm, Run(folder=tmp_path))
     said = capfd.readouterr()
     assert said.out == "" and said.err == "" and not caplog.records
 

@@ -35,7 +35,7 @@ def test_every_item_is_answered_as_by_transformers(
     found = []
     for name, lm in (("gguf", pretrained(str(nano_f32))), ("transformers", trained(dtype="float32"))):
         (tmp_path / name).mkdir()
-        harness("nano", limit=limit)(lm, Run(tmp_path / name, log=lambda line: None))
+        harness("nano", limit=limit)(lm, Run(tmp_path / name))
         found.append(samples.read(tmp_path / name))
     assert len(found[0]) == (2200 if limit is None else 150)
     for ours, theirs in zip(*found, strict=True):

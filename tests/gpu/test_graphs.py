@@ -78,7 +78,7 @@ def test_it_is_faster_and_gives_its_memory_back() -> None:
 
 
 @pytest.mark.parametrize("failure", ["waits", "raises while capturing"])
-def test_a_capture_that_fails_does_no_harm(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_fails_does_no_harm(failure: str, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]) -> None:
     model: Any = model_of("llama").to(DEVICE)
     forward = model.model.norm.forward
 
@@ -90,11 +90,10 @@ def test_a_capture_that_fails_does_no_harm(failure: str, monkeypatch: pytest.Mon
         return forward(x)
 
     model.model.norm.forward = broken
-    lines: list[str] = []
-    served = Runtime(LM(model=model, name="m"), hardware_of("auto"), lines.append)
+    served = Runtime(LM(model=model, name="m"), hardware_of("auto"))
     for _ in range(2):
         assert served.request([[1, 2, 3]], 4).total_s > 0
-    assert served.runtime_mode == "eager" and "capturing its decode step failed" in lines[0]
+    assert served.runtime_mode == "eager" and "capturing its decode step failed" in log_lines[0]
     works_on()
     with pytest.raises(Unservable, match=r"set hardware\.decode=eager"):
         Runtime(LM(model=model, name="m"), hardware_of("graph")).request([[1, 2, 3]], 4)
@@ -106,15 +105,16 @@ def test_a_capture_that_fails_does_no_harm(failure: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "gguf"])
-def test_artifacts_are_decoded_as_their_methods_say(name: str, tmp_path: Path) -> None:
+def test_artifacts_are_decoded_as_their_methods_say(name: str, tmp_path: Path, log_lines: list[str]) -> None:
     """From a graph, with the tokens of `generate`, or eagerly with the reason; a method that says nothing must be capturable."""
     made(tmp_path, **{name: stage_of(name)})
-    lm, lines = on_device(tmp_path / "artifact"), list[str]()
+    lm = on_device(tmp_path / "artifact")
+    log_lines.clear()
     prompt_bt = torch.tensor([lm.tokenizer("Anna goes to the forest to look for a tree.")["input_ids"]], device=DEVICE)
-    with serving(lm, hardware_of("auto"), lines.append) as served:
+    with serving(lm, hardware_of("auto")) as served:
         served.request(prompt_bt.tolist(), 12)
         eager = CLASSES[name].eager_reason is not None
-        assert (served.runtime_mode == "eager") == eager == bool(lines), (served.runtime_mode, lines)
+        assert (served.runtime_mode == "eager") == eager == bool(log_lines), (served.runtime_mode, log_lines)
         if not eager:
             assert isinstance(served, Runtime) and served._decoder is not None
             expected = generated(lm.model, prompt_bt, 12).sequences[0, prompt_bt.shape[1] :].tolist()

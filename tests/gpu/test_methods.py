@@ -26,7 +26,7 @@ def made(folder: Path, **stages: Stage) -> dict:
     """The manifest of the embedded model's artifact in `folder`/artifact, made on the device."""
     (folder / "run").mkdir(parents=True)
     calibration = Calibration(samples=64, max_length=128)
-    run = Run(folder / "run", device=DEVICE, log=lambda line: None, calibration=calibration)
+    run = Run(folder / "run", device=DEVICE, calibration=calibration)
     torch.cuda.reset_peak_memory_stats()
     return pipeline.compress(pretrained(str(WEIGHTS)), stages, run, folder / "artifact").manifest
 
@@ -83,7 +83,7 @@ def test_patterns_survive_quantization_there(name: str, tmp_path: Path) -> None:
 def test_what_comes_out_is_what_a_cpu_makes_of_it(tmp_path: Path) -> None:
     # no calibration in it, so that the two devices must choose the same integers
     (tmp_path / "cpu").mkdir()
-    on_cpu = Run(tmp_path / "cpu", log=lambda line: None)
+    on_cpu = Run(tmp_path / "cpu")
     pipeline.compress(pretrained(str(WEIGHTS)), {"rtn": stage_of("rtn")}, on_cpu, tmp_path / "cpu" / "artifact")
     made(tmp_path / "gpu", rtn=stage_of("rtn"))
     first, second = (pretrained(str(tmp_path / device / "artifact")) for device in ("cpu", "gpu"))
@@ -97,7 +97,7 @@ def test_a_walk_keeps_few_blocks_on_the_device(tmp_path: Path) -> None:
     base = random_model("llama", tmp_path / "base", num_hidden_layers=24, hidden_size=512, intermediate_size=2048)
     (tmp_path / "run").mkdir()
     calibration = Calibration(samples=8, max_length=64)
-    run = Run(tmp_path / "run", device=DEVICE, log=lambda line: None, calibration=calibration)
+    run = Run(tmp_path / "run", device=DEVICE, calibration=calibration)
     lm = pretrained(str(base))
     block_bytes = sum(p.nbytes for p in lm.model.model.layers[0].parameters())
     torch.cuda.empty_cache()

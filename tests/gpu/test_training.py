@@ -30,7 +30,7 @@ two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 def run_there(tmp_path: Path) -> Run:
     (tmp_path / "run").mkdir()
     calibration = Calibration(samples=64, max_length=128)
-    return Run(tmp_path / "run", device=DEVICE, log=lambda line: None, calibration=calibration)
+    return Run(tmp_path / "run", device=DEVICE, calibration=calibration)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["mha", "gqa"])

@@ -82,7 +82,7 @@ def test_what_is_slow_here_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("flags", [EPYC_MILAN, EPYC_GENOA], ids=["old", "new"])
 def test_a_training_takes_the_faster_precision_and_says_if_another_one_was_asked_for(
-    flags: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path
+    flags: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path, log_lines: list[str]
 ) -> None:
     pytest.importorskip("peft")
     from winnow.method.lora import Lora
@@ -90,13 +90,12 @@ def test_a_training_takes_the_faster_precision_and_says_if_another_one_was_asked
 
     on(monkeypatch, flags)
     fast = "32-true" if flags is EPYC_MILAN else "bf16-mixed"
-    lines: list[str] = []
     quick: dict[str, Any] = {"steps": 2, "tokens_per_batch": 128, "max_length": 32, "rank": 4}
     for precision, expected in (("auto", fast), ("bf16-mixed", "bf16-mixed")):
-        lines.clear()
-        lm, notes = Lora(**quick, precision=precision)(pretrained(str(tiny)), Run(tmp_path, log=lines.append))
+        log_lines.clear()
+        lm, notes = Lora(**quick, precision=precision)(pretrained(str(tiny)), Run(tmp_path))
         assert notes["training"]["precision"] == expected
-        said = [line for line in lines if "slow on this processor" in line]
+        said = [line for line in log_lines if "slow on this processor" in line]
         assert len(said) == (precision != "auto" and flags is EPYC_MILAN)
         assert str(lm.model.dtype) == "torch.bfloat16"
 

@@ -196,32 +196,30 @@ class Recorded(Watch):
     ],
 )
 def test_what_is_disturbed_is_measured_again_for_a_while(
-    shares: tuple[float, ...], seconds: float, kept: int, disturbed: bool
+    shares: tuple[float, ...], seconds: float, kept: int, disturbed: bool, log_lines: list[str]
 ) -> None:
-    lines: list[str] = []
     pauses: list[float] = []
-    repeater = Repeater(Recorded(*shares), seconds, lines.append, pauses.append)
+    repeater = Repeater(Recorded(*shares), seconds, pauses.append)
     results = iter(range(10))
     result, found = repeater("latency", lambda: next(results))
     assert result == kept and bool(found) == disturbed
     assert pauses == list(disturbance.PAUSES_S[: len(shares) - 1])
-    assert [line for line in lines if line.startswith("latency: marked")] == (
+    assert [line for line in log_lines if line.startswith("latency: marked")] == (
         ["latency: marked as disturbed (a busy program)"] if disturbed else []
     )
 
 
 def test_marked_figures_keep_where_they_come_from(
-    folder: Path, hardware: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, hardware: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     pytest.importorskip("codecarbon")
     monkeypatch.setattr(meters, "Watch", lambda *_: Recorded(0.4, 0.0))  # latency, then energy
-    lines: list[str] = []
     watched = replace(hardware, watch=True, retry_seconds=0)
-    figures = Meters(watched)(LM(folder), Run(tmp_path, log=lines.append))
+    figures = Meters(watched)(LM(folder), Run(tmp_path))
     assert figures.sources["latency_ms"] == figures.sources["decode_tokens_per_s"] == "measured, disturbed"
     assert figures.sources["peak_memory_bytes"] == "measured"
     assert figures.sources["energy_wh_per_1k_tokens"] in ("counter", "estimated")
-    assert lines == ["latency: marked as disturbed (a busy program)"]
+    assert log_lines == ["latency: marked as disturbed (a busy program)"]
     trial = Trial(0, strategy=None, figures=figures, sources=figures.sources)  # type: ignore[arg-type]
     assert trial.disturbed("latency_ms") and not trial.disturbed("size_bytes")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.logged import logged
 from winnow.hardware import lock
 from winnow.hardware.inventory import Gpu
 
@@ -20,7 +21,7 @@ FORK = multiprocessing.get_context("fork")
 
 def _hold(hold: Callable[..., Any], device: str, pipe: Connection) -> None:
     """Says when it has the device, and keeps it until told."""
-    with hold(device, lambda line: pipe.send(line)):
+    with logged(pipe.send), hold(device):
         pipe.send("held")
         pipe.recv()
     pipe.send("given up")

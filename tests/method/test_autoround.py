@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.logged import logged
 from tests.method.scores import perplexity
 from tests.method.shapes import FAMILIES, random_model
 from winnow.core.errors import MissingExtra, UserError
@@ -156,18 +157,17 @@ def test_a_run_that_died_goes_on_at_its_block(
 ) -> None:
     whole = made(quick(2, 3), tiny, run_in, tmp_path / "whole").manifest["sha256"]
     monkeypatch.setattr(checkpoint, "SAVE_EVERY_S", 0.0)
-    said: list[str] = []
 
     def dying(line: str) -> None:
         if "block 2 of 2" in line:
             raise KeyboardInterrupt
 
     (tmp_path / "again").mkdir()
-    run = dataclasses.replace(run_in, folder=tmp_path / "again", log=dying)
-    with pytest.raises(KeyboardInterrupt):
+    run = dataclasses.replace(run_in, folder=tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt), logged(dying):
         made(quick(2, 3), tiny, run, tmp_path / "never")
-    rerun = dataclasses.replace(run, log=said.append)
-    assert made(quick(2, 3), tiny, rerun, tmp_path / "resumed").manifest["sha256"] == whole
+    with logged() as said:
+        assert made(quick(2, 3), tiny, run, tmp_path / "resumed").manifest["sha256"] == whole
     assert [line for line in said if "block" in line] == [
         "autoround: going on at block 2 of 2",
         "autoround: block 2 of 2",
@@ -175,7 +175,12 @@ def test_a_run_that_died_goes_on_at_its_block(
 
 
 def test_the_library_keeps_to_itself(
-    tmp_path: Path, tiny: Path, run_in: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny: Path,
+    run_in: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    log_lines: list[str],
 ) -> None:
     """No output, no files but the artifact, no network, and the process as it was."""
     import huggingface_hub
@@ -185,8 +190,7 @@ def test_the_library_keeps_to_itself(
     lm = pretrained(str(tiny))
     lm.model.config.name_or_path = "somebody/moved-away"
     (tmp_path / "own").mkdir()
-    said: list[str] = []
-    run = dataclasses.replace(run_in, folder=tmp_path / "own", log=said.append)
+    run = dataclasses.replace(run_in, folder=tmp_path / "own")
     before = {p for p in tmp_path.rglob("*") if "own" not in p.parts}
     random.seed(5), torch.manual_seed(5)
     state, printed = torch.get_rng_state(), repr(torch.tensor([1.23456789]))
@@ -194,7 +198,7 @@ def test_the_library_keeps_to_itself(
     capfd.readouterr()
     quick()(lm, run)
     assert capfd.readouterr() == ("", "")
-    assert said == ["autoround: block 1 of 2", "autoround: block 2 of 2"]
+    assert log_lines == ["autoround: block 1 of 2", "autoround: block 2 of 2"]
     assert {p for p in tmp_path.rglob("*") if "own" not in p.parts} == before
     assert torch.equal(torch.get_rng_state(), state) and random.random() == expected
     assert repr(torch.tensor([1.23456789])) == printed

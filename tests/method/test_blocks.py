@@ -190,10 +190,9 @@ FOUR = {
 }
 
 
-def run_of(folder: Path, lines: list[str] | None = None, **calibration: Any) -> Run:
+def run_of(folder: Path, **calibration: Any) -> Run:
     folder.mkdir(exist_ok=True)
-    log = (lambda line: None) if lines is None else lines.append
-    return Run(folder, log=log, calibration=Calibration(**{"samples": 16, "max_length": 128} | calibration))
+    return Run(folder, calibration=Calibration(**{"samples": 16, "max_length": 128} | calibration))
 
 
 class Killed(Exception):
@@ -213,7 +212,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_walk_that_died_goes_on_and_ends_the_same(
-    name: str, four_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, four_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0)
     stage = STAGES[name]
@@ -230,12 +229,12 @@ def test_a_walk_that_died_goes_on_and_ends_the_same(
     assert not list((tmp_path / "died").rglob("*.partial*"))
 
     monkeypatch.setattr(type(stage), "sparsities", lambda *a: pytest.fail("kept in the checkpoint"))
-    lines: list[str] = []
+    log_lines.clear()
     again = pretrained(str(four_blocks))
     for index in (0, 1):
         decoder_blocks(again.model)[index].mlp.register_forward_hook(lambda *args: pytest.fail("walked again"))
-    finished = stage(again, run_of(tmp_path / "died", lines))
-    assert lines == [f"{name}: going on at block 3 of 4", f"{name}: block 3 of 4", f"{name}: block 4 of 4"]
+    finished = stage(again, run_of(tmp_path / "died"))
+    assert log_lines == [f"{name}: going on at block 3 of 4", f"{name}: block 3 of 4", f"{name}: block 4 of 4"]
     assert finished.notes == whole.notes
     for key, tensor in weights(whole.lm.model).items():
         assert torch.equal(tensor, weights(finished.lm.model)[key]), key
@@ -243,20 +242,21 @@ def test_a_walk_that_died_goes_on_and_ends_the_same(
 
 @pytest.mark.parametrize("other", ["knob", "seed", "calibration", "weights", "damaged", "cut short"])
 def test_another_run_starts_anew(
-    other: str, four_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other: str, four_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0)
     stage, run, lm = Wanda(0.5), run_of(tmp_path / "run"), pretrained(str(four_blocks))
     die_at(lm.model, 2)
     with pytest.raises(Killed):
         stage(lm, run)
-    lm, lines = pretrained(str(four_blocks)), []
+    lm = pretrained(str(four_blocks))
+    log_lines.clear()
     settings: dict[str, Any] = {"samples": 12} if other == "calibration" else {}
-    run = run_of(tmp_path / "run", lines, **settings)
+    run = run_of(tmp_path / "run", **settings)
     if other == "knob":
         stage = Wanda(0.4)
     if other == "seed":
-        run = Run(run.folder, seed=1, log=lines.append, calibration=run.calibration)
+        run = Run(run.folder, seed=1, calibration=run.calibration)
     if other == "weights":  # an earlier stage did something else
         decoder_blocks(lm.model)[3].mlp.up_proj.weight.data[0, 0] += 1
     folder = run.folder / "walk" / "wanda"
@@ -266,11 +266,11 @@ def test_another_run_starts_anew(
         block = folder / "block-1.ckpt"
         block.write_bytes(block.read_bytes()[:-10])
     stage(lm, run)
-    assert lines[0] == "wanda: block 1 of 4"
+    assert log_lines[0] == "wanda: block 1 of 4"
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
-    four_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    four_blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     monkeypatch.setattr(checkpoints, "SAVE_EVERY_S", 0)
     save, calls = checkpoints.save_file, []
@@ -282,12 +282,11 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
         save(*args)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    lines: list[str] = []
-    Wanda(0.5)(pretrained(str(four_blocks)), run_of(tmp_path / "run", lines))
-    assert [line for line in lines if "checkpoint" in line] == [
+    Wanda(0.5)(pretrained(str(four_blocks)), run_of(tmp_path / "run"))
+    assert [line for line in log_lines if "checkpoint" in line] == [
         "wanda: no checkpoint could be written ([Errno 28] No space left on device); going on without"
     ]
-    assert lines[-1] == "wanda: block 4 of 4"
+    assert log_lines[-1] == "wanda: block 4 of 4"
     assert not list((tmp_path / "run").rglob("*.*"))
     assert len(calls) == 3
 

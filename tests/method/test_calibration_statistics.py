@@ -24,7 +24,7 @@ from winnow.model.pretrained import pretrained
 def run(tmp_path: Path) -> Run:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    return Run(scratch, log=lambda line: None, calibration=Calibration(samples=4), cache=tmp_path / "cache")
+    return Run(scratch, calibration=Calibration(samples=4), cache=tmp_path / "cache")
 
 
 def test_what_a_trial_has_computed_another_reads(tiny: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

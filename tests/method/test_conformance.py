@@ -121,7 +121,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, base_of: Callable[[str], Path
             folder = tmp_path_factory.mktemp("-".join(("made", model, *names)))
             (folder / "run").mkdir()
             calibration = Calibration(samples=4 if least else 64, max_length=128)
-            run = Run(folder / "run", dtype=dtype, log=lambda line: None, calibration=calibration)
+            run = Run(folder / "run", dtype=dtype, calibration=calibration)
             seen: list[torch.Tensor] = []
             lm, stages = pretrained(str(base_of(model))), {name: stage_of(name, model) for name in names}
             if least:
@@ -294,7 +294,7 @@ def test_order_and_slots_are_checked() -> None:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_quantized_artifact_is_not_compressed_again(name: str, make, tmp_path: Path) -> None:
     made = make(EMBEDDED, name)
-    run = Run(tmp_path, log=lambda line: None)
+    run = Run(tmp_path)
     for second in ("magnitude", "rtn"):
         with pytest.raises(UserError, match="start from the model that it was made of"):
             pipeline.compress(made.again(), {second: stage_of(second)}, run, tmp_path / "again")

@@ -36,7 +36,7 @@ def factorised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from winnow.hardware.run import Run
 
     folder = tmp_path_factory.mktemp("factorised")
-    run = Run(folder, log=lambda line: None, calibration=Calibration(samples=16, max_length=128))
+    run = Run(folder, calibration=Calibration(samples=16, max_length=128))
     base = random_model("llama", folder / "base")
     pipeline.compress(pretrained(str(base)), {"lowrank": LowRank()}, run, folder / "artifact")
     return folder / "artifact"

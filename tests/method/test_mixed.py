@@ -160,7 +160,7 @@ def test_kept_scores_are_of_these_weights_and_settings(tmp_path: Path, tiny: Pat
     changed.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     make(Mixed(3.5, 32), changed)
     assert len(kept()) == 3
-    make(Mixed(3.5, 32), run=Run(run_in.folder, seed=1, log=run_in.log, calibration=run_in.calibration))
+    make(Mixed(3.5, 32), run=Run(run_in.folder, seed=1, calibration=run_in.calibration))
     assert len(kept()) == 4
     assert not list(tmp_path.rglob("*.partial*"))
 
@@ -238,7 +238,7 @@ def test_what_cannot_be_done_is_said_before_anything_heavy(tiny: Path, run_in: R
         pipeline.check({"mixed": Mixed(3.0, 128)}, pretrained(str(tiny)), run_in)
     with pytest.raises(UserError, match=r"method\.mixed\.bits=9 is out of range"):
         Mixed(9)
-    one = Run(run_in.folder, log=run_in.log, calibration=type(run_in.calibration)(samples=1))
+    one = Run(run_in.folder, calibration=type(run_in.calibration)(samples=1))
     with pytest.raises(UserError, match=r"calibration\.samples"):
         pipeline.check({"mixed": Mixed(3.0, 32)}, pretrained(str(tiny)), one)
     shared = pretrained(str(tiny))

@@ -67,7 +67,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def quick(tmp_path: Path) -> Run:
     (tmp_path / "run").mkdir()
-    return Run(tmp_path / "run", log=lambda line: None, calibration=Calibration(samples=16, max_length=64))
+    return Run(tmp_path / "run", calibration=Calibration(samples=16, max_length=64))
 
 
 def plan_of(folder: Path) -> ModelLayout:
@@ -152,15 +152,16 @@ def test_both_beat_rounding_to_nearest_at_two_bits(quick) -> None:
     assert perplexity(AWQ(2, grid=3)(trained(), run).lm, 40) < 0.95 * plain
 
 
-def test_a_line_a_block_is_logged_and_nothing_is_printed(tiny: Path, quick, capfd: pytest.CaptureFixture[str]) -> None:
-    lines: list[str] = []
+def test_a_line_a_block_is_logged_and_nothing_is_printed(
+    tiny: Path, quick, capfd: pytest.CaptureFixture[str], log_lines: list[str]
+) -> None:
     for stage in (GPTQ(4), AWQ(4, grid=3), SmoothQuant(), FP8()):
         name = type(stage).__name__.lower()
-        made = stage(pretrained(str(tiny)), dataclasses.replace(quick, log=lines.append))
-        assert lines[-2:] == [f"{name}: block 1 of 2", f"{name}: block 2 of 2"]
-        assert "starts over" in lines[-3] and len(lines) == 3
+        made = stage(pretrained(str(tiny)), quick)
+        assert log_lines[-2:] == [f"{name}: block 1 of 2", f"{name}: block 2 of 2"]
+        assert "starts over" in log_lines[-3] and len(log_lines) == 3
         assert ("calibration_sha256" in made.notes) == (name != "fp8")
-        lines.clear()
+        log_lines.clear()
     assert capfd.readouterr() == ("", "")
 
 

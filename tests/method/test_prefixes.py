@@ -32,7 +32,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     (tmp_path / "scratch").mkdir()
     return Run(
         tmp_path / "scratch",
-        log=lambda line: None,
         calibration=Calibration(samples=8),
         cache=tmp_path / "cache",
         stage_cache_bytes=10**9,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from tests.logged import logged
 from winnow.core.errors import UserError
 from winnow.hardware.run import Run
 from winnow.method.depth import Depth
@@ -82,20 +82,20 @@ def test_a_killed_run_goes_on_at_its_round(
     stage = Progressive(pruner="width", amount=0.5, rounds=2, teacher=teacher, **QUICK)
     monkeypatch.setattr(Progressive, "_pruner_at", lambda self, amount: Width(mlp=1 - amount, multiple=32))
 
-    def run(name: str, log: Callable[[str], None] = lambda line: None) -> Run:
+    def run(name: str) -> Run:
         (tmp_path / name).mkdir(exist_ok=True)
-        return dataclasses.replace(run_in, folder=tmp_path / name, log=log)
+        return dataclasses.replace(run_in, folder=tmp_path / name)
 
     def die(line: str) -> None:
         if "round 2" in line:
             raise Killed
 
     whole = stage(pretrained(str(tiny)), run("whole"))
-    with pytest.raises(Killed):
-        stage(pretrained(str(tiny)), run("cut", die))
+    with pytest.raises(Killed), logged(die):
+        stage(pretrained(str(tiny)), run("cut"))
     assert list((tmp_path / "cut").rglob("*.ckpt"))  # by which the folder is kept
-    said: list[str] = []
-    resumed = stage(pretrained(str(tiny)), run("cut", said.append))
+    with logged() as said:
+        resumed = stage(pretrained(str(tiny)), run("cut"))
     assert "progressive: going on after round 1 of 2" in said
     assert not any("round 1 of 2: " in line for line in said)
     for name, weight in whole.lm.model.state_dict().items():

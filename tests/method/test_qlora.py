@@ -46,7 +46,7 @@ def logits(lm: LM) -> torch.Tensor:
 
 def run_of(folder: Path) -> Run:
     folder.mkdir()
-    return Run(folder, log=lambda line: None, calibration=Calibration(samples=16, max_length=64))
+    return Run(folder, calibration=Calibration(samples=16, max_length=64))
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_a_training_that_was_cut_off_goes_on(tiny: Path, tmp_path: Path) -> None
 
         folder.mkdir(exist_ok=True)
         calibration = Calibration(samples=16, max_length=64)
-        run = Run(folder, log=lambda line: None, curve=curve, calibration=calibration)
+        run = Run(folder, curve=curve, calibration=calibration)
         knobs = {**QUICK, "steps": 6, "precision": "32-true", "checkpoint_minutes": 0.001}
         return logits(QLoRA(**knobs)(pretrained(str(tiny)), run).lm)
 

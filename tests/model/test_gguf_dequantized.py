@@ -157,7 +157,7 @@ def test_a_file_is_compressed_and_its_origin_is_written_down(file: Path, tmp_pat
 
     typed = ["model=local", f"model.path={file}", "method=[magnitude]", f"outputs={tmp_path / 'outputs'}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        artifact = commands.compress(compression(compose("compress", typed)), log=lambda line: None)
+        artifact = commands.compress(compression(compose("compress", typed)))
     assert artifact.name.startswith("small-magnitude-")
     base = json.loads((artifact / "manifest.json").read_text())["base"]
     assert base["origin"]["file"] == "small.gguf" and base["origin"]["sha256"] == sha256(file)

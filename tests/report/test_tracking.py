@@ -39,15 +39,14 @@ def expected(summary: Summary) -> Counter[str]:
 
 @pytest.mark.usefixtures("_wandb")
 def test_one_run_a_trial_and_no_more_when_repeated(
-    summary: Summary, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    summary: Summary, tmp_path: Path, capfd: pytest.CaptureFixture[str], log_lines: list[str]
 ) -> None:
-    said: list[str] = []
     threads = threading.active_count()  # other tests' libraries may have left some
     begun = replace(summary, trials=summary.trials[:3])
-    assert Tracker("offline", folder=tmp_path, log=said.append).mirror(begun) == 4
+    assert Tracker("offline", folder=tmp_path).mirror(begun) == 4
     assert runs(tmp_path) == expected(begun)
 
-    tracker = Tracker("offline", folder=tmp_path, log=said.append)
+    tracker = Tracker("offline", folder=tmp_path)
     assert tracker.mirror(summary) == 4  # three new trials, and the front that they change
     assert tracker.mirror(summary) == 0
     assert runs(tmp_path) == expected(summary)
@@ -63,7 +62,7 @@ def test_one_run_a_trial_and_no_more_when_repeated(
     assert [row[column] for row in rows["data"]] == [True, True, True, False, False, False]
     assert list(tmp_path.glob("wandb/offline-run-*-front/files/media/plotly/*.json"))
 
-    assert said == []
+    assert log_lines == []
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
     assert threading.active_count() <= threads
@@ -100,17 +99,16 @@ def test_nothing_of_the_machine_is_recorded(summary: Summary, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("_wandb")
 def test_online_without_a_key_is_said_once_and_ends_nothing(
-    summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    said: list[str] = []
-    tracker = Tracker("online", folder=tmp_path / "out", log=said.append)
+    tracker = Tracker("online", folder=tmp_path / "out")
     assert tracker.mirror(summary) == 0
     assert tracker.mirror(summary) == 0
-    assert len(said) == 1
-    assert "wandb login" in said[0]
+    assert len(log_lines) == 1
+    assert "wandb login" in log_lines[0]
 
 
 def test_disabled_does_nothing(summary: Summary, tmp_path: Path) -> None:

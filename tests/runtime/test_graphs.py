@@ -163,21 +163,22 @@ def test_adapters(on_processor: None) -> None:
     assert "soft prompt" in (unsupported_reason(peft.get_peft_model(model_of("llama"), soft)) or "")
 
 
-def runtime_of(model: Any, decode: str = "auto") -> tuple[Runtime, list[str]]:
-    said: list[str] = []
-    return Runtime(LM(model=model, name="m"), Hardware("gpu", device="cuda", decode=decode), said.append), said
+def runtime_of(model: Any, decode: str = "auto") -> Runtime:
+    return Runtime(LM(model=model, name="m"), Hardware("gpu", device="cuda", decode=decode))
 
 
-def test_requests_are_answered_from_one_graph_a_shape(on_processor: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_are_answered_from_one_graph_a_shape(
+    on_processor: None, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
     captured = []
     monkeypatch.setattr(graphs, "capture", lambda *step: captured.append(step) or recorded.capture(*step))
     model = model_of("llama")
-    served, said = runtime_of(model)
+    served = runtime_of(model)
     model.generate = None  # nothing asks it
     for prompt_bt in (prompts(2, 6), prompts(2, 6, seed=1)):
         timing = served.request(prompt_bt.tolist(), 5)
         assert 0 < timing.first_s < timing.total_s
-    assert (len(captured), served.runtime_mode, said) == (1, "graph", [])
+    assert (len(captured), served.runtime_mode, log_lines) == (1, "graph", [])
     del model.generate
     assert served._decoder is not None
     assert served._decoder.tokens_bn.tolist() == generated(model, prompt_bt, 5).sequences[:, 6:].tolist()
@@ -188,12 +189,12 @@ def test_requests_are_answered_from_one_graph_a_shape(on_processor: None, monkey
 
 
 @pytest.mark.parametrize("decode", ["auto", "graph"])
-def test_what_cannot_be_captured_is_said(decode: str, on_processor: None) -> None:
+def test_what_cannot_be_captured_is_said(decode: str, on_processor: None, log_lines: list[str]) -> None:
     """`auto` goes on eagerly and logs why; `graph` refuses, and names the way out."""
     model = model_of("llama")
     forward = model.model.norm.forward
     model.model.norm.forward = lambda x: forward(x) * min(1, abs(x.sum().item()) + 1)  # waits for the device
-    served, said = runtime_of(model, decode)
+    served = runtime_of(model, decode)
     assert served.runtime_mode == "graph"
     why = r"m.*: capturing its decode step failed \(RuntimeError: operation not permitted when stream is capturing"
     if decode == "graph":
@@ -204,21 +205,24 @@ def test_what_cannot_be_captured_is_said(decode: str, on_processor: None) -> Non
     for _ in range(2):
         assert served.request([[1, 2, 3]], 4).total_s > 0
     assert served.runtime_mode == "eager" and served._decoder is None
-    (line,) = said
+    (line,) = log_lines
     assert line.startswith("latency is measured without CUDA graphs: m: capturing its decode step failed")
 
 
-def test_what_is_known_beforehand_is_not_tried(on_processor: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_beforehand_is_not_tried(
+    on_processor: None, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
     monkeypatch.setattr(graphs, "capture", None)
     model = model_of("llama")
     model.generation_config.cache_implementation = "quantized"
-    served, said = runtime_of(model)
-    assert served.runtime_mode == "eager" and "cache_implementation=quantized" in said[0]
+    served = runtime_of(model)
+    assert served.runtime_mode == "eager" and "cache_implementation=quantized" in log_lines[0]
     with pytest.raises(Unservable, match="cache_implementation=quantized"):
         runtime_of(model, "graph")
-    served, said = runtime_of(model_of("llama"), "eager")
+    log_lines.clear()
+    served = runtime_of(model_of("llama"), "eager")
     served.request([[1, 2, 3]], 4)
-    assert (served.runtime_mode, said) == ("eager", [])
+    assert (served.runtime_mode, log_lines) == ("eager", [])
 
 
 def test_too_little_memory_for_the_cache_says_nothing_of_graphs(
@@ -228,16 +232,15 @@ def test_too_little_memory_for_the_cache_says_nothing_of_graphs(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(graphs, "capture", full)
-    served, _ = runtime_of(model_of("llama"))
+    served = runtime_of(model_of("llama"))
     with pytest.raises(torch.OutOfMemoryError):
         served.request([[1, 2, 3]], 4)
 
 
-def test_a_processor_has_none(tiny: Path) -> None:
-    lines: list[str] = []
-    with serving(pretrained(str(tiny)), Hardware("cpu"), lines.append) as served:
+def test_a_processor_has_none(tiny: Path, log_lines: list[str]) -> None:
+    with serving(pretrained(str(tiny)), Hardware("cpu")) as served:
         served.request([[1, 2, 3]], 4)
-        assert (served.runtime_mode, lines) == ("eager", [])
+        assert (served.runtime_mode, log_lines) == ("eager", [])
     with (
         pytest.raises(Unservable, match="not on a CUDA device"),
         serving(pretrained(str(tiny)), Hardware("gpu", device="cuda", decode="graph")),
@@ -247,7 +250,7 @@ def test_a_processor_has_none(tiny: Path) -> None:
 
 def test_a_base_model_is_judged_by_its_files(tiny: Path, tmp_path: Path) -> None:
     def because(folder: Path, attention: str = "sdpa") -> str | None:
-        return unsupported_base_reason(str(folder), attention, False, None, print)["because"]
+        return unsupported_base_reason(str(folder), attention, False, None)["because"]
 
     assert because(tiny) is None
     assert because(tiny, "eager") is None
@@ -262,16 +265,15 @@ def test_a_base_model_is_judged_by_its_files(tiny: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_few_layers_of_a_base_model_are_tried(
-    family: str, tmp_path: Path, on_processor: None, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, on_processor: None, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     kinds = {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2} if family == "gemma3_text" else {}
     model = model_of(family, num_hidden_layers=4, **kinds)
     few = few_layers(model.config)
     assert few.num_hidden_layers == (3 if kinds else 1) and model.config.num_hidden_layers == 4
     model.config.save_pretrained(tmp_path)  # and no weights
-    lines: list[str] = []
-    assert unsupported_base_reason(str(tmp_path), "sdpa", False, "cpu", lines.append) == {"because": None}
-    assert lines == []
+    assert unsupported_base_reason(str(tmp_path), "sdpa", False, "cpu") == {"because": None}
+    assert log_lines == []
     forward = type(model).forward
 
     def waiting(self: Any, position_ids: torch.Tensor, **settings: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.logged import logged
 from winnow.hardware.device import Hardware
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
@@ -62,8 +63,8 @@ def test_times_are_brought_to_the_conditions_of_the_base_models_trial() -> None:
 
 
 def measured(folder: Path, hardware: Hardware, tmp_path: Path, base: Base | None) -> tuple[dict[str, Any], list[str]]:
-    lines: list[str] = []
-    figures = Meters(hardware, base)(LM(folder), Run(tmp_path, log=lines.append))
+    with logged() as lines:
+        figures = Meters(hardware, base)(LM(folder), Run(tmp_path))
     return {**figures, "source": figures.sources["latency_ms"]}, lines
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from winnow.core.cli import command, say
+from winnow.core.cli import command
 
 
 @command("search")
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if cfg.get("crash") and "nf4" in overrides[0] and not crashed.exists():
         crashed.touch()
         os._exit(1)
-    figures = workers.work(overrides, 0.1, str(own.parent.parent / "started.jsonl"), say)
+    figures = workers.work(overrides, 0.1, str(own.parent.parent / "started.jsonl"))
     deadline = time.monotonic() + (cfg.get("seconds", 0) if "method=[]" not in overrides else 0)
     while time.monotonic() < deadline:
         if (own / job.STOP).exists():
@@ -78,8 +78,7 @@ def search(config: DictConfig, arguments: list[str], launching: Any) -> None:
         budget=Budget(trials=config.budget.trials),
         folder=folder,
         shared=[],
-        views=Views(folder, say),
-        log=say,
+        views=Views(folder),
         workers=config.workers,
     ).run()
 

@@ -72,7 +72,6 @@ def main(
             "tests.search.workers:work",
             arguments,
             child.Limits(),
-            print,
             own / "log.txt",
             cancelled=(own / job.STOP).exists,
         )
@@ -98,8 +97,7 @@ def main(
         budget=Budget(trials=TRIALS),
         folder=folder,
         shared=[],
-        views=Views(folder, print),
-        log=print,
+        views=Views(folder),
         workers=workers,
     ).run()
 

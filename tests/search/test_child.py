@@ -35,14 +35,15 @@ print(json.dumps({"asked": cuda_built.asked, "left_out": found, "imported": sort
 CALLS = """
 import json, sys
 from pathlib import Path
+from tests.logged import logged
 from winnow.search import child, fork_server
 fork_server.PRELOAD = ("tests.search.cuda_built", *sys.argv[2:])
 if __name__ == "__main__":
     fork_server.start_server()
-    log = []
-    answer = child.call("tests.search.workers:cuda", {}, child.Limits(), log.append, Path(sys.argv[1]))
-    again = child.call("tests.search.workers:cuda", {}, child.Limits(), log.append, Path(sys.argv[1]))
-    print(json.dumps({**answer, "log": log, "again": answer == again, "method": fork_server.server.method}))
+    with logged() as lines:
+        answer = child.call("tests.search.workers:cuda", {}, child.Limits(), Path(sys.argv[1]))
+        again = child.call("tests.search.workers:cuda", {}, child.Limits(), Path(sys.argv[1]))
+    print(json.dumps({**answer, "log": lines, "again": answer == again, "method": fork_server.server.method}))
 """
 
 
@@ -116,17 +117,27 @@ def test_the_fork_server_imports_what_methods_and_benchmark_name() -> None:
 WORKERS = "tests.search.workers"
 
 
-def call(function: str, tmp_path: Path, limits: child.Limits | None = None, log=lambda line: None, **arguments):
-    return child.call(f"{WORKERS}:{function}", arguments, limits or child.Limits(), log, tmp_path / "log.txt")
+def call(function: str, tmp_path: Path, limits: child.Limits | None = None, prefix: str | None = "", **arguments):
+    return child.call(f"{WORKERS}:{function}", arguments, limits or child.Limits(), tmp_path / "log.txt", prefix)
 
 
-def test_a_child_answers_from_a_process_group_of_its_own(tmp_path: Path) -> None:
-    lines: list[str] = []
-    answer = call("add", tmp_path, a=2, b=3, log=lines.append)
+def test_a_child_answers_from_a_process_group_of_its_own(tmp_path: Path, log_lines: list[str]) -> None:
+    answer = call("add", tmp_path, a=2, b=3)
     assert answer["sum"] == 5
     assert answer["group"] == answer["pid"] != os.getpgid(0)
-    assert lines == ["adding"]
+    assert log_lines == ["adding"]
     assert "printed by the child" in (tmp_path / "log.txt").read_text()
+
+
+def test_its_lines_bear_a_prefix_or_are_hidden_and_its_warnings_lie_with_what_it_prints(
+    tmp_path: Path, log_lines: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for prefix in ("[7] ", None):
+        call("add", tmp_path, prefix=prefix, a=2, b=3)
+    assert log_lines == ["[7] adding"]
+    printed = (tmp_path / "log.txt").read_text()
+    assert printed.count("2 and 3 are small") == 2 and "adding" not in printed
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -154,12 +165,11 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_timeout_ends_the_child_and_its_children(tmp_path: Path) -> None:
-    lines: list[str] = []
+def test_a_timeout_ends_the_child_and_its_children(tmp_path: Path, log_lines: list[str]) -> None:
     with pytest.raises(child.Failed) as failed:
-        call("hang", tmp_path, child.Limits(seconds=1), log=lines.append)
+        call("hang", tmp_path, child.Limits(seconds=1))
     assert failed.value.reason is Reason.TIMEOUT
-    pids = [int(pid) for pid in lines[0].split()]
+    pids = [int(pid) for pid in log_lines[0].split()]
     deadline = time.monotonic() + 10
     while not all(gone(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -171,25 +181,22 @@ def test_it_has_variables_of_its_own(tmp_path: Path) -> None:
         f"{WORKERS}:variable",
         {"name": "CUDA_VISIBLE_DEVICES"},
         child.Limits(),
-        print,
         tmp_path / "log.txt",
         environment={"CUDA_VISIBLE_DEVICES": "1"},
     ) == {"CUDA_VISIBLE_DEVICES": "1"}
     assert os.environ.get("CUDA_VISIBLE_DEVICES") != "1"
 
 
-def test_one_that_nobody_waits_for_any_more_is_ended(tmp_path: Path) -> None:
-    lines: list[str] = []
+def test_one_that_nobody_waits_for_any_more_is_ended(tmp_path: Path, log_lines: list[str]) -> None:
     with pytest.raises(child.Cancelled):
         child.call(
             f"{WORKERS}:hang",
             {},
             child.Limits(),
-            lines.append,
             tmp_path / "log.txt",
-            cancelled=lambda: bool(lines),
+            cancelled=lambda: bool(log_lines),
         )
-    assert all(gone(int(pid)) for pid in lines[0].split()[:1])
+    assert all(gone(int(pid)) for pid in log_lines[0].split()[:1])
 
 
 def test_several_threads_may_call_at_once(tmp_path: Path) -> None:

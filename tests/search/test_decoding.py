@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+from tests.logged import logged
 from winnow.core.errors import Reason, UserError
 from winnow.core.types import Strategy
 from winnow.hardware.device import Hardware
@@ -39,9 +40,9 @@ def base(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def settled(hardware: Hardware, *names: str) -> tuple[str, list[str]]:
-    said: list[str] = []
     methods = {name: METHODS[name] for name in names}
-    return decoding.resolve_decode(hardware, True, methods, LM("there", name="m"), said.append).decode, said
+    with logged() as lines:
+        return decoding.resolve_decode(hardware, True, methods, LM("there", name="m")).decode, lines
 
 
 def test_graphs_are_taken_where_all_allow_them(base: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def study(tmp_path: Path) -> Path:
 def gates(study: Path, *overrides: str) -> EarlyStopping:
     composed_values = OmegaConf.to_container(composed("search", *overrides), resolve=True)
     trial = trial_evaluation(composed_values, "embedded", str(study / "9" / "metrics"))  # type: ignore[arg-type]
-    return EarlyStopping(trial, study / "9", lambda line: None)
+    return EarlyStopping(trial, study / "9")
 
 
 def figures(size: float = SIZE, latency: float = SPEED, kl: float = 0.03) -> Figures:
@@ -147,7 +147,7 @@ def test_a_trial_is_measured_in_turn_with_the_base_model_and_the_base_model_alon
         lm = pretrained(str(tiny))
         lm.manifest = {"base": {"sha256": "0"}, "stages": stages}
         with serving(lm) as served:
-            gate.on_loaded(lm, served, Run(study, log=lambda line: None, calibration=Calibration(max_length=64)))
+            gate.on_loaded(lm, served, Run(study, calibration=Calibration(max_length=64)))
         found = gate.base()
         assert (found and (found.latency_ms, found.peak_memory_bytes, found.memory_limit_bytes)) == expected
 

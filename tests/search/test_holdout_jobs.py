@@ -41,8 +41,9 @@ def wanted(study: Study) -> set[int]:
     return {*study.front, study.base.number if study.base else -1}
 
 
-def test_the_front_and_the_base_model_are_confirmed_by_jobs_side_by_side(tmp_path: Path) -> None:
-    study, lines = searched(tmp_path), []
+def test_the_front_and_the_base_model_are_confirmed_by_jobs_side_by_side(tmp_path: Path, log_lines: list[str]) -> None:
+    study = searched(tmp_path)
+    log_lines.clear()
     together = threading.Barrier(2)
     seen: set[tuple[int, int]] = set()
 
@@ -52,33 +53,35 @@ def test_the_front_and_the_base_model_are_confirmed_by_jobs_side_by_side(tmp_pat
             together.wait(60)
         return scored(proposal, worker)
 
-    confirm(study, launch, 2, tmp_path, lines.append)
+    confirm(study, launch, 2, tmp_path)
     assert set(study.confirmed) == set(opened(tmp_path).confirmed) == wanted(study)
     assert {worker for _, worker in seen} == {0, 1}
-    assert len(lines) == len(study.confirmed) and all("accuracy 0.500" in line for line in lines)
+    assert len(log_lines) == len(study.confirmed) and all("accuracy 0.500" in line for line in log_lines)
 
 
 def test_what_it_takes_counts_towards_the_budget_of_the_study(tmp_path: Path) -> None:
     study = searched(tmp_path)
     before = study.energy_wh
-    confirm(study, scored, 1, tmp_path, print)
+    confirm(study, scored, 1, tmp_path)
     assert study.energy_wh == pytest.approx(before + 2 * len(wanted(study)))
     again = opened(tmp_path)
     assert (again.energy_wh, again.co2_g) == pytest.approx((study.energy_wh, study.co2_g))
 
 
-def test_one_that_fails_is_said_in_a_line_and_its_figures_are_marked_and_it_is_tried_again(tmp_path: Path) -> None:
-    study, lines = searched(tmp_path), []
+def test_one_that_fails_is_said_in_a_line_and_its_figures_are_marked_and_it_is_tried_again(
+    tmp_path: Path, log_lines: list[str]
+) -> None:
+    study = searched(tmp_path)
     bad = max(study.front)
 
     def launch(proposal: Proposal, worker: int) -> dict[str, Any]:
         failed = failure(Reason.OUT_OF_MEMORY, "held 9 GiB, over the limit of 8 GiB")
         return failed if proposal.number == bad else scored(proposal, worker)
 
-    confirm(study, launch, 1, tmp_path, lines.append)
+    confirm(study, launch, 1, tmp_path)
     assert set(study.confirmed) == wanted(study) - {bad}
     why = "out_of_memory: held 9 GiB, over the limit of 8 GiB"
-    assert f"confirmation: trial {bad} is not confirmed: {why}" in lines
+    assert f"confirmation: trial {bad} is not confirmed: {why}" in log_lines
     assert f"trial {bad}: not confirmed: {why}" in front_table(study.summary())
     points = {point["trial"]: point for point in front_json(study.summary())["points"]}
     assert points[bad]["unconfirmed"] == why and "confirmed" not in points[bad]
@@ -86,19 +89,20 @@ def test_one_that_fails_is_said_in_a_line_and_its_figures_are_marked_and_it_is_t
 
     asked: list[int] = []
     later = opened(tmp_path)
-    confirm(later, lambda p, w: (asked.append(p.number), scored(p, w))[1], 1, tmp_path, print)
+    confirm(later, lambda p, w: (asked.append(p.number), scored(p, w))[1], 1, tmp_path)
     assert asked == [bad] and later.unconfirmed == {}
 
 
-def test_a_launcher_that_fails_leaves_the_front_as_it_is(tmp_path: Path) -> None:
-    study, lines = searched(tmp_path), []
+def test_a_launcher_that_fails_leaves_the_front_as_it_is(tmp_path: Path, log_lines: list[str]) -> None:
+    study = searched(tmp_path)
+    log_lines.clear()
 
     def launch(proposal: Proposal, worker: int) -> dict[str, Any]:
         raise UserError("hydra/launcher=ray has failed 3 times in a row")
 
-    confirm(study, launch, 1, tmp_path, lines.append)
+    confirm(study, launch, 1, tmp_path)
     assert study.confirmed == {} and set(study.unconfirmed) == wanted(study)
-    assert len(lines) == 1 and "hydra/launcher=ray has failed" in lines[0]
+    assert len(log_lines) == 1 and "hydra/launcher=ray has failed" in log_lines[0]
 
 
 def test_interrupted_it_cancels_its_jobs_and_keeps_what_was_confirmed(tmp_path: Path) -> None:
@@ -118,21 +122,21 @@ def test_interrupted_it_cancels_its_jobs_and_keeps_what_was_confirmed(tmp_path: 
         return scored(proposal, worker)
 
     with pytest.raises(KeyboardInterrupt):
-        confirm(study, launch, 3, tmp_path, print)
+        confirm(study, launch, 3, tmp_path)
     assert cancelled.is_set()
     later, again = opened(tmp_path), []
     assert set(later.confirmed) <= {asked[0]}
-    confirm(later, lambda p, w: (again.append(p.number), scored(p, w))[1], 1, tmp_path, print)
+    confirm(later, lambda p, w: (again.append(p.number), scored(p, w))[1], 1, tmp_path)
     assert set(again) == wanted(later) - set(study.confirmed) and set(later.confirmed) == wanted(later)
 
 
-def test_without_weights_there_is_nothing_to_confirm_and_it_is_said(tmp_path: Path) -> None:
-    study, lines = searched(tmp_path), []
+def test_without_weights_there_is_nothing_to_confirm_and_it_is_said(tmp_path: Path, log_lines: list[str]) -> None:
+    study = searched(tmp_path)
     gone = min(study.front)
     (tmp_path / "trials" / str(gone) / "artifact").rmdir()
-    confirm(study, scored, 1, tmp_path, lines.append)
+    confirm(study, scored, 1, tmp_path)
     assert set(study.confirmed) == wanted(study) - {gone}
-    assert any(f"trial {gone} is not confirmed: its weights are gone" in line for line in lines)
+    assert any(f"trial {gone} is not confirmed: its weights are gone" in line for line in log_lines)
 
 
 def test_its_job_runs_below_the_trial_with_the_limits_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +155,10 @@ def test_its_job_runs_below_the_trial_with_the_limits_of_one(tmp_path: Path, mon
     settings = JobSettings({}, Hardware("cpu"), TrialLimits(2, 8), Path("outputs"), 1, True, [])
     folder = tmp_path / "4" / FOLDER
     folder.mkdir(parents=True)
-    outcome = run_elsewhere(settings, [], folder, print)
+    outcome = run_elsewhere(settings, [], folder)
     assert outcome["reason"] == "invalid" and "outputs=outputs" in outcome["message"], "the trial does not lie here"
     (tmp_path / "4" / RIVALS).touch()
-    assert run_elsewhere(settings, [], folder, print)["figures"] == {"accuracy": 0.5}
+    assert run_elsewhere(settings, [], folder)["figures"] == {"accuracy": 0.5}
     ((function, artifact, memory_bytes, seconds),) = asked
     assert function == "winnow.search.holdout:score" and artifact == str(tmp_path / "4" / "artifact")
     assert memory_bytes == 8 and seconds == pytest.approx(120, abs=60)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.logged import logged
 from winnow.build.job_settings import JobSettings, TrialLimits
 from winnow.core.errors import Reason
 from winnow.hardware.device import Hardware
@@ -21,9 +22,9 @@ def settings(minutes: float | None = None) -> JobSettings:
     return JobSettings({}, Hardware("cpu", carbon_g_per_kwh=100.0), TrialLimits(minutes), Path(), 1, False, [])
 
 
-def job(folder: Path, minutes: float | None = None, lines: list[str] | None = None) -> Job:
+def job(folder: Path, minutes: float | None = None) -> Job:
     pytest.importorskip("codecarbon")
-    return Job(settings(minutes), "7", folder, ([] if lines is None else lines).append, {})
+    return Job(settings(minutes), "7", folder, {})
 
 
 def test_a_step_that_fails_counts_what_it_used_as_one_that_does_not(tmp_path: Path) -> None:
@@ -54,8 +55,7 @@ def test_a_step_that_is_killed_counts_by_its_times(
 
 def test_a_job_that_is_cancelled_leaves_its_energy_for_the_search_that_goes_on(tmp_path: Path) -> None:
     cancelled = job(tmp_path)
-    cancelled._log = lambda line: (tmp_path / STOP).touch()
-    with pytest.raises(child.Cancelled):
+    with pytest.raises(child.Cancelled), logged(lambda line: (tmp_path / STOP).touch()):
         cancelled.step("compress", STEP, {"end": "hangs"})
     cancelled.write_spent()
     assert read_spent(tmp_path)["wh"] > 0
@@ -67,6 +67,6 @@ def test_a_trial_that_fails_has_energy_in_its_outcome(tmp_path: Path, monkeypatc
 
     pytest.importorskip("codecarbon")
     monkeypatch.setattr(trial, "_run_steps", parts)
-    outcome = trial.run(settings(), [], tmp_path, print)
+    outcome = trial.run(settings(), [], tmp_path)
     assert outcome["reason"] == "error" and outcome["energy"]["wh"] > 0
     assert read_outcome(tmp_path) == outcome

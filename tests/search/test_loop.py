@@ -30,10 +30,9 @@ def outcome(proposal: Proposal, **changes: Any) -> Outcome:
 
 
 class Found:
-    """A search over the narrow space, what it launched, and what it said."""
+    """A search over the narrow space, and what it launched."""
 
     def __init__(self, folder: Path, launch: Callable[[Proposal, int], Outcome] = lambda p, w: outcome(p), **more: Any):
-        self.lines: list[str] = []
         self.launched: list[str] = []
 
         def launching(proposal: Proposal, worker: int) -> Outcome:
@@ -51,8 +50,7 @@ class Found:
             budget=more.pop("budget", Budget(trials=30)),
             folder=folder,
             shared=[],
-            views=Views(folder, self.lines.append),
-            log=self.lines.append,
+            views=Views(folder),
             **more,
         )
 
@@ -118,12 +116,12 @@ def test_other_failures_are_not_tried_again(tmp_path: Path) -> None:
     assert found.launched.count("nf4") == 1
 
 
-def test_it_ends_when_nothing_is_gained(tmp_path: Path) -> None:
+def test_it_ends_when_nothing_is_gained(tmp_path: Path, log_lines: list[str]) -> None:
     found = Found(
         tmp_path, lambda p, w: outcome(p, figures={"accuracy": 0.5, "size_bytes": 1e6}), convergence=Convergence(4)
     )
     found.search.run()
-    assert len(found.launched) == 5 and any("4 trials in a row have gained nothing" in line for line in found.lines)
+    assert len(found.launched) == 5 and any("4 trials in a row have gained nothing" in line for line in log_lines)
 
 
 def test_a_base_model_that_fails_ends_it(tmp_path: Path) -> None:
@@ -132,7 +130,7 @@ def test_a_base_model_that_fails_ends_it(tmp_path: Path) -> None:
         Found(tmp_path, lambda p, w: outcome(p, **failed)).search.run()
 
 
-def test_a_disturbed_base_model_is_measured_again_before_anything_else(tmp_path: Path) -> None:
+def test_a_disturbed_base_model_is_measured_again_before_anything_else(tmp_path: Path, log_lines: list[str]) -> None:
     sources = {"size_bytes": "measured, disturbed"}
 
     def launch(proposal: Proposal, worker: int) -> Outcome:
@@ -144,7 +142,7 @@ def test_a_disturbed_base_model_is_measured_again_before_anything_else(tmp_path:
     assert found.study.run_trials == 4 and found.study.base is not None and found.study.base.number == 1
     assert 0 not in found.study.front
     said = "trial 0 is the base model, with which all others are compared, and its size_bytes was measured beside other work"
-    assert f"{said}; it is tried once more" in found.lines
+    assert f"{said}; it is tried once more" in log_lines
     again = Found(tmp_path, launch, budget=Budget(trials=4))
     again.search.run()
     assert again.launched == []

@@ -64,8 +64,7 @@ class Small(Search):
             launch=launch,
             folder=folder,
             shared=[],
-            views=Views(folder, print),
-            log=print,
+            views=Views(folder),
             **{"budget": Budget(trials=small_search.TRIALS)} | settings,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -11,14 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger("winnow.workers")
 
-def add(a: int, b: int, log: Any) -> dict[str, int]:
-    log("adding")
+
+def add(a: int, b: int) -> dict[str, int]:
+    logger.info("adding")
+    logger.warning(f"{a} and {b} are small")
     print("printed by the child")
     return {"sum": a + b, "group": os.getpgid(0), "pid": os.getpid()}
 
 
-def fail(kind: str, log: Any) -> dict[str, Any]:
+def fail(kind: str) -> dict[str, Any]:
     from winnow.core.errors import MissingExtra, UserError
 
     errors: dict[str, BaseException] = {
@@ -39,25 +43,25 @@ def fail(kind: str, log: Any) -> dict[str, Any]:
     raise errors[kind]
 
 
-def variable(name: str, log: Any) -> dict[str, str | None]:
+def variable(name: str) -> dict[str, str | None]:
     return {name: os.environ.get(name)}
 
 
-def hang(log: Any) -> None:
+def hang() -> None:
     """Hangs with a child of its own, and says the process ids."""
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    log(f"{os.getpid()} {other.pid}")
+    logger.info(f"{os.getpid()} {other.pid}")
     time.sleep(600)
 
 
-def swell(log: Any) -> None:
+def swell() -> None:
     held = []
     for _ in range(10_000):
         held.append(bytearray(os.urandom(2**20)) * 16)
         time.sleep(0.01)
 
 
-def work(overrides: list[str], seconds: float, started: str, log: Any) -> dict[str, float]:
+def work(overrides: list[str], seconds: float, started: str) -> dict[str, float]:
     """Stands for compressing and evaluating: a figure that depends on the strategy alone, after a while."""
     with Path(started).open("a", encoding="utf-8") as file:
         file.write(json.dumps(overrides) + "\n")
@@ -66,7 +70,7 @@ def work(overrides: list[str], seconds: float, started: str, log: Any) -> dict[s
     return {"accuracy": value % 97 / 97, "size_bytes": float(value % 89)}
 
 
-def cuda(log: Any) -> dict[str, Any]:
+def cuda() -> dict[str, Any]:
     """Whether this process could use CUDA, and what it was given to begin with."""
     imported = sorted(sys.modules)
     import torch
@@ -78,12 +82,12 @@ def cuda(log: Any) -> dict[str, Any]:
     }
 
 
-def burn(composed: dict[str, Any], end: str, log: Any) -> dict[str, Any]:
+def burn(composed: dict[str, Any], end: str) -> dict[str, Any]:
     """A step of a job that works for a moment, and then comes to this end."""
     until = time.process_time() + 0.3
     while time.process_time() < until:
         sum(range(10_000))
-    log("burnt")
+    logger.info("burnt")
     if end == "killed":
         time.sleep(2.2)  # until it was looked at
         os.kill(os.getpid(), signal.SIGKILL)

@@ -65,7 +65,7 @@ CASES += [(policy, change) for change in ("another slot", "a method less") for p
 
 
 @pytest.mark.parametrize(("policy", "change"), list(dict.fromkeys(CASES)))
-def test_a_study_goes_on_in_another_space(policy: str, change: str, tmp_path: Path) -> None:
+def test_a_study_goes_on_in_another_space(policy: str, change: str, tmp_path: Path, log_lines: list[str]) -> None:
     before, after = STARTS[change]
     first = Found(tmp_path, budget=Budget(trials=4), space=before, policy=POLICIES[policy]())
     first.search.run()
@@ -74,12 +74,12 @@ def test_a_study_goes_on_in_another_space(policy: str, change: str, tmp_path: Pa
     then = Found(tmp_path, budget=Budget(trials=6), space=after, policy=POLICIES[policy]())
     then.search.run()
     new = then.study.trials[4:]
-    assert len(new) == 2 == len(then.launched) and all(after.contains(trial.strategy) for trial in new), then.lines
+    assert len(new) == 2 == len(then.launched) and all(after.contains(trial.strategy) for trial in new), log_lines
     assert len({trial.strategy.overrides for trial in then.study.trials}) == 6
     better = [t.figures for t in then.study.on_front]
     for number, trial in front.items():  # on the front still, or behind a new one
         assert number in then.study.front or any(all(_no_worse(f, trial.figures)) for f in better)
-    assert any("the space is another one now" in line for line in then.lines), then.lines
+    assert any("the space is another one now" in line for line in log_lines), log_lines
     then.study.close()
     stored = optuna.load_study(study_name="loop", storage=f"sqlite:///{tmp_path / 'study.db'}").trials
     for trial, frozen in zip(then.study.trials, stored, strict=True):  # what other programs see
@@ -95,7 +95,7 @@ def _no_worse(one: Any, other: Any) -> list[bool]:
     return [one["accuracy"] >= other["accuracy"], one["size_bytes"] <= other["size_bytes"]]
 
 
-def test_the_same_space_is_no_other_one_however_it_is_typed(tmp_path: Path) -> None:
+def test_the_same_space_is_no_other_one_however_it_is_typed(tmp_path: Path, log_lines: list[str]) -> None:
     for trials, typed in (
         (3, "method.rtn.bits=choice(3,4)"),
         (4, "method.rtn.bits=4,3"),
@@ -103,7 +103,7 @@ def test_the_same_space_is_no_other_one_however_it_is_typed(tmp_path: Path) -> N
     ):
         found = Found(tmp_path, budget=Budget(trials=trials), space=space_of("rtn", typed))
         found.search.run()
-        assert not any("another one" in line for line in found.lines)
+        assert not any("another one" in line for line in log_lines)
     stored = optuna.load_study(study_name="loop", storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert {name for trial in stored.trials for name in trial.params} == {
         "slot.quantize", "method.rtn.bits", "method.rtn.group_size"
@@ -127,7 +127,7 @@ def test_a_search_that_had_converged_goes_on_in_a_larger_space(tmp_path: Path) -
     assert launched == [4, 0, 3, 0]
 
 
-def test_what_was_cut_off_and_is_left_out_now_does_not_run_again(tmp_path: Path) -> None:
+def test_what_was_cut_off_and_is_left_out_now_does_not_run_again(tmp_path: Path, log_lines: list[str]) -> None:
     found = Found(tmp_path, budget=Budget(trials=1), space=space_of("rtn nf4"))
     found.search.run()
     for strategy in (Strategy(("nf4",)), Strategy(("rtn",), {"method.rtn.bits": 3, "method.rtn.group_size": 64})):
@@ -136,8 +136,8 @@ def test_what_was_cut_off_and_is_left_out_now_does_not_run_again(tmp_path: Path)
     then = Found(tmp_path, budget=Budget(trials=3), space=space_of("rtn"))
     then.search.run()
     assert then.launched[0] == "rtn(bits=3, group_size=64)" and "nf4" not in then.launched
-    assert any("1 that were cut off will run again" in line for line in then.lines)
-    assert any("1 that were cut off do not run again" in line for line in then.lines)
+    assert any("1 that were cut off will run again" in line for line in log_lines)
+    assert any("1 that were cut off do not run again" in line for line in log_lines)
     then.study.close()
     back = Found(tmp_path, budget=Budget(trials=4), space=space_of("rtn nf4"))
     back.search.run()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.logged import logged
 from tests.test_conf import composed
 from winnow import commands
 from winnow.build.command_settings import compression
@@ -32,21 +33,16 @@ from winnow.training.module import Schedule
 
 def train(tiny: Path, folder: Path, **settings: Any) -> tuple[Any, Fitted, list[str]]:
     """A short training; `model` and `on_line` (told of each line of progress) besides what `fit` takes."""
-    said: list[str] = []
-    on_line: Callable[[str], None] = settings.pop("on_line", lambda line: None)
-
-    def log(line: str) -> None:
-        said.append(line)
-        on_line(line)
-
+    on_line: Callable[[str], None] = settings.pop("on_line")
     model = settings.pop("model", None) or pretrained(str(tiny), dtype="float32").model
     tokenizer = pretrained(str(tiny)).tokenizer
     rows = encode(documents(Calibration(), settings.pop("documents", 60), seed=0), tokenizer, 64)
     schedule = settings.pop("schedule", Schedule(1e-3, 6))
     batching = settings.pop("batching", Batching(256))
-    run = Run(folder, log=log, **settings.pop("run", {}))
+    run = Run(folder, **settings.pop("run", {}))
     defaults = {"log_seconds": 0, "checkpoint_minutes": 1e-9}
-    fitted = fit(model, rows, schedule, batching, run, **{**defaults, **settings})
+    with logged(on_line) as said:
+        fitted = fit(model, rows, schedule, batching, run, **{**defaults, **settings})
     return model, fitted, said
 
 
@@ -98,7 +94,7 @@ def test_progress_in_a_terminal_is_a_bar(tiny: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_leaves_a_checkpoint_and_slurm_queues_the_job_again(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, log_lines: list[str]
 ) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -107,16 +103,10 @@ def test_a_signal_leaves_a_checkpoint_and_slurm_queues_the_job_again(
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
-    lines: list[str] = []
-
-    def on_line(line: str) -> None:
-        lines.append(line)
-        at_step(3, lambda: os.kill(os.getpid(), number))(line)
-
     with pytest.raises(SystemExit) as ended:
-        train(tiny, tmp_path, on_line=on_line, checkpoint_minutes=1e9)
+        train(tiny, tmp_path, on_line=at_step(3, lambda: os.kill(os.getpid(), number)), checkpoint_minutes=1e9)
     assert ended.value.code == 143
-    assert f"{number.name}: step 3 is saved; the same command goes on from it" in lines
+    assert f"{number.name}: step 3 is saved; the same command goes on from it" in log_lines
     assert (tmp_path / "asked").exists() == (number == signal.SIGUSR1)
     if number == signal.SIGUSR1:
         assert (tmp_path / "asked").read_text() == "requeue 4711\n"
@@ -257,12 +247,11 @@ def test_train_py_is_stopped_and_goes_on(tiny: Path, tmp_path: Path, repository:
     (step,) = re.findall(r"SIGTERM: step (\d+) is saved; the same command goes on from it", said)
     assert not (tmp_path / "artifact").exists()
 
-    lines: list[str] = []
     with pytest.raises(UserError, match=r"method\.pretrain\.learning_rate: 0\.003 there, 0\.1 here"):
         changed = composed("train", *arguments, "method.pretrain.learning_rate=0.1")
-        commands.compress(compression(changed, "train"), lines.append)
+        commands.compress(compression(changed, "train"))
 
-    commands.compress(compression(composed("train", *arguments), "train"), lines.append)
+    commands.compress(compression(composed("train", *arguments), "train"))
     (record,) = pretrained(str(tmp_path / "artifact")).manifest["stages"]
     assert record["training"]["resumed_at_step"] == int(step) and record["training"]["steps"] == 400
     assert not (tmp_path / "outputs" / "scratch").exists()

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama import modeling_llama
 
+from tests.logged import logged
 from tests.training.test_training import lora
 from winnow.core.types import Calibration
 from winnow.data.corpus import documents
@@ -111,7 +112,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import liger_kernel.transformers
 
     fused = kernels.fused
-    monkeypatch.setattr(kernels, "fused", lambda model, device, log: fused(model, "cuda", log))
+    monkeypatch.setattr(kernels, "fused", lambda model, device: fused(model, "cuda"))
     yield liger_kernel.transformers
     for name in [x for x in sys.modules if x.partition(".")[0] == "liger_kernel"]:
         del sys.modules[name]
@@ -156,22 +157,21 @@ def test_after_a_training_the_architecture_runs_without_the_kernels(
     model = wrap(lm.model)
     weights = {name: x.clone() for name, x in model.state_dict().items()}
     before = attributes(model)
-    said: list[str] = []
 
-    def log(line: str) -> None:
-        said.append(line)
+    def stop(line: str) -> None:
         if cut and line.startswith("step 2/"):
             raise Stopped
 
     (tmp_path / "run").mkdir()
     rows = encode(documents(Calibration(), 40, seed=0), lm.tokenizer, 64)
-    run = Run(tmp_path / "run", log=log)
+    run = Run(tmp_path / "run")
     try:
-        fit(model, rows, Schedule(1e-2, 4), Batching(512, 256), run, log_seconds=0)
+        with logged(stop) as lines:
+            fit(model, rows, Schedule(1e-2, 4), Batching(512, 256), run, log_seconds=0)
         assert not cut
     except Stopped:
         assert cut
-    assert "training with Liger's kernels" in said
+    assert "training with Liger's kernels" in lines
     assert {"rotary", "norm", "mlp", "attention"} <= set(library.calls)
     trained = [name for name, x in model.state_dict().items() if not torch.equal(x, weights[name])]
     assert trained
@@ -188,7 +188,7 @@ def test_kernels_that_fit_half_of_a_model_are_taken_out_again(tiny: Path, librar
     model = pretrained(str(tiny), dtype="float32").model.eval()
     expected, before = logits(model), attributes(model)
     library.fails_at_layer = 1
-    with pytest.raises(RuntimeError, match="no kernel for this layer"), kernels.fused(model, "cuda", print):
+    with pytest.raises(RuntimeError, match="no kernel for this layer"), kernels.fused(model, "cuda"):
         pass
     library.device_is_there = False
     assert torch.equal(logits(model), expected)
@@ -197,7 +197,7 @@ def test_kernels_that_fit_half_of_a_model_are_taken_out_again(tiny: Path, librar
 
 def test_what_a_training_itself_changes_stays(tiny: Path, library: Any) -> None:
     model = pretrained(str(tiny), dtype="float32").model.eval()
-    with kernels.fused(model, "cuda", print):
+    with kernels.fused(model, "cuda"):
         model.train()
         model.model.layers[0].mlp.gate_proj = torch.nn.Identity()
     assert model.training and model.model.layers[1].mlp.training

@@ -111,13 +111,14 @@ def rows_of(tokenizer: Any) -> list[Encoded]:
     return encode(documents(Calibration(), 100, seed=0), tokenizer, 64)
 
 
-def test_a_training_that_cannot_fit_is_refused_before_it_starts(tiny: Path, tmp_path: Path) -> None:
+def test_a_training_that_cannot_fit_is_refused_before_it_starts(
+    tiny: Path, tmp_path: Path, log_lines: list[str]
+) -> None:
     lm = pretrained(str(tiny), dtype="float32")
-    said: list[str] = []
-    run = Run(tmp_path, memory_limit_bytes=1000, log=said.append)
+    run = Run(tmp_path, memory_limit_bytes=1000)
     with pytest.raises(UserError, match="training needs about"):
         fit(lm.model, rows_of(lm.tokenizer), Schedule(1e-3, 4), Batching(512), run)
-    assert said == [] and not any(tmp_path.iterdir())
+    assert log_lines == [] and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("trained", ["all", "adapters"])
@@ -139,7 +140,7 @@ def test_recomputed_activations_give_the_same_gradients(
         monkeypatch.setattr(fitting.preflight, "plan_training", lambda *a, **k: flight)
         folder = tmp_path / str(checkpointing)
         folder.mkdir()
-        fit(model, rows_of(lm.tokenizer), Schedule(1e-3, 1), Batching(512), Run(folder, log=lambda line: None))
+        fit(model, rows_of(lm.tokenizer), Schedule(1e-3, 1), Batching(512), Run(folder))
         return kept
 
     whole, recomputed = gradients(False), gradients(True)
@@ -164,8 +165,7 @@ from winnow.hardware.run import Run
 lm = trained(dtype="float32")
 rows = encode(documents(Calibration(), 500, 0), lm.tokenizer, 128)
 model = add_adapters(lm.model, Lora(), 0)
-said = []
-run = Run(Path(sys.argv[1]), log=said.append)
+run = Run(Path(sys.argv[1]))
 check, flights = fitting.preflight.plan_training, []
 fitting.preflight.plan_training = lambda *a, **k: flights.append(check(*a, **k)) or flights[-1]
 fitting.fit(model, rows, Schedule(1e-3, 5), fitting.Batching(int(sys.argv[2])), run, precision=sys.argv[3])

@@ -55,7 +55,7 @@ def student_of(path: Path, layers: list[int]) -> Student:
 
 
 def cached(teacher: LM, rows: list[Encoded], folder: Path, sampling: Sampling = DEFAULT, **known: Any) -> Targets:
-    settings: dict[str, Any] = {"load": lambda: load_frozen(teacher, "cpu"), "log": lambda line: None, **known}
+    settings: dict[str, Any] = {"load": lambda: load_frozen(teacher, "cpu"), **known}
     return load_or_compute_targets(teacher, rows, sampling, folder, VOCABULARY, **settings)
 
 
@@ -132,7 +132,9 @@ def test_targets_are_computed_once_for_the_same_documents(tmp_path: Path, tiny: 
             cached(teacher, other, tmp_path, sampling, load=never)
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_where_it_was(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
     monkeypatch.setattr(module, "BATCH_TOKENS", 200)
     teacher = pretrained(str(tiny), dtype="float32")
     rows = rows_for(teacher, 40)
@@ -154,9 +156,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, tiny: Path, monkeypat
         with (partial / f"{name}.bin").open("ab") as file:
             file.write(b"half-written")
     monkeypatch.setattr(module, "_sample_targets", sampled)
-    said: list[str] = []
-    resumed = cached(teacher, rows, tmp_path / "cut", log=said.append)
-    assert any("going on at document" in line for line in said)
+    log_lines.clear()
+    resumed = cached(teacher, rows, tmp_path / "cut")
+    assert any("going on at document" in line for line in log_lines)
     for name in FILES:
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
 

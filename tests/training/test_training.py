@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.logged import logged
 from winnow.core.types import Calibration
 from winnow.data.corpus import documents
 from winnow.data.encoding import encode
@@ -41,20 +42,21 @@ def trained(
     rows = encode(documents(Calibration(), 60, seed=0), lm.tokenizer, 64)
     folder.mkdir(exist_ok=True)
 
-    def log(line: str) -> None:
+    def cut(line: str) -> None:
         if cut_after is not None and line.startswith(f"step {cut_after + 1}/"):
             raise Cut
 
     model = wrap(lm.model)
-    fitted = fit(
-        model,
-        rows,
-        Schedule(settings.pop("learning_rate", 1e-2), settings.pop("steps", STEPS), optimizer=optimizer),
-        batching or Batching(512, 256),
-        Run(folder, log=log, **settings),
-        checkpoint_minutes=1e-9,
-        log_seconds=0,
-    )
+    with logged(cut):
+        fitted = fit(
+            model,
+            rows,
+            Schedule(settings.pop("learning_rate", 1e-2), settings.pop("steps", STEPS), optimizer=optimizer),
+            batching or Batching(512, 256),
+            Run(folder, **settings),
+            checkpoint_minutes=1e-9,
+            log_seconds=0,
+        )
     return {k: v.detach().clone() for k, v in model.state_dict().items()}, fitted
 
 
@@ -105,12 +107,10 @@ def test_schedule_warms_up_holds_and_ends_at_zero() -> None:
     assert factors[100] == 0.0
 
 
-def test_the_record_says_what_was_trained_and_what_it_took(tiny: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_the_record_says_what_was_trained_and_what_it_took(tiny: Path, tmp_path: Path, log_lines: list[str]) -> None:
     points: list[tuple[int, dict[str, float]]] = []
     run = Run(
         tmp_path,
-        log=said.append,
         calibration=Calibration(),
         carbon_g_per_kwh=20.0,
         curve=lambda step, figures: points.append((step, dict(figures))),
@@ -128,7 +128,7 @@ def test_the_record_says_what_was_trained_and_what_it_took(tiny: Path, tmp_path:
     assert 0 < training["seconds"] <= record["seconds"]
     assert record["energy_source"] in ("counter", "estimated")
     assert record["co2_g"] == pytest.approx(record["energy_wh"] / 1000 * 20.0) and record["energy_wh"] > 0
-    assert any("documents are longer than 64 tokens and were cut" in line for line in said)
+    assert any("documents are longer than 64 tokens and were cut" in line for line in log_lines)
     assert [step for step, figures in points if "loss" in figures] == list(range(1, 21))
     held = {step: figures["held_out_loss"] for step, figures in points if "held_out_loss" in figures}
     assert list(held) == list(range(0, 21, 2))

@@ -54,8 +54,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-def run_in(folder: Path, samples: int = 4, log: Callable[[str], None] = print) -> Run:
-    return Run(folder, log=log, calibration=Calibration("nano", samples=samples, max_length=64))
+def run_in(folder: Path, samples: int = 4) -> Run:
+    return Run(folder, calibration=Calibration("nano", samples=samples, max_length=64))
 
 
 @pytest.mark.parametrize("family", TAKEN_APART)
@@ -123,14 +123,15 @@ def test_low_rank_updates_are_trained_for_every_expert(base: Callable[[str], Pat
     assert set(layers(add_adapters(lm.model, Lora(rank=4), 0).base_model.model)) == wanted
 
 
-def test_experts_that_calibration_does_not_reach_are_named(base: Callable[[str], Path], tmp_path: Path) -> None:
-    said: list[str] = []
+def test_experts_that_calibration_does_not_reach_are_named(
+    base: Callable[[str], Path], tmp_path: Path, log_lines: list[str]
+) -> None:
     folder = random_model("mixtral", tmp_path / "base", num_local_experts=32)
-    run = Run(tmp_path, log=said.append, calibration=Calibration("nano", samples=1, max_length=8))
+    run = Run(tmp_path, calibration=Calibration("nano", samples=1, max_length=8))
     made = pipeline.compress(pretrained(str(folder)), {"wanda": Wanda(0.5)}, run, tmp_path / "made")
     without = made.manifest["stages"][0]["experts_without_tokens"]
     assert len(without) >= 16  # of 64, when at most 8 tokens each go to 2 in a layer
-    assert any(f"no token to {len(without)} experts" in line for line in said)
+    assert any(f"no token to {len(without)} experts" in line for line in log_lines)
     experts = AutoModelForCausalLM.from_pretrained(tmp_path / "made").model.layers[0].mlp.experts  # type: ignore[attr-defined]
     assert (experts.down_proj == 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
 
@@ -176,15 +177,12 @@ def test_a_stage_that_changes_nothing_is_an_error(tiny: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("family", ["falcon", "bloom"])
 def test_documents_are_padded_where_attention_cannot_be_told_of_them(
-    family: str, base: Callable[[str], Path], tmp_path: Path
+    family: str, base: Callable[[str], Path], tmp_path: Path, log_lines: list[str]
 ) -> None:
-    said: list[str] = []
     lora = Lora(rank=4, steps=2, tokens_per_batch=128, max_length=32)
     assert not Student(pretrained(str(base(family))).model).packs
-    pipeline.compress(
-        pretrained(str(base(family))), {"lora": lora}, run_in(tmp_path, log=said.append), tmp_path / "made"
-    )
-    assert any("documents are padded" in line for line in said)
+    pipeline.compress(pretrained(str(base(family))), {"lora": lora}, run_in(tmp_path), tmp_path / "made")
+    assert any("documents are padded" in line for line in log_lines)
 
 
 def test_a_model_without_a_longest_sequence_is_described(base: Callable[[str], Path]) -> None:

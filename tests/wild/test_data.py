@@ -145,7 +145,7 @@ def short(tiny: Path, tmp_path: Path) -> Path:
 
 def test_rows_are_cut_to_what_the_model_can_read(short: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "Tom takes a cup. " * 100}) + "\n")
-    run = Run(tmp_path, calibration=Calibration(str(tmp_path / "data.jsonl")), log=lambda line: None)
+    run = Run(tmp_path, calibration=Calibration(str(tmp_path / "data.jsonl")))
     lm = pretrained(str(short))
     batches, _ = calibration_batches(lm, run)
     assert batches[0].shape == (1, 64)
@@ -155,7 +155,7 @@ def test_rows_are_cut_to_what_the_model_can_read(short: Path, tmp_path: Path) ->
 
 
 def test_texts_that_are_all_too_long_give_no_divergence(short: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path, calibration=Calibration(max_length=64), log=lambda line: None)
+    run = Run(tmp_path, calibration=Calibration(max_length=64))
     lm = pretrained(str(short))
     with serving(lm) as served:
         wanted = divergence.reference(lm, served, run, "cpu")

@@ -72,9 +72,7 @@ WORK: dict[str, Edit] = {
 @pytest.mark.parametrize("case", WORK)
 def test_it_is_compressed_and_served(folder: Path, tmp_path: Path, case: str) -> None:
     WORK[case](folder)
-    made = pipeline.compress(
-        pretrained(str(folder)), {"rtn": RTN(8, 32)}, Run(tmp_path, log=lambda line: None), tmp_path / "artifact"
-    )
+    made = pipeline.compress(pretrained(str(folder)), {"rtn": RTN(8, 32)}, Run(tmp_path), tmp_path / "artifact")
     assert "fails" not in made.manifest["runtimes"]["transformers"]
     assert answers(pretrained(str(folder))) and answers(pretrained(str(tmp_path / "artifact")))
 
@@ -128,7 +126,7 @@ def test_code_of_its_own_runs_everywhere_once_it_is_trusted(
     for arguments in (["dry_run=true"], [f"output={tmp_path / 'artifact'}"]):
         done = command("compress", *model, *arguments)
         assert done.returncode == 0, done.stderr
-    assert start.model_spec(str(folder), {"trust_remote_code": True}, print)["layers"] == 2
+    assert start.model_spec(str(folder), {"trust_remote_code": True})["layers"] == 2
     made = pretrained(str(tmp_path / "artifact"), trust_remote_code=True)
     assert type(made.model).__name__ == "OwnForCausalLM" and answers(made)
     with pytest.raises(UserError, match=r"brings its own code.*model\.trust_remote_code=true"):
@@ -146,14 +144,14 @@ def test_a_row_of_zeros_stays_one_and_spoils_nothing(folder: Path, run_in: Run) 
 
 
 @pytest.mark.parametrize("name", ["repetition_penalty", "no_repeat_ngram_size"])
-def test_decoding_is_plainly_greedy_whatever_the_model_asks_for(folder: Path, name: str) -> None:
+def test_decoding_is_plainly_greedy_whatever_the_model_asks_for(folder: Path, name: str, log_lines: list[str]) -> None:
     expected = answers(pretrained(str(folder)))
     setting("generation_config.json", **{name: 2})(folder)
-    said: list[str] = []
+    log_lines.clear()
     lm = pretrained(str(folder))
-    with serving(lm, log=said.append):
+    with serving(lm):
         assert answers(lm) == expected
-    assert said == [f"decoding is greedy: {name}=2 of the model's settings are not used"]
+    assert log_lines == [f"decoding is greedy: {name}=2 of the model's settings are not used"]
     assert getattr(lm.model.generation_config, name) == 2  # and are saved with it
 
 

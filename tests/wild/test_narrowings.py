@@ -136,14 +136,14 @@ def test_an_experiments_settings_of_methods_that_are_left_out_do_not_count() -> 
         assert list(build.methods(cfg)) == names == list(build.stages(cfg))
 
 
-def test_a_recipe_is_brought_into_the_space_and_says_so() -> None:
-    space, said = space_of(["rtn", "mixed"], "method.rtn.bits=choice(3,4)", "method.mixed.bits=interval(3.5,4)"), []
+def test_a_recipe_is_brought_into_the_space_and_says_so(log_lines: list[str]) -> None:
+    space = space_of(["rtn", "mixed"], "method.rtn.bits=choice(3,4)", "method.mixed.bits=interval(3.5,4)")
     lines = [["method=[rtn]", "method.rtn.bits=2"], ["method=[mixed]", "method.mixed.bits=6"], ["method=[mixed]"]]
-    found = read_recipe(lines, space, configured, said.append)
+    found = read_recipe(lines, space, configured)
     assert [str(s) for s in found.strategies] == [
         "rtn(bits=3, group_size=64)", "mixed(bits=4, group_size=64)", "mixed(bits=3.5, group_size=64)"
     ]  # fmt: skip
-    assert said == [
+    assert log_lines == [
         "recipe: method.rtn.bits=2 is not searched over; 3 takes its place",
         "recipe: method.mixed.bits=6 is not searched over; 4.0 takes its place",
     ]
@@ -197,7 +197,7 @@ def proposals(space: Space, names: list[str], seed: int) -> Iterator[Suggestion]
     """What is tried first, what recipes name, and what agents propose."""
     slots = [slot.name for slot in Slot]
     yield from (Suggestion(strategy, "first") for strategy in first_strategies(space, slots, configured))
-    recipe = read_recipe([[f"method=[{name}]"] for name in names], space, configured, lambda line: None)
+    recipe = read_recipe([[f"method=[{name}]"] for name in names], space, configured)
     yield from (Suggestion(strategy, "recipe") for strategy in recipe.strategies)
     for policy in (TPE(seed=seed, startup_trials=2), GP(seed=seed, startup=2, pool=16), Grid(points=2)):
         history = History(world.OBJECTIVES)

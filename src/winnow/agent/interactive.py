@@ -13,7 +13,6 @@ from typing import Any
 
 from winnow.agent.llm.critic import clean, objections_to, strategy_of
 from winnow.agent.llm.schema import as_proposal
-from winnow.core.cli import say
 from winnow.core.errors import UserError
 from winnow.core.types import Strategy
 from winnow.study.history import History
@@ -31,6 +30,11 @@ def check_terminal() -> None:
         raise UserError("interactive=true needs a terminal to ask in; leave it out, or run search.py in one")
 
 
+def print_to_terminal(text: str) -> None:
+    """Prints a text to standard error; standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @dataclass
 class Interactive:
     """Puts every proposal of a policy to a person.
@@ -45,7 +49,7 @@ class Interactive:
     policy: Policy
     configured: Callable[[str], Any] = lambda key: None
     read: Callable[[str], str] = input
-    show: Callable[[str], None] = say
+    show: Callable[[str], None] = print_to_terminal
     _rejected: list[Strategy] = field(default_factory=list, init=False, repr=False)
 
     def ask(self, history: History, space: Space, forecaster: Forecaster) -> Suggestion:

@@ -6,16 +6,18 @@ python search.py 'recipe=[["method=[rtn]","method.rtn.bits=4"],["method=[nf4]"]]
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from winnow.core.cli import say
 from winnow.core.errors import UserError
 from winnow.core.types import Strategy
 from winnow.study.history import History
 from winnow.study.policy import Exhausted, Forecaster, Suggestion
 from winnow.study.space import Method, Space
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,7 @@ class Recipe:
         raise Exhausted("every strategy of the recipe was tried")
 
 
-def read_recipe(
-    lines: Sequence[Sequence[str]], space: Space, configured: Callable[[str], Any], log: Callable[[str], None] = say
-) -> Recipe:
+def read_recipe(lines: Sequence[Sequence[str]], space: Space, configured: Callable[[str], Any]) -> Recipe:
     """Returns the strategies that lists of overrides describe; knobs that they leave out have their configured values.
 
     A value that its method allows but the space does not contain becomes the nearest one in the space, with a log line.
@@ -55,7 +55,7 @@ def read_recipe(
         knobs: dict[str, Any] = {}
         for name in methods:
             own = {k: v for k, v in overrides.items() if k.startswith(f"method.{name}.")}
-            knobs |= _settings(available[name], own, configured, log)
+            knobs |= _settings(available[name], own, configured)
         stray = sorted(key for key in overrides if not any(key.startswith(f"method.{name}.") for name in methods))
         if stray:
             raise UserError(f"recipe: {stray[0]} belongs to none of its methods ({', '.join(methods)})")
@@ -63,9 +63,7 @@ def read_recipe(
     return Recipe(tuple(strategies))
 
 
-def _settings(
-    method: Method, own: Mapping[str, Any], configured: Callable[[str], Any], log: Callable[[str], None]
-) -> dict[str, Any]:
+def _settings(method: Method, own: Mapping[str, Any], configured: Callable[[str], Any]) -> dict[str, Any]:
     """Returns all settings of a method by full key; `own` are the recipe's overrides of the method."""
     dimensions = {d.key: d for d in method.dimensions}
     for key, value in own.items():
@@ -78,5 +76,5 @@ def _settings(
             raise UserError(f"recipe: {key}={value} is not in the space: it takes {d.knob.allowed_values}")
         used = method.fixed[key] if d is None else d.nearest(value)
         if used != value:
-            log(f"recipe: {key}={value} is not searched over; {used} takes its place")
+            logger.info(f"recipe: {key}={value} is not searched over; {used} takes its place")
     return method.defaults(lambda key: own.get(key, configured(key)))

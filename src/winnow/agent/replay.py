@@ -6,17 +6,18 @@ python search.py agent=replay agent.study=/somewhere/outputs/nano-nano-cpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from winnow.agent.llm.critic import strategy_of
 from winnow.agent.llm.schema import as_proposal
-from winnow.core.cli import say
 from winnow.core.errors import UserError
 from winnow.study.history import History
 from winnow.study.policy import Exhausted, Forecaster, Suggestion
 from winnow.study.space import Space
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,7 +33,6 @@ class Replay:
     study: str | None = None
     storage: str | None = None
     outputs: str = "outputs"
-    log: Callable[[str], None] = field(default=say, repr=False)
     _recorded: list[tuple[int, Suggestion]] = field(default_factory=list, init=False, repr=False)
     _skipped: set[int] = field(default_factory=set, init=False, repr=False)
 
@@ -73,7 +73,9 @@ class Replay:
             strategy, objections = strategy_of(as_proposal(suggestion.strategy)["methods"], space)
             if strategy is None:
                 self._skipped.add(number)
-                self.log(f"search: trial {number} of {self.study} is skipped: it is not in this space: {objections[0]}")
+                logger.info(
+                    f"search: trial {number} of {self.study} is skipped: it is not in this space: {objections[0]}"
+                )
                 continue
             if strategy.overrides in history.proposed:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from winnow.data.tasks import quiet
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
 from winnow.runtime import Served
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "outcomes"
 # fields of the benchmark that only choose the items
@@ -61,7 +64,7 @@ class CachedBenchmark:
         for name in (samples.FILE, ROUNDS_FILE):
             shutil.copyfile(entry / name, run.folder / name)
         outcomes = samples.read(entry)
-        run.log(f"{self.benchmark.name}: the outcomes of {len(outcomes):,} items are known from an earlier study")
+        logger.info(f"{self.benchmark.name}: the outcomes of {len(outcomes):,} items are known from an earlier study")
         specs = self.benchmark.specs
         return figures.figures([(spec, [s for s in outcomes if s.benchmark == spec.name]) for spec in specs])
 

@@ -89,7 +89,7 @@ def _compute_reference(base: LM, served: Served | None, run: Run, device: str) -
 
     rows = _rows(base, run)
     if served is None:
-        with serving(base, Hardware(device, device=device, decode="eager"), run.log) as opened:
+        with serving(base, Hardware(device, device=device, decode="eager")) as opened:
             top = opened.next_tokens_batch(rows, TOP)
         base.release()
     else:

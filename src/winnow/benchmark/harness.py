@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from winnow.runtime import Served, serving
 
 if TYPE_CHECKING:
     from winnow.benchmark.score import Question
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[Sequence[samples.Sample], int], None]
 ROUNDS_FILE = "rounds.json"  # for each round, by benchmark: [items, seconds]
@@ -129,7 +132,7 @@ class Harness:
         outcomes: dict[str, list[samples.Sample]] = {spec.name: [] for spec in self.specs}
         seconds: dict[str, float] = dict.fromkeys(outcomes, 0.0)
         rounds: list[dict[str, Any]] = []
-        with quiet(), serving(lm, log=run.log, served=served) as opened:
+        with quiet(), serving(lm, served=served) as opened:
             items, extra_tasks = self.load_items()  # all of them before the first is scored
             adapter = scorer(opened, lm, self.batch_size, self.max_gen_toks)
             try:
@@ -145,7 +148,7 @@ class Harness:
                     elapsed = sum(seconds.values()) - sum(before.values())
                     if remaining and elapsed > SILENT_S:
                         scored_count = sum(map(len, outcomes.values()))
-                        run.log(f"{scored_count:,} items are scored, {remaining:,} to go; {elapsed:.0f} s")
+                        logger.info(f"{scored_count:,} items are scored, {remaining:,} to go; {elapsed:.0f} s")
                     if watch is not None and remaining:
                         watch([sample for group in outcomes.values() for sample in group], remaining)
             finally:
@@ -156,7 +159,7 @@ class Harness:
                 samples.write([sample for _, group in scored for sample in group], run.folder / samples.FILE)
                 (run.folder / ROUNDS_FILE).write_text(json.dumps(rounds) + "\n", encoding="utf-8")
         for spec, group in scored:
-            run.log(_summary_line(spec, group, seconds[spec.name]))
+            logger.info(_summary_line(spec, group, seconds[spec.name]))
         return figures.figures(scored)
 
     def load_items(self) -> tuple[dict[str, list[Question]], dict[str, Any]]:

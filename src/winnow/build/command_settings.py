@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from winnow.hardware.device import Hardware
 from winnow.hardware.run import Run
 from winnow.method.knobs import Stage
 from winnow.model.lm import LM
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"  # file in the output of an evaluation
 
@@ -42,7 +45,7 @@ class RunSettings:
     stage_cache_bytes: int
     in_search: bool
 
-    def start(self, folder: Path, log: Callable[[str], None]) -> Run:
+    def start(self, folder: Path) -> Run:
         """Creates the folder and returns the run that works in it."""
         from winnow.hardware.compute import slow_dtype_warning
 
@@ -50,13 +53,12 @@ class RunSettings:
         hardware = self.hardware
         warning = "" if self.in_search else slow_dtype_warning(hardware.compute_dtype, hardware.device)
         if warning:
-            log(f"hardware.dtype={hardware.dtype}: {warning}")
+            logger.info(f"hardware.dtype={hardware.dtype}: {warning}")
         return Run(
             folder=folder,
             seed=self.seed,
             device=hardware.device,
             dtype=hardware.compute_dtype,
-            log=log,
             calibration=self.calibration,
             base=self.base,
             devices=hardware.devices,

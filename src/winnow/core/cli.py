@@ -184,8 +184,3 @@ def unknown_key(text: str) -> str:
     if group == "method" and f"Key '{method}' is not in struct" in text and method in options("method"):
         return f"{key}: {method} is not among the methods; name it in method=[...,{method}], or leave this out"
     return f"{key}: the configuration has no such key; --cfg job shows those it has (+{key}=... adds a new one)"
-
-
-def say(line: str) -> None:
-    """Prints a line of progress to standard error; standard output is for results."""
-    print(line, file=sys.stderr, flush=True)

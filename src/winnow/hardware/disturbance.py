@@ -22,6 +22,7 @@ Measured on two cores of an AMD EPYC, as shares of the wall time, beside 0, 1 an
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ from typing import Self, TypeVar
 from winnow.hardware import counters
 from winnow.hardware.counters import Counters
 from winnow.hardware.inventory import available_cores
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -203,10 +206,9 @@ class Repeater:
         self,
         watch: Watch | None,
         seconds: float,
-        log: Callable[[str], None],
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._watch, self._left_s, self._log, self._sleep = watch, seconds, log, sleep
+        self._watch, self._left_s, self._sleep = watch, seconds, sleep
 
     def __call__(self, name: str, measure: Callable[[], T]) -> tuple[T, Disturbance]:
         """Returns the result of `measure` and what disturbed it; among disturbed results, the least disturbed one.
@@ -220,7 +222,7 @@ class Repeater:
             if not disturbance or pause_s + duration_s > self._left_s:
                 break
             if not logged:
-                self._log(f"{name}: disturbed ({disturbance.description}); it is measured again")
+                logger.info(f"{name}: disturbed ({disturbance.description}); it is measured again")
                 logged = True
             self._sleep(pause_s)
             result, new_disturbance, duration_s = self._measure_once(measure)
@@ -228,7 +230,7 @@ class Repeater:
             if new_disturbance.share < disturbance.share:
                 best_result, disturbance = result, new_disturbance
         if disturbance:
-            self._log(f"{name}: marked as disturbed ({disturbance.description})")
+            logger.info(f"{name}: marked as disturbed ({disturbance.description})")
         return best_result, disturbance
 
     def _measure_once(self, measure: Callable[[], T]) -> tuple[T, Disturbance, float]:

@@ -18,7 +18,6 @@ class Run:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "auto"  # compute dtype; auto: the one that the device computes fastest
-    log: Callable[[str], None] = print
     calibration: Calibration = field(default_factory=lambda: Calibration())
     base: str | None = None  # folder or hub id of the first stage's input model
     devices: int = 1  # training processes, one a device

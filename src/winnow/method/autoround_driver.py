@@ -35,6 +35,8 @@ from winnow.model.lm import LM
 from winnow.model.packing import cast_weights, quantize_linear
 from winnow.model.quiet import quiet
 
+logger = logging.getLogger(__name__)
+
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hides remarks on optional kernels at import
 # the library replaces transformers' `warning_once`, whose messages would then appear in its name
 with (
@@ -95,7 +97,7 @@ def tune_blocks(lm: LM, run: Run, tuning: Tuning, rows: Sequence[torch.Tensor], 
     with process_state_restored():
         for index in range(checkpoint.done, len(blocks)):
             exact, tuned = _tune(blocks[index], lm, run, tuning, exact, tuned, extra_args[index])
-            run.log(f"autoround: block {index + 1} of {len(blocks)}")
+            logger.info(f"autoround: block {index + 1} of {len(blocks)}")
             checkpoint.save(blocks, index + 1, [*exact, *(tuned or [])])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from winnow.hardware.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 Statistics = dict[str, torch.Tensor]
 FOLDER = "statistics"
@@ -45,7 +48,7 @@ def cached_statistics(
     with contextlib.suppress(OSError, SafetensorError):  # the file is missing or damaged
         statistics: Statistics = load_file(path)
         os.utime(path)  # marks it as recently used
-        run.log(f"{kind}: as kept in {path}")
+        logger.info(f"{kind}: as kept in {path}")
         return statistics
     statistics = compute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,23 @@ from winnow.core.files import atomic_write
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
 
+logger = logging.getLogger(__name__)
+
 SAVE_EVERY_S = 300.0
 
 
 class Checkpoint:
-    """The state of one iteration over the blocks in `folder`; only a run with the same fingerprint resumes it.
+    """The state of a stage's iteration over the blocks in `folder`, which has the stage's name.
+
+    Only a run with the same fingerprint resumes it.
 
     Attributes:
         done: number of finished blocks.
         state: JSON values that a method stores besides the weights; loaded from the folder.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, log: Callable[[str], None]) -> None:
-        self.folder, self.fingerprint, self.log = folder, fingerprint, log
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
         self.done = 0
         self.state: dict[str, Any] = {}
         self._saved_at = time.monotonic()
@@ -75,7 +80,7 @@ class Checkpoint:
         for index in range(self.done):
             blocks[index].load_state_dict(load_file(self._block_file(index)))
         hidden = load_file(self._walk_file)
-        self.log(f"going on at block {self.done + 1} of {len(blocks)}")
+        logger.info(f"{self.folder.name}: going on at block {self.done + 1} of {len(blocks)}")
         return [hidden[str(number)] for number in range(len(hidden))]
 
     def save(self, blocks: nn.ModuleList, done: int, hidden: Sequence[torch.Tensor]) -> None:
@@ -94,7 +99,7 @@ class Checkpoint:
             tensors = {str(number): state for number, state in enumerate(hidden)}
             self._write(self._walk_file, tensors, {"walk": json.dumps(walk)})
         except (OSError, SafetensorError) as error:
-            self.log(f"no checkpoint could be written ({error}); going on without")
+            logger.info(f"{self.folder.name}: no checkpoint could be written ({error}); going on without")
             self._broken = True
             shutil.rmtree(self.folder, ignore_errors=True)  # the artifact may need the disk space
             return
@@ -122,7 +127,7 @@ def checkpoint_of(stage: Any, lm: LM, run: Run, calibration_sha256: str) -> Chec
         "weights": _checksum(lm.model),
     }
     fingerprint = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
-    return Checkpoint(run.folder / "walk" / name, fingerprint, lambda line: run.log(f"{name}: {line}"))
+    return Checkpoint(run.folder / "walk" / name, fingerprint)
 
 
 def _checksum(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ python compress.py method=[depth,lora] method.depth.by=perplexity
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout, TensorLayout
     from winnow.method.blocks import ExtraArgs
+
+logger = logging.getLogger(__name__)
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in configurations with an entry for each layer
 
@@ -99,7 +102,7 @@ class Depth(BaseStage):
         else:
             dropped = drop_greedily(lm.model, batches, answer_starts(lm, run), count, run)
         remaining = [index for index in range(len(blocks)) if index not in dropped]
-        run.log(f"depth: without layers {', '.join(map(str, sorted(dropped)))} of 0 to {len(blocks) - 1}")
+        logger.info(f"depth: without layers {', '.join(map(str, sorted(dropped)))} of 0 to {len(blocks) - 1}")
         config = config_of_layers(lm.model.config, remaining)
         for index in sorted(dropped, reverse=True):
             del blocks[index]
@@ -184,7 +187,7 @@ def block_influences(model: PreTrainedModel, batches: Sequence[torch.Tensor], ru
         finally:
             handle.remove()
         influences.append(1 - sum(cosines) / tokens)
-        run.log(f"depth: block {index + 1} of {count}, influence {influences[-1]:.4f}")
+        logger.info(f"depth: block {index + 1} of {count}, influence {influences[-1]:.4f}")
     return torch.tensor(influences, dtype=torch.float64)
 
 
@@ -211,7 +214,7 @@ def drop_greedily(
         best = min(losses, key=lambda index: (losses[index], index))
         dropped.append(best)
         layers = len(decoder_blocks(model))
-        run.log(f"depth: {step + 1} of {count}: without layer {best} of {layers} the loss is {losses[best]:.4f}")
+        logger.info(f"depth: {step + 1} of {count}: without layer {best} of {layers} the loss is {losses[best]:.4f}")
     return dropped
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from winnow.training.losses import Loss
     from winnow.training.objective import Objective
     from winnow.training.student import Student
+
+logger = logging.getLogger(__name__)
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd")
 
@@ -112,7 +115,7 @@ class Distilling(Training):
         objective = self._objective(student, teacher, rows, run)
         with zeros.keep_zeros(model) as sparse_layers:
             if sparse_layers:
-                run.log(f"the zeros of {sparse_layers} pruned matrices are kept")
+                logger.info(f"the zeros of {sparse_layers} pruned matrices are kept")
             fitted = self.train(
                 model,
                 rows,
@@ -138,9 +141,7 @@ class Distilling(Training):
         if self.teacher == "cached":
             vocabulary = student.base.config.get_text_config().vocab_size
             sampling = Sampling(self.samples, self.temperature, run.seed)
-            targets = load_or_compute_targets(
-                teacher, rows, sampling, run.cache or run.folder, vocabulary, load, run.log
-            )
+            targets = load_or_compute_targets(teacher, rows, sampling, run.cache or run.folder, vocabulary, load)
             teacher.release()
             return SampledDistillation(targets, self.temperature, self.alpha)
         loaded_teacher = load()

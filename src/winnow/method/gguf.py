@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout
+
+logger = logging.getLogger(__name__)
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 
@@ -111,7 +114,7 @@ class GGUF(BaseStage):
             lm.model.generation_config.save_pretrained(folder)
         agreement = notes.get("tokenizer_agreement", 0)
         if agreement < 1:
-            run.log(
+            logger.info(
                 f"gguf: llama.cpp's own tokenizer gives the same ids for {agreement:.0%} of some sample texts; "
                 f"winnow feeds it those of transformers"
             )
@@ -133,14 +136,14 @@ class GGUF(BaseStage):
         from winnow.model.gguf.quantize import quantize
 
         if self.dense:
-            run.log(f"gguf: writing {target.name}")
+            logger.info(f"gguf: writing {target.name}")
             return export(lm, target, self.dense)
         exact = exact_type(lm)
         scratch = run.folder / f"exact-{exact}.gguf"
         try:
-            run.log(f"gguf: writing the model as {exact}")
+            logger.info(f"gguf: writing the model as {exact}")
             notes = export(lm, scratch, exact)
-            run.log(f"gguf: quantizing to {self.type}")
+            logger.info(f"gguf: quantizing to {self.type}")
             quantize(scratch, target, self.type, importance, torch.get_num_threads())
         finally:
             scratch.unlink(missing_ok=True)

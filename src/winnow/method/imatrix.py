@@ -6,6 +6,7 @@ in llama.cpp's own tool.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     import numpy as np
+
+logger = logging.getLogger(__name__)
 
 SMALLEST = 1e-10  # if an input is always zero (its channel was pruned), its block must still have a nonzero weight
 
@@ -51,7 +54,7 @@ def _mean_squares(lm: LM, batches: Sequence[torch.Tensor], run: Run) -> dict[str
         for linear, sum_i in squares.items():
             mean = (sum_i / tokens).clamp_min(SMALLEST)
             mean_squares[gguf_names[f"{names[linear]}.weight"]] = mean.float().cpu()
-        run.log(f"gguf: block {index + 1} of {count}")
+        logger.info(f"gguf: block {index + 1} of {count}")
     return mean_squares
 
 

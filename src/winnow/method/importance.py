@@ -6,6 +6,7 @@ The measure is the mean magnitude over the tokens of a text, then the L2 norm ov
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from winnow.hardware.run import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 Measure = Callable[[torch.Tensor], torch.Tensor]  # activations [rows, T, n] -> a value for each row and unit
 
@@ -94,7 +97,7 @@ def importances(model: PreTrainedModel, heads: int, batches: Sequence[torch.Tens
         result.heads.append(sums[attention.o_proj].sqrt())
         result.channels.append(sums[mlp.down_proj].sqrt())
         result.energy.update({norm: sums[norm] / tokens for norm in norms})
-        run.log(f"width: block {index + 1} of {len(blocks)}")
+        logger.info(f"width: block {index + 1} of {len(blocks)}")
     return result
 
 

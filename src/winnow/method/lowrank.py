@@ -7,6 +7,7 @@ python compress.py method=[lowrank,lora,gptq]
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class LowRank(BaseStage):
                     if linear.bias is not None:
                         product.get_parameter("1.bias").data.copy_(linear.bias)
                     lm.model.set_submodule(name, product)
-            run.log(f"lowrank: block {index + 1} of {count}")
+            logger.info(f"lowrank: block {index + 1} of {count}")
         return StageResult(lm.with_model(rebuild_model(lm.model, config, kind)), {"calibration_sha256": digest})
 
     def ranks(self, config: PretrainedConfig) -> dict[str, int]:

@@ -5,6 +5,7 @@ python compress.py method=[mixed] method.mixed.bits=2.5
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from winnow.model.matrix_kinds import LINEAR
 if TYPE_CHECKING:
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout
+
+logger = logging.getLogger(__name__)
 
 WIDTHS = (2, 3, 4, 8)  # bits that compressed-tensors packs; without 3 a searched recipe can lose to a uniform one
 GRID = 1 << 16  # most steps that a budget is divided into; nearly all shapes need fewer, and are solved exactly
@@ -116,7 +119,7 @@ class Mixed(BaseStage):
         widths = {name: recipe[unit_of(name)] for name in layers}
         recipes = [widths, dict.fromkeys(layers, uniform)]
         mixed_divergence, uniform_divergence = divergences(lm.model, comparison_half, recipes, self.group_size, run)
-        run.log(
+        logger.info(
             f"mixed: {average:.3f} bits, {mixed_divergence:.4f} nats a token from the model's predictions; {uniform} bits, "
             f"{uniform_divergence:.4f}"
         )

@@ -28,6 +28,8 @@ from winnow.model.lm import LM
 from winnow.model.packing import cast_weights, round_to_grid
 from winnow.model.quiet import quiet
 
+logger = logging.getLogger(__name__)
+
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hides remarks on optional kernels at import
 # LLM_COMPRESSOR_LOG_DISABLED would leave out a log level that GPTQ needs
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
@@ -42,7 +44,7 @@ with quiet():
     from llmcompressor.modifiers import Modifier
     from llmcompressor.pipelines import CalibrationPipeline
     from llmcompressor.pipelines.cache import IntermediatesCache
-    from loguru import logger
+    from loguru import logger as loguru_logger
 
 
 def oneshot(lm: LM, run: Run, name: str, recipe: Sequence[Modifier], batches: Sequence[torch.Tensor] = ()) -> None:
@@ -57,14 +59,14 @@ def oneshot(lm: LM, run: Run, name: str, recipe: Sequence[Modifier], batches: Se
     stored = model.dtype
     computed = compute_dtype(model, run) if batches else stored
     indices = {block: index for index, block in enumerate(blocks)}
-    run.log(f"{name}: {len(blocks)} blocks; the library cannot go on in the middle: an interrupted run starts over")
+    logger.info(f"{name}: {len(blocks)} blocks; the library cannot go on in the middle: an interrupted run starts over")
 
     def finish_block(modules: Sequence[nn.Module]) -> None:
         _check_none_skipped(recipe, set(modules), name)
         for block in (m for m in modules if m in indices):
             with disable_offloading(), torch.no_grad():
                 _round_block(block, name, indices[block], stored)
-            run.log(f"{name}: block {indices[block] + 1} of {len(blocks)}")
+            logger.info(f"{name}: block {indices[block] + 1} of {len(blocks)}")
 
     # the batches are used unchanged: no sampler, no collation, no padding and so no attention mask
     rows: Any = [{"input_ids": batch} for batch in batches]
@@ -144,16 +146,16 @@ def silent() -> Iterator[None]:
     def hidden_bar(self: Any, *args: Any, **kwargs: Any) -> None:
         bar(self, *args, **{**kwargs, "disable": True})
 
-    logger.disable("llmcompressor")
-    logger.disable("compressed_tensors")
+    loguru_logger.disable("llmcompressor")
+    loguru_logger.disable("compressed_tensors")
     tracing.setLevel(logging.ERROR)
     try:
         with quiet(), mock.patch.object(tqdm.std.tqdm, "__init__", hidden_bar):
             yield
     finally:
         tracing.setLevel(level)
-        logger.enable("llmcompressor")
-        logger.enable("compressed_tensors")
+        loguru_logger.enable("llmcompressor")
+        loguru_logger.enable("compressed_tensors")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from winnow.model.lm import LM
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 
 def check_order(stages: Mapping[str, Stage]) -> None:
@@ -114,7 +117,7 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after_stage: Callable[[
     for number, (name, stage) in enumerate(stages.items()):
         if number:
             after_stage(lm)
-        run.log(f"{name}: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(stage).items())}")  # type: ignore[call-overload]
+        logger.info(f"{name}: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(stage).items())}")  # type: ignore[call-overload]
         started = time.perf_counter()
         weights_before = _prepare(stage, lm)
         with EnergyMeter(run.carbon_g_per_kwh, run.device, run.devices) as energy:
@@ -135,9 +138,9 @@ def apply(lm: LM, stages: Mapping[str, Stage], run: Run, after_stage: Callable[[
         }
         if weights_before and lm.path is None:  # an LM on disk has another format, or was checked where it was written
             suitability.check_changed(name, weights_before, lm.model)
-            record |= _experts_without_tokens(name, lm, run)
+            record |= _experts_without_tokens(name, lm)
         lm.manifest = {**lm.manifest, "stages": [*lm.manifest.get("stages", []), record]}
-        run.log(f"{name}: done in {record['seconds']:.1f} s")
+        logger.info(f"{name}: done in {record['seconds']:.1f} s")
     return lm
 
 
@@ -152,14 +155,14 @@ def _prepare(stage: Stage, lm: LM) -> dict[str, torch.Tensor]:
     return suitability.sample(lm.model)
 
 
-def _experts_without_tokens(name: str, lm: LM, run: Run) -> dict[str, Any]:
+def _experts_without_tokens(name: str, lm: LM) -> dict[str, Any]:
     """Returns, for the record, the experts that calibration did not reach: they were compressed without regard to inputs."""
     from winnow.model.unfused import unrouted_experts
 
     unrouted = unrouted_experts(lm.model)
     if not unrouted:
         return {}
-    run.log(
+    logger.info(
         f"{name}: the calibration sent no token to {len(unrouted)} experts ({', '.join(unrouted[:3])}"
         f"{', ...' if len(unrouted) > 3 else ''}); raise calibration.samples, or take other text with calibration.source"
     )
@@ -223,7 +226,7 @@ def compress(lm: LM, stages: Mapping[str, Stage], run: Run, output: Path) -> LM:
         if artifact is None:
             return _compress(lm, stages, run, output, cache.store)
         done = len(artifact.manifest["stages"]) - len(lm.manifest["stages"])
-        run.log(f"{', '.join(list(stages)[:done])}: made before, in {artifact.path}")
+        logger.info(f"{', '.join(list(stages)[:done])}: made before, in {artifact.path}")
         lm.release()
         if done == len(stages):
             return prefixes.link_artifact(artifact, output)
@@ -252,7 +255,7 @@ def _compress(
     saved = save(result, output)
     lm.release()  # so that only one model is in memory at a time
     base = LM(run.base, loading=lm.loading) if run.base is not None else None
-    saved.manifest |= working_runtimes(saved, run.device, run.log, base)
+    saved.manifest |= working_runtimes(saved, run.device, base)
     manifest.write(output, saved.manifest)
     store(saved)
     return saved

@@ -5,6 +5,7 @@ python train.py experiment=nano
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,6 +18,8 @@ from winnow.model.lm import LM
 if TYPE_CHECKING:
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Pretrain(Training):
 
         from winnow.model.packing import cast_weights
 
-        run.log(f"pretrain: drawing {self.document_count:,} documents")
+        logger.info(f"pretrain: drawing {self.document_count:,} documents")
         rows = self.encode_documents(lm, run)
         if self.precision_in(run.compute_dtype) != "bf16-true":
             cast_weights(lm.model, torch.float32)

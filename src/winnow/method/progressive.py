@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout
+
+logger = logging.getLogger(__name__)
 
 PRUNERS = ("depth", "width", "wanda", "magnitude")
 LEAST_SHARE = 0.02  # smallest share of the layers that a round of depth pruning can drop
@@ -130,13 +133,13 @@ class Progressive(Distilling):
             if (_round_folder(folder, number) / "manifest.json").is_file():
                 done = number
         if done:
-            run.log(f"progressive: going on after round {done} of {len(stages)}")
+            logger.info(f"progressive: going on after round {done} of {len(stages)}")
             lm, records = _restore(lm, _round_folder(folder, done))
         for number, stage in enumerate(stages[done:], done + 1):
             round_run = dataclasses.replace(run, folder=folder / f"round-{number}", cache=run.cache or run.folder)
             round_run.folder.mkdir(parents=True, exist_ok=True)
             prepare_for_stage(lm.model, self.matrices)  # a restored model has the form of its architecture
-            run.log(f"progressive: round {number} of {len(stages)}: {type(stage).__name__.lower()}")
+            logger.info(f"progressive: round {number} of {len(stages)}: {type(stage).__name__.lower()}")
             lm, notes = stage(lm, round_run)
             records.append({**notes, "training": self.learn(lm.model, teacher, rows, round_run)})
             lm.manifest["_rounds"] = records

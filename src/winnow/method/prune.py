@@ -12,6 +12,7 @@ have the same sparsity, or each its own (`winnow.method.allocation`).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout
+
+logger = logging.getLogger(__name__)
 
 PATTERNS = ("unstructured", "2:4", "4:8")
 ALLOCATIONS = ("uniform", "global", "owl")
@@ -150,7 +153,7 @@ class Pruning(BaseStage):
         for index, block, run_calibration in iterate_blocks(lm.model, batches, run):
             groups = input_norms(block, run_calibration)
             yield {m: m.weight.data.abs().float() * norm_i for members, norm_i in groups for m in members}
-            run.log(f"{self.name}: allocation, block {index + 1} of {len(blocks)}")
+            logger.info(f"{self.name}: allocation, block {index + 1} of {len(blocks)}")
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ class Magnitude(Pruning):
                 score = linear.weight.data.to(run.device).abs()
                 mask = self.mask(score, sparsities[names[linear]], by_row=False)  # one threshold a matrix
                 linear.weight.data.masked_fill_(mask.to(linear.weight.device), 0)
-            run.log(f"{self.name}: block {index + 1} of {len(blocks)}")
+            logger.info(f"{self.name}: block {index + 1} of {len(blocks)}")
         return StageResult(lm.with_model(lm.model), notes(blocks, digest))
 
 
@@ -217,7 +220,7 @@ class CalibratedPruning(Pruning):
         for index, block, run_calibration in iterate_blocks(lm.model, batches, run, checkpoint):
             layers = {linear: (name, sparsities[name]) for linear, name in names.items()}
             self.prune_block(block, run_calibration, layers)
-            run.log(f"{self.name}: block {index + 1} of {len(blocks)}")
+            logger.info(f"{self.name}: block {index + 1} of {len(blocks)}")
         return StageResult(lm.with_model(lm.model), notes(blocks, digest))
 
     def prune_block(

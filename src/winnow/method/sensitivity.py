@@ -11,6 +11,7 @@ take a forward pass for each layer and width. It goes block by block, so that on
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from winnow.hardware.run import Run
+
+logger = logging.getLogger(__name__)
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
@@ -100,7 +103,7 @@ def sensitivities(
             for linear, by_width in squares.items():
                 for width, square in by_width.items():
                     scores[unit_of(names[linear])][width] += 0.5 * square.item() / tokens
-            run.log(f"mixed: sensitivity of block {index + 1} of {len(blocks)}")
+            logger.info(f"mixed: sensitivity of block {index + 1} of {len(blocks)}")
     return scores
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from winnow.training.fit import Fitted
     from winnow.training.objective import Objective
     from winnow.training.student import Student
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Training(BaseStage):
         rows = encode(documents(calibration or run.calibration, self.document_count, run.seed), lm.tokenizer, longest)
         cut = sum(1 for row in rows if row.cut)
         if cut:
-            run.log(f"{cut:,} of {len(rows):,} documents are longer than {longest} tokens and were cut")
+            logger.info(f"{cut:,} of {len(rows):,} documents are longer than {longest} tokens and were cut")
         return rows
 
     def _settings(self) -> dict[str, Any]:
@@ -130,7 +133,7 @@ class Training(BaseStage):
         precision = self.precision_in(run.compute_dtype)
         slow = slow_dtype_warning(BFLOAT16, run.device) if precision.startswith("bf16") else ""
         if slow:
-            run.log(f"{self.option}.precision={self.precision}: {slow}")
+            logger.info(f"{self.option}.precision={self.precision}: {slow}")
         schedule = Schedule(learning_rate, self.steps, warmup, weight_decay=weight_decay, optimizer=optimizer)
         fitted = fit(
             model,
@@ -145,5 +148,5 @@ class Training(BaseStage):
             settings=self._settings(),
         )
         held_out = "" if fitted.held_out_loss is None else f", held out {fitted.held_out_loss:.4f}"
-        run.log(f"loss {fitted.loss:.4f} over the last tenth of {fitted.steps} steps{held_out}")
+        logger.info(f"loss {fitted.loss:.4f} over the last tenth of {fitted.steps} steps{held_out}")
         return fitted

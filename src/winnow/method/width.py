@@ -7,6 +7,7 @@ python compress.py method=[width,lora] method.width.hidden=0.75 method.width.hea
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from winnow.estimate.cost import StageCost
     from winnow.estimate.layout import ModelLayout
+
+logger = logging.getLogger(__name__)
 
 WIDTHS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_size")
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -92,7 +95,7 @@ class Width(BaseStage):
         old, new = lm.model.config, self.narrow_config(lm.model.config)
         layers = layers_of(lm.model)
         changes = [f"{name} {getattr(old, name)} -> {getattr(new, name)}" for name in WIDTHS]
-        run.log(f"width: {', '.join(changes)}")
+        logger.info(f"width: {', '.join(changes)}")
         batches, digest = calibration_batches(lm, run)
         units = cached_importances(lm.model, old.num_attention_heads, batches, digest, run)
         hidden = strongest(units.hidden, new.hidden_size)

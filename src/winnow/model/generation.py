@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 FILE = "generation_config.json"
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _ISSUE = re.compile(r"^- `(\w+)`:", re.MULTILINE)  # how transformers names a setting that it refuses to save
 # settings that greedy decoding takes from the model: special tokens and the KV cache; all others change the decoding
 _USED = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation", "cache_config")
@@ -47,7 +47,7 @@ def remove_unsavable_settings(model: Any, path: str) -> None:
             f"model.path={path}: transformers refuses its generation settings: {remaining_error}; correct {FILE}"
         )
     if issues:
-        _LOG.warning(f"{path}: {', '.join(issues)} in its generation settings have no effect, and are left out")
+        logger.warning(f"{path}: {', '.join(issues)} in its generation settings have no effect, and are left out")
 
 
 def _validation_error(settings: GenerationConfig) -> str:

@@ -22,7 +22,7 @@ from winnow.model.quiet import quiet
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 os.environ.setdefault("AR_LOG_LEVEL", "ERROR")  # auto_round reads the variable on import
 logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it warns about an optional kernel on import
 
@@ -156,13 +156,13 @@ def _complete_special_tokens(tokenizer: Any, config: PretrainedConfig, path: str
         is_valid = isinstance(config_id, int) and 0 <= config_id < min(vocab_size, len(tokenizer))
         setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(config_id) if is_valid else None)
         if token is not None:
-            _LOG.warning(
+            logger.warning(
                 f"{path}: its {name} token {token} is number {number:,} of {vocab_size:,} tokens that the model has; "
                 f"{getattr(tokenizer, f'{name}_token') or 'none'} takes its place"
             )
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= vocab_size:
-        _LOG.warning(
+        logger.warning(
             f"{path}: its pad token {tokenizer.pad_token} is number {pad:,} of {vocab_size:,} tokens that the model has; "
             f"the end-of-text token takes its place"
         )

@@ -18,7 +18,7 @@ from winnow.core.files import sha256, write_json
 from winnow.model.folder import content_files, decides_weights, is_weights
 
 NAME = "manifest.json"
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "compressed-tensors", "llmcompressor", "auto-round", "hqq", "gguf",
     "llama-cpp-python", "lightning", "winnow",
@@ -106,7 +106,7 @@ def read_verified(folder: Path) -> dict[str, Any]:
     consequence = (
         "it is another model, and its manifest is not used" if is_other_model else "its figures are not that artifact's"
     )
-    _LOG.warning(f"{folder}: {', '.join(changed)} changed since winnow wrote the artifact; {consequence}")
+    logger.warning(f"{folder}: {', '.join(changed)} changed since winnow wrote the artifact; {consequence}")
     return {} if is_other_model else {**manifest, **describe_files(folder, current)}
 
 

@@ -10,8 +10,9 @@ are not recorded.
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from winnow.core.formats import plain
 from winnow.report.runs import NAME_LENGTH
 from winnow.report.tracking import check_mode, session, settings
+
+logger = logging.getLogger(__name__)
 
 
 class Curves:
@@ -31,7 +34,6 @@ class Curves:
         config: plain values shown beside the curves.
         memory: file for the id of an online run, which lasts as long as the training's checkpoints: a training that resumes
             continues the same run. Offline, a training that resumes starts a new run of the same group.
-        say: callable that reports failures of W&B.
 
     Raises:
         UserError: an unknown mode.
@@ -47,12 +49,11 @@ class Curves:
         name: str,
         config: Mapping[str, Any],
         memory: Path | None = None,
-        say: Callable[[str], None] = print,
     ) -> None:
         check_mode(mode)
         self.mode, self.project, self.entity = mode, project, entity
         self.folder, self.memory = Path(folder).absolute(), memory
-        self.name, self.config, self.say = plain(name)[:NAME_LENGTH], dict(config), say
+        self.name, self.config = plain(name)[:NAME_LENGTH], dict(config)
         self._opened = contextlib.ExitStack()
         self._run: Any = None
         self._broken = mode == "disabled"
@@ -113,7 +114,7 @@ class Curves:
     def _fail(self, error: BaseException) -> None:
         if not self._broken:
             self._broken = True
-            self.say(f"W&B: {type(error).__name__}: {plain(str(error))}; the training goes on without its curves")
+            logger.info(f"W&B: {type(error).__name__}: {plain(str(error))}; the training goes on without its curves")
             self._run = None
             self._close()
 

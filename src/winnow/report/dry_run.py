@@ -103,7 +103,7 @@ def countable(lm: LM, calibration: Calibration, seed: int) -> Calibration:
         except UserError:
             return count_tokens(calibration)
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(Path(folder), seed=seed, log=lambda line: None, calibration=calibration)
+            run = Run(Path(folder), seed=seed, calibration=calibration)
             batches, _ = calibration_batches(lm, run)
         sizes = [batch.numel() for batch in batches]
         shapes = len({tuple(batch.shape) for batch in batches})

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from winnow.core.formats import plain
 from winnow.core.libraries import require
 from winnow.core.types import Summary
 from winnow.report.runs import NAME_LENGTH, Entry, front_entry, trial_entry
+
+logger = logging.getLogger(__name__)
 
 MODES = ("offline", "online", "disabled")
 TIMEOUT_SECONDS = 30.0
@@ -83,7 +86,7 @@ def settings(wandb: Any, mode: str, folder: Path) -> Any:
 class Tracker:
     """Mirrors studies to W&B. `offline` writes files under `folder` for `wandb sync`; it needs no account or network.
 
-    A failure of W&B is reported once through `log` and ends nothing; the next `mirror` tries again.
+    A failure of W&B is logged once and ends nothing; the next `mirror` tries again.
 
     Raises:
         UserError: the mode is unknown.
@@ -96,14 +99,12 @@ class Tracker:
         project: str = "winnow",
         entity: str | None = None,
         folder: str | Path = "outputs/wandb",
-        log: Callable[[str], None] = print,
     ) -> None:
         check_mode(mode)
         self.mode = mode
         self.project = project
         self.entity = entity
         self.folder = Path(folder).absolute()
-        self.log = log
         self._warned = False
 
     def mirror(self, summary: Summary) -> int:
@@ -126,7 +127,7 @@ class Tracker:
         except (Exception, SystemExit) as error:
             if not self._warned:
                 self._warned = True
-                self.log(f"W&B: {type(error).__name__}: {plain(str(error))}; the study itself is complete")
+                logger.info(f"W&B: {type(error).__name__}: {plain(str(error))}; the study itself is complete")
         return written
 
     def _write(self, wandb: Any, entry: Entry, group: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from winnow.hardware.footprint import PeakMemory
     from winnow.runtime.latency import Timing
+
+logger = logging.getLogger(__name__)
 
 
 class Served(Protocol):
@@ -115,7 +118,6 @@ def installed_runtimes(lm: LM, device: str) -> dict[str, str]:
 def serving(
     lm: LM,
     hardware: Hardware | None = None,
-    log: Callable[[str], None] = lambda line: None,
     served: Served | None = None,
 ) -> Iterator[Served]:
     """Yields `lm` opened in its runtime: `served` if it is already open, otherwise a new one that is closed after the block.
@@ -130,9 +132,9 @@ def serving(
     hardware = hardware or Hardware("cpu", device=lm.loading.device)
     name = choose_runtime(lm, hardware)
     if name != hardware.runtime:
-        log(f"runtime: {lm.name} is a GGUF file: it is served by {name}, not by {hardware.runtime}")
+        logger.info(f"runtime: {lm.name} is a GGUF file: it is served by {name}, not by {hardware.runtime}")
     with as_unservable(f"{lm.path or lm.name}: loading it in {name}"):
-        opened: Served = _module(name).Runtime(lm, hardware, log)
+        opened: Served = _module(name).Runtime(lm, hardware)
     try:
         yield opened
     finally:

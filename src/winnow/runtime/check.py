@@ -11,15 +11,18 @@ A check costs a forward pass of some 250 tokens, at most twice, and the generati
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from winnow.core.errors import Unservable, as_unservable
+from winnow.core.muted import muted
 from winnow.model.lm import LM
 
 if TYPE_CHECKING:
     from winnow.runtime import Served
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 256  # of each text
 # largest ratio of perplexity to vocabulary size; an untrained model is slightly worse than a uniform guess
@@ -105,7 +108,7 @@ def perplexity_bound(vocab_size: int, base: float | None) -> float:
     return min(bound, math.exp(math.log(base) + MAX_LOST_SHARE * math.log(vocab_size / base)))
 
 
-def working_runtimes(lm: LM, device: str, log: Callable[[str], None], base: LM | None = None) -> dict[str, Any]:
+def working_runtimes(lm: LM, device: str, base: LM | None = None) -> dict[str, Any]:
     """Checks the artifact in every installed runtime and returns the manifest entries `runtimes` and `plain_text`.
 
     `runtimes` has the version of each installed runtime that reads the format of `lm`. Each runtime loads the files anew and is
@@ -122,11 +125,11 @@ def working_runtimes(lm: LM, device: str, log: Callable[[str], None], base: LM |
     for name, version in installed_runtimes(lm, device).items():
         reloaded = LM(lm.path, loading=dataclasses.replace(lm.loading, device=device), name=lm.name)
         try:
-            with serving(reloaded, Hardware(device, device=device, runtime=name, decode="eager")) as served:
+            with muted(), serving(reloaded, Hardware(device, device=device, runtime=name, decode="eager")) as served:
                 perplexity = record["perplexity"] = check(reloaded, served)
                 suspicious = perplexity >= SUSPICIOUS_RATIO * served.vocab_size
             if suspicious and base is not None and "base" not in record:
-                with serving(base, Hardware(device, device=device, decode="eager")) as served:
+                with muted(), serving(base, Hardware(device, device=device, decode="eager")) as served:
                     record["base"] = plain_perplexity(base, served)
                 base.release()
             if perplexity > (bound := perplexity_bound(served.vocab_size, record.get("base"))):
@@ -137,7 +140,9 @@ def working_runtimes(lm: LM, device: str, log: Callable[[str], None], base: LM |
             results[name], is_servable = version, True
         except Exception as error:
             results[name] = f"{version} fails: {describe(error).removeprefix(f'{lm.path}: ')}"
-    log(f"runtimes: {', '.join(f'{name} {result}' for name, result in results.items()) or 'none is installed here'}")
+    logger.info(
+        f"runtimes: {', '.join(f'{name} {result}' for name, result in results.items()) or 'none is installed here'}"
+    )
     if results and not is_servable:
-        log(f"{lm.path}: saved, but no runtime serves it")
+        logger.info(f"{lm.path}: saved, but no runtime serves it")
     return {"runtimes": results, RECORD: record}

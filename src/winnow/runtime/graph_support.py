@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from winnow.runtime import graphs
 from winnow.runtime.graphs import FULL, SLIDING
+
+logger = logging.getLogger(__name__)
 
 ATTENTIONS = ("sdpa", "eager")  # the implementations that `graphs` can build masks for
 PLAIN_CACHES = (None, "dynamic", "hybrid", "static")  # `generate` computes the same with each of them
@@ -85,7 +88,7 @@ def _obstacles_of_format(quantization_config: Any) -> Iterator[str]:
 
 
 def unsupported_base_reason(
-    path: str, attention: str, trust_remote_code: bool, device: str | None, log: Callable[[str], None]
+    path: str, attention: str, trust_remote_code: bool, device: str | None
 ) -> dict[str, str | None]:
     """Returns `unsupported_reason` of the model at `path` as `because`, without reading its weights; runs in a child process.
 
@@ -110,12 +113,12 @@ def unsupported_base_reason(
             generation = model.generation_config
     reason = unsupported_reason(model, generation)
     if reason is None and device is not None:
-        with shared_device(device, log), quiet():
+        with shared_device(device), quiet():
             try:
                 with torch.device(device):
                     model = AutoModelForCausalLM.from_config(few_layers(config), **settings).eval()
             except Exception as error:  # out of memory, or an unusual configuration; the base model's trial will tell
-                log(f"whether {path} can be captured is left to its own trial: {type(error).__name__}")
+                logger.info(f"whether {path} can be captured is left to its own trial: {type(error).__name__}")
             else:
                 reason = try_capture(model)
     return {"because": reason}

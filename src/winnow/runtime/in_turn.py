@@ -18,7 +18,8 @@ is measured alone, and the log says so.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ from winnow.runtime.latency import Timing
 if TYPE_CHECKING:
     from winnow.hardware.device import Hardware
     from winnow.runtime import Served
+
+logger = logging.getLogger(__name__)
 
 SOURCE = "measured, in turn with the base model"
 _TIMES = ("ttft_ms", "ttft_p90_ms", "tpot_ms", "tpot_p90_ms")
@@ -55,7 +58,7 @@ class Base:
 
 @contextlib.contextmanager
 def open_base(
-    base: Base | None, candidate: Served, candidate_bytes: float, hardware: Hardware, log: Callable[[str], None]
+    base: Base | None, candidate: Served, candidate_bytes: float, hardware: Hardware
 ) -> Iterator[Served | None]:
     """Opens the base model beside the candidate for a block; yields None if there is none, or if both do not fit."""
     from winnow.runtime import serving
@@ -68,11 +71,11 @@ def open_base(
         served_base = None
         if not reason:
             try:
-                served_base = stack.enter_context(serving(base.lm, hardware, log))
+                served_base = stack.enter_context(serving(base.lm, hardware))
             except Exception as error:  # it opened in its own trial, so the candidate beside it is the cause
                 reason = f"opening it fails ({error})"
         if reason:
-            log(f"latency: measured alone, not in turn with the base model: {reason}")
+            logger.info(f"latency: measured alone, not in turn with the base model: {reason}")
         yield served_base
     base.lm.release()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +60,7 @@ class Runtime:
     name = "llama_cpp"
     runtime_mode: str | None = None
 
-    def __init__(self, lm: LM, hardware: Hardware, log: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, lm: LM, hardware: Hardware) -> None:
         require("llama_cpp")
         import llama_cpp
         import torch

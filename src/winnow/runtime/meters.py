@@ -53,19 +53,19 @@ class Meters:
         hardware = self.hardware
         hardware.check()
         figures = Figures({"size_bytes": float(disk_bytes(lm))})
-        with serving(lm, hardware, run.log, served) as candidate:
+        with serving(lm, hardware, served) as candidate:
             latency.check_context(candidate.context, hardware)
-            with exclusive_device(hardware.device, run.log), _threads(hardware.threads):
+            with exclusive_device(hardware.device), _threads(hardware.threads):
                 deadline = time.perf_counter() + hardware.most_seconds
                 request = self.request(candidate, run.seed)
                 self.warm_up(request, deadline)
                 figures.merge(self.memory(candidate, request))
                 watch = Watch(hardware.device, functools.partial(counters.read, devices=hardware.devices))
-                repeater = Repeater(watch if hardware.watch else None, hardware.retry_seconds, run.log)
+                repeater = Repeater(watch if hardware.watch else None, hardware.retry_seconds)
                 # hardware detection during the measurement would look like a disturbance
                 prepare(hardware.device, hardware.devices)
                 peak_bytes = figures["peak_memory_bytes"]
-                with in_turn.open_base(self.base, candidate, peak_bytes, hardware, run.log) as served_base:
+                with in_turn.open_base(self.base, candidate, peak_bytes, hardware) as served_base:
                     base_request = self.request(served_base, run.seed) if served_base is not None else None
                     if base_request is not None:
                         self.warm_up(base_request, deadline)

@@ -8,8 +8,9 @@ and, unlike streamers, works for batches. Both ways mask end-of-text tokens unti
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from winnow.runtime.graphs import Decoder
 
+logger = logging.getLogger(__name__)
 
 MAX_LOGITS = 1 << 27  # logits of the rows that are computed at once: 0.5 GB in single precision
 
@@ -41,12 +43,10 @@ class Runtime:
 
     name = "transformers"
 
-    def __init__(
-        self, lm: LM, hardware: Hardware | None = None, log: Callable[[str], None] = lambda line: None
-    ) -> None:
+    def __init__(self, lm: LM, hardware: Hardware | None = None) -> None:
         if hardware is not None:
             lm.set_default_dtype(hardware.compute_dtype)
-        self._lm, self._log = lm, log
+        self._lm = lm
         self.model: Any = lm.model
         self._training = self.model.training
         self.model.eval()
@@ -55,7 +55,7 @@ class Runtime:
         self._settings = self.model.generation_config
         self.model.generation_config, ignored = greedy(self._settings, self.vocab_size)
         if ignored:
-            log(
+            logger.info(
                 f"decoding is greedy: {', '.join(f'{k}={v}' for k, v in ignored.items())} of the model's settings are not used"
             )
         # a processor gains nothing from batching
@@ -151,7 +151,7 @@ class Runtime:
                 f"in different ways cannot be compared: set hardware.decode=eager (for a search: with another study=NAME)"
             )
         self.runtime_mode = "eager"
-        self._log(f"latency is measured without CUDA graphs: {name}: {reason}")
+        logger.info(f"latency is measured without CUDA graphs: {name}: {reason}")
 
     def request(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Timing:
         """Answers a request; see `Served.request`.

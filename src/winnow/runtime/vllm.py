@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ class Runtime:
     name = "vllm"
     runtime_mode: str | None = None
 
-    def __init__(self, lm: LM, hardware: Hardware, log: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, lm: LM, hardware: Hardware) -> None:
         if version(hardware.device) is None:
             raise UserError(
                 f"hardware.runtime=vllm needs vLLM and a CUDA device (here: hardware={hardware.name}, "

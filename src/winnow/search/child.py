@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -20,11 +21,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from winnow.core.cli import say
 from winnow.core.errors import Reason, classify, describe
 from winnow.core.process import end_with_parent
 from winnow.search import fork_server
 from winnow.search.fork_server import PROCESS_LOCK
+
+logger = logging.getLogger(__name__)
 
 _RESULT_POLL_S = 0.25
 _USAGE_POLL_S = 2.0  # between measurements of what a child uses
@@ -74,16 +76,17 @@ def call(
     function: str,
     arguments: dict[str, Any],
     limits: Limits,
-    log: Callable[[str], None],
     output: Path,
+    prefix: str | None = "",
     environment: Mapping[str, str] | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Runs `function` ("module:name") with `arguments` in a child and returns its result. Thread-safe.
 
     Args:
-        function: takes the arguments and a `log` callable; returns something that pickles.
+        function: takes the arguments; returns something that pickles.
         output: file for what the child prints.
+        prefix: comes before each line of progress that winnow logs in the child; None hides the lines.
         environment: environment variables of the child besides those of the fork server.
         cancelled: polled; True kills the child.
 
@@ -91,7 +94,7 @@ def call(
         Failed: the child failed; carries the typed reason.
         Cancelled, KeyboardInterrupt: the child was killed.
     """
-    context = fork_server.server.context(log)
+    context = fork_server.server.context()
     receiver: Connection
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
@@ -112,7 +115,7 @@ def call(
                         _join(process)
                         raise _crash_failure(process.exitcode, output) from None
                     if kind == "log":
-                        log(payload)
+                        _show(payload, prefix)
                     elif kind == "result":
                         return payload  # type: ignore[no-any-return]
                     else:
@@ -142,7 +145,7 @@ class Service:
     """
 
     def __init__(self, function: str, arguments: dict[str, Any], output: Path) -> None:
-        context = fork_server.server.context(say)
+        context = fork_server.server.context()
         self._connection, child_end = context.Pipe()
         self._output = output
         self._process = context.Process(
@@ -180,10 +183,37 @@ def load_function(function: str) -> Callable[..., Any]:
     return target
 
 
+def _show(line: str, prefix: str | None) -> None:
+    """Logs a line of a child's progress in this process."""
+    if prefix is not None:
+        logger.info(f"{prefix}{line}")
+
+
 def _set_up_child() -> None:
     os.setpgid(0, 0)
     end_with_parent()
     gc.freeze()  # keeps the garbage collector off the fork server's objects: visiting them would copy their pages
+
+
+class _PipeHandler(logging.Handler):
+    """Sends each line over a pipe."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._connection.send(("log", self.format(record)))
+
+
+def _log_over(connection: Connection) -> None:
+    """Sends the progress that winnow logs in this child over the pipe; warnings stay with what the child prints."""
+    progress, warnings = _PipeHandler(connection), logging.StreamHandler()
+    progress.addFilter(lambda record: record.levelno < logging.WARNING)
+    warnings.setLevel(logging.WARNING)
+    package = logging.getLogger("winnow")
+    package.handlers, package.propagate = [progress, warnings], False
+    package.setLevel(logging.INFO)
 
 
 def _run_service(connection: Connection, function: str, arguments: dict[str, Any], output: str) -> None:
@@ -218,8 +248,9 @@ def _run_call(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file
+        _log_over(connection)
         try:
-            result = load_function(function)(**arguments, log=lambda line: connection.send(("log", line)))
+            result = load_function(function)(**arguments)
             connection.send(("result", result))
         except BaseException as error:
             traceback.print_exc()

@@ -9,8 +9,9 @@ would otherwise take the type that its own processor computes fastest.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,23 @@ from winnow.model.lm import LM
 from winnow.search import child
 from winnow.search.overrides import CommandLine
 
+logger = logging.getLogger(__name__)
+
 KEY, DTYPE = "hardware.decode", "hardware.dtype"
 
 
-def resolve_hardware(
-    settings: SearchSettings, here: bool, command_line: CommandLine, log: Callable[[str], None]
-) -> tuple[Hardware, CommandLine]:
+def resolve_hardware(settings: SearchSettings, here: bool, command_line: CommandLine) -> tuple[Hardware, CommandLine]:
     """Returns the hardware and the command line of every trial; see `resolve_decode` and `add_decode`."""
-    hardware = resolve_decode(settings.hardware, here, settings.methods, settings.lm, log)
+    hardware = resolve_decode(settings.hardware, here, settings.methods, settings.lm)
     if slow := slow_dtype_warning(hardware.compute_dtype, hardware.device) if here else "":
-        log(f"{DTYPE}={hardware.dtype}: {slow}")
+        logger.info(f"{DTYPE}={hardware.dtype}: {slow}")
     if not here:
         hardware = dataclasses.replace(hardware, dtype=hardware.compute_dtype)
         command_line = _with_override(command_line, DTYPE, hardware.dtype)
     return hardware, add_decode(command_line, hardware, "decode" in settings.composed["hardware"])
 
 
-def resolve_decode(
-    hardware: Hardware, here: bool, methods: Mapping[str, Any], lm: LM, log: Callable[[str], None]
-) -> Hardware:
+def resolve_decode(hardware: Hardware, here: bool, methods: Mapping[str, Any], lm: LM) -> Hardware:
     """Returns the hardware with the `decode` of every trial; it stays `auto` for runtimes that decide themselves.
 
     Args:
@@ -54,11 +53,11 @@ def resolve_decode(
     """
     if hardware.decode == "eager" or hardware.device != "cuda" or hardware.runtime != "transformers":
         return hardware
-    reason = _methods_reason(methods) or _base_reason(lm, hardware.device if here else None, log)
+    reason = _methods_reason(methods) or _base_reason(lm, hardware.device if here else None)
     if reason and hardware.decode == "graph":
         raise UserError(f"{KEY}=graph: {reason}; or set {KEY}=eager")
     if reason:
-        log(f"latency is measured without CUDA graphs: {reason} for graphs")
+        logger.info(f"latency is measured without CUDA graphs: {reason} for graphs")
     return dataclasses.replace(hardware, decode="eager" if reason else "graph")
 
 
@@ -86,7 +85,7 @@ def _methods_reason(methods: Mapping[str, Any]) -> str:
     return f"{why}; leave {'it' if len(eager) == 1 else ', '.join(eager)} out of method=[...]" if eager else ""
 
 
-def _base_reason(lm: LM, device: str | None, log: Callable[[str], None]) -> str:
+def _base_reason(lm: LM, device: str | None) -> str:
     """Returns why the base model does not allow graphs, judged without its weights; empty if it allows them."""
     loading = lm.loading
     arguments = {
@@ -98,7 +97,7 @@ def _base_reason(lm: LM, device: str | None, log: Callable[[str], None]) -> str:
     function = "winnow.runtime.graph_support:unsupported_base_reason"
     with tempfile.TemporaryDirectory() as scratch:  # nothing is written to the study's folder yet
         try:
-            result = child.call(function, arguments, child.Limits(), log, Path(scratch) / "log.txt")
+            result = child.call(function, arguments, child.Limits(), Path(scratch) / "log.txt")
         except child.Failed as failed:
             if failed.reason is Reason.INVALID:
                 raise UserError(f"model.path={lm.path} cannot be read: {failed.message}") from None

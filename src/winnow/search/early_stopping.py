@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ from winnow.study.pareto import is_at_least_as_good
 if TYPE_CHECKING:
     from winnow.runtime import Served
 
+logger = logging.getLogger(__name__)
+
 FROM_DISK = ("size_bytes",)  # hardware figures that need no meter
 NEAREST_TRIALS = 16  # trials whose wrong answers decide which items come early
 LEAST_CHANCE = 0.005  # chance of an item that all of them answered correctly; 1 + this if all were wrong
@@ -57,8 +60,8 @@ class EarlyStopping:
         folder: the folder of the trial, which holds `rivals.json`.
     """
 
-    def __init__(self, trial: TrialEvaluation, folder: Path, log: Callable[[str], None]) -> None:
-        self._trial, self._folder, self._log = trial, folder, log
+    def __init__(self, trial: TrialEvaluation, folder: Path) -> None:
+        self._trial, self._folder = trial, folder
         self._base: LM | None = None  # None where this trial is the base model itself
         self._benchmark: Harness = trial.evaluation.benchmark  # type: ignore[assignment]
         scores = self._benchmark.scores()
@@ -93,7 +96,7 @@ class EarlyStopping:
             reference = divergence.reference(base, served if is_base else None, run, run.device)
             figures.merge(divergence.divergence(served, reference))
         except NotImplementedError as error:
-            self._log(f"no divergence from the base model: {error}")
+            logger.info(f"no divergence from the base model: {error}")
         return figures
 
     def base(self) -> Base | None:

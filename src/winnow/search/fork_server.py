@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from winnow.core.cli import say
 from winnow.search import fork_safety
+
+logger = logging.getLogger(__name__)
 
 # modules for every trial; the first one knows how to import torch and transformers quickly
 PRELOAD = ("winnow.search.preload", "lm_eval")
@@ -54,17 +56,17 @@ class ForkServer:
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(self.modules))
         forkserver.ensure_running()
 
-    def context(self, log: Callable[[str], None]) -> Any:
+    def context(self) -> Any:
         """Returns the multiprocessing context for children; the first call drops modules that break CUDA in a child."""
         with self._lock:
             self._ensure_running()
             if not self._checked:
                 if self._cuda_is_broken():
-                    self._drop_unsafe_modules(log)
+                    self._drop_unsafe_modules()
                 self._checked = True
         return multiprocessing.get_context(self.method)
 
-    def _drop_unsafe_modules(self, log: Callable[[str], None]) -> None:
+    def _drop_unsafe_modules(self) -> None:
         from multiprocessing import forkserver
 
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
@@ -72,11 +74,11 @@ class ForkServer:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
         self.left_out = tuple(json.loads(done.stdout or "[]"))
         for name in self.left_out:
-            log(f"{name} starts CUDA when it is imported, or cannot be imported: it is left to each trial")
+            logger.info(f"{name} starts CUDA when it is imported, or cannot be imported: it is left to each trial")
         self.modules = tuple(name for name in self.modules if name not in self.left_out)
         self._ensure_running()
         if self._cuda_is_broken():
-            log("CUDA cannot be used in a fork here: each trial starts a fresh process, which takes seconds")
+            logger.info("CUDA cannot be used in a fork here: each trial starts a fresh process, which takes seconds")
             self.method = "spawn"
 
     def _cuda_is_broken(self) -> bool:
@@ -105,7 +107,7 @@ def start_server(extra: Sequence[str] = ()) -> None:
 
 def left_out() -> tuple[str, ...]:
     """Returns the modules that children import themselves."""
-    server.context(say)
+    server.context()
     return server.left_out
 
 

@@ -6,7 +6,7 @@ accuracy loses it if another one that is no worse in anything else is at least a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from winnow.search.workers import Launch, Workers
 from winnow.study.policy import Suggestion
 from winnow.study.study import Proposal, Study
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "confirmation"  # subfolder of a trial's folder
 
 
@@ -26,7 +28,7 @@ def overrides(number: int) -> list[str]:
     return [f"+{SCORE_HOLDOUT}=true", f"hydra.sweep.subdir={grammar.quoted(f'trials/{number}/{FOLDER}')}"]
 
 
-def confirm(study: Study, launch: Launch, workers: int, folder: Path, log: Callable[[str], None]) -> None:
+def confirm(study: Study, launch: Launch, workers: int, folder: Path) -> None:
     """Scores the front and the base model on the held-out items, except trials that are already confirmed.
 
     A trial whose confirmation fails is reported as unconfirmed and keeps its place; the next start of the search tries it again.
@@ -41,7 +43,7 @@ def confirm(study: Study, launch: Launch, workers: int, folder: Path, log: Calla
 
     def leave_out(number: int, why: str) -> None:
         study.unconfirmed[number] = why
-        log(f"confirmation: trial {number} is not confirmed: {why}")
+        logger.info(f"confirmation: trial {number} is not confirmed: {why}")
 
     done, count = 0, len(pending)
     pool = Workers(launch, workers)
@@ -65,16 +67,18 @@ def confirm(study: Study, launch: Launch, workers: int, folder: Path, log: Calla
                 continue
             study.confirm(proposal.number, outcome["figures"])
             accuracy = outcome["figures"]["accuracy"]
-            log(f"confirmation {done} of {count}: trial {proposal.number}, accuracy {accuracy:.3f} on fresh items")
+            logger.info(
+                f"confirmation {done} of {count}: trial {proposal.number}, accuracy {accuracy:.3f} on fresh items"
+            )
     except UserError as error:  # the launcher failed; the search itself is complete
         for number in trials_by_number.keys() - study.confirmed.keys() - study.unconfirmed.keys():
             study.unconfirmed[number] = str(error)
-        log(f"confirmation: the rest of the front is not confirmed: {error}")
+        logger.info(f"confirmation: the rest of the front is not confirmed: {error}")
     finally:
         pool.stop(job_folders.cancel)
 
 
-def score(composed: dict[str, Any], artifact: str, output: str, log: Callable[[str], None]) -> dict[str, float]:
+def score(composed: dict[str, Any], artifact: str, output: str) -> dict[str, float]:
     """Runs in the child: returns the scores of an artifact on the held-out items."""
     from winnow.core.files import atomic_folder
     from winnow.hardware.lock import shared_device
@@ -85,7 +89,7 @@ def score(composed: dict[str, Any], artifact: str, output: str, log: Callable[[s
     hardware.check()
     with (
         atomic_folder(settings.output) as folder,
-        shared_device(hardware.device, log),
-        serving(lm, hardware, log) as served,
+        shared_device(hardware.device),
+        serving(lm, hardware) as served,
     ):
-        return dict(settings.benchmark(lm, settings.run.start(folder, log), served=served))
+        return dict(settings.benchmark(lm, settings.run.start(folder), served=served))

@@ -11,7 +11,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,7 @@ class Job:
         cancelled: callable that says whether the search has cancelled the job.
     """
 
-    def __init__(
-        self, settings: JobSettings, name: str, folder: Path, log: Callable[[str], None], environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, settings: JobSettings, name: str, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder, self.cancelled = folder, _CancelCheck(folder)
         self.seconds: dict[str, float] = {}
         self.energy: dict[str, float] = {}
@@ -53,8 +51,9 @@ class Job:
         self._environment = environment
         limits = settings.limits
         self._limits = child.Limits(60 * limits.minutes if limits.minutes else None, limits.memory_bytes)
-        # with several workers each line names its trial
-        self._log = (lambda line: log(f"[{name}] {line}")) if settings.workers > 1 else log
+        self._prefix: str | None = f"[{name}] " if settings.workers > 1 else ""
+        if settings.is_confirmation:
+            self._prefix = None  # the search itself reports a confirmation
 
     def step(self, name: str, function: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Runs `function` ("module:name") in a child with the composed configuration and the arguments; returns its result.
@@ -75,8 +74,8 @@ class Job:
                     "arguments": {"composed": self._settings.composed, **arguments},
                 },
                 child.Limits(remaining_s, self._limits.memory_bytes),
-                self._log,
                 self.folder / "log.txt",
+                self._prefix,
                 self._environment,
                 self.cancelled,
             )
@@ -113,26 +112,26 @@ class Job:
         times = {"cpu_seconds": ended.cpu_seconds, "seconds": ended.seconds}
         try:
             estimate = child.call(
-                "winnow.search.job:estimated", times, child.Limits(ESTIMATE_S), self._log, self.folder / "log.txt"
+                "winnow.search.job:estimated", times, child.Limits(ESTIMATE_S), self.folder / "log.txt", self._prefix
             )
         except (child.Ended, OSError, EOFError):
             return 0.0  # codecarbon is not installed, or the fork server ended with the search
         return float(estimate["wh"])
 
 
-def metered(function: str, hardware: Hardware, arguments: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
+def metered(function: str, hardware: Hardware, arguments: dict[str, Any]) -> dict[str, Any]:
     """Runs a step in the child; returns its `result` or why it `failed`, and in either case its `seconds` and `energy`."""
     outcome: dict[str, Any] = {"result": None, "failed": None}
     with _StepCost(hardware) as cost:
         try:
-            outcome["result"] = child.load_function(function)(**arguments, log=log)
+            outcome["result"] = child.load_function(function)(**arguments)
         except BaseException as error:
             traceback.print_exc()
             outcome["failed"] = (classify(error).value, describe(error))
     return outcome | cost.record()
 
 
-def estimated(cpu_seconds: float, seconds: float, log: Callable[[str], None]) -> dict[str, float]:
+def estimated(cpu_seconds: float, seconds: float) -> dict[str, float]:
     """Runs in a child: estimates the energy in Wh of another child from its processor and wall time."""
     from winnow.hardware import energy
 

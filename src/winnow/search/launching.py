@@ -2,8 +2,9 @@
 
 Hydra's launchers are built for batches of jobs from one thread.
 
-- The basic launcher runs a job in this process, where the job owns Hydra's globals, the environment and the logging. Here its job
-  only composes the configuration; the trial itself then runs in child processes beside other trials.
+- The basic launcher runs a job in this process, where the job owns Hydra's globals, the environment and the logging. Here a job
+  only composes the configuration, and leaves the logging alone: the search and other trials log meanwhile. The trial itself then
+  runs in child processes beside other trials.
 - joblib, Ray and submitit run each job in a process of its own, which calls the task of `search.py`, and wait for it.
 
     python search.py workers=2
@@ -21,10 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from winnow.build.job_settings import job_settings
-from winnow.core.cli import say
 from winnow.core.errors import Reason, UserError, describe
 from winnow.core.libraries import require
 from winnow.hardware.device import Hardware
@@ -51,8 +51,6 @@ class Launching:
             hydra_context=context, task_function=task, config=config
         )
         self._basic = isinstance(self._launcher, BasicLauncher)
-        if self._basic:
-            self._launcher.setup(hydra_context=context, task_function=job_settings, config=config)
         self._kind = type(self._launcher).__name__
         self.here = self._kind in ("BasicLauncher", "JoblibLauncher")
         self._composing = threading.Lock()
@@ -106,13 +104,25 @@ class Launching:
         return launcher
 
     def _run_here(self, number: int, lines: Sequence[str]) -> dict[str, Any]:
+        from hydra.core.utils import run_job
+
         with self._composing:
-            job: Any = self._launcher.launch([list(lines)], initial_job_idx=number)[0]
+            sweep_config = self._context.config_loader.load_sweep_config(self._config, list(lines))
+            with open_dict(sweep_config):
+                sweep_config.hydra.job.id = sweep_config.hydra.job.num = number
+            job: Any = run_job(
+                task_function=job_settings,
+                config=sweep_config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+                hydra_context=self._context,
+                configure_logging=False,
+            )
             if job.status.name != "COMPLETED":
                 raise job._return_value
             runtime: Any = job.hydra_cfg.hydra
             folder, environment = Path(runtime.runtime.output_dir), dict(runtime.job.env_set)
-        return trial.run(job.return_value, job.overrides, folder, say, environment)
+        return trial.run(job.return_value, job.overrides, folder, environment)
 
     def _start_ray(self) -> None:
         """Connects to Ray or starts it here, once, from the main thread."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from winnow.study.history import should_retry
 from winnow.study.policy import Exhausted, Forecaster, Policy, Suggestion, untried_strategies
 from winnow.study.space import Space
 from winnow.study.study import Proposal, Study
+
+logger = logging.getLogger(__name__)
 
 KEEP = ("front", "all", "none")
 MAX_REFUSED = 20  # refused proposals in a row after which the loop itself draws a feasible strategy
@@ -61,7 +64,6 @@ class Search:
     folder: Path
     shared: Sequence[str]
     views: Views
-    log: Callable[[str], None]
     first: Sequence[Strategy] = ()
     first_trials: int = 2
     keep: str = "front"
@@ -92,11 +94,11 @@ class Search:
             with contextlib.suppress(OSError):  # e.g. on a full disk: the first error is the one to show
                 self.views.write(self.study.summary(), final=True, mirror=False)  # without W&B: the user may be waiting
             if running:
-                self.log(
+                logger.info(
                     f"search: {running} trials do not answer; wherever they run, they end when they see that it is over"
                 )
             if isinstance(error, KeyboardInterrupt):
-                self.log(f"search: interrupted; the same command goes on with study {self.study.name}")
+                logger.info(f"search: interrupted; the same command goes on with study {self.study.name}")
             raise
         self.views.write(self.study.summary(), final=True)
         self._remove_weights(self.keep)
@@ -126,7 +128,7 @@ class Search:
                 break
             else:
                 time.sleep(WAIT_S)  # another search runs the base model's trial
-        self.log(f"search: {end_reason}")
+        logger.info(f"search: {end_reason}")
 
     def _resume(self) -> None:
         trials_before = len(self.study.trials)
@@ -143,13 +145,13 @@ class Search:
             self.study.proposed.discard(Strategy().overrides)  # it failed, and a restart may have fixed the cause
         if trials_before or lost_count:
             note = f"; {lost_count - left_out} that were cut off will run again" if lost_count > left_out else ""
-            self.log(
+            logger.info(
                 f"search: going on with study {self.study.name}: {len(self.study.trials)} trials are finished{note}"
             )
         if (changed and self.study.trials) or left_out:
             outside = sum(not self.space.contains(trial.strategy) for trial in self.study.trials)
             note = f", and {left_out} that were cut off do not run again" if left_out else ""
-            self.log(
+            logger.info(
                 f"search: the space is another one now: {outside} of the finished trials lie outside it and keep their place "
                 f"on the front{note}"
             )
@@ -160,7 +162,7 @@ class Search:
         lost_count = self._recover_lost_trials()
         lost_count -= self._drop_outside_space()
         if lost_count:
-            self.log(f"search: another search has ended; {lost_count} of its trials will run again")
+            logger.info(f"search: another search has ended; {lost_count} of its trials will run again")
         for trial in [*new_trials, *self.study.refresh()]:
             self.forecaster.observe(trial)
             self.views.trial(trial, self.study)
@@ -240,7 +242,7 @@ class Search:
 
     def _announce(self, proposal: Proposal) -> None:
         of_total = f" of {self.budget.trials}" if self.budget.trials else ""
-        self.log(f"trial {proposal.number} ({self.study.run_trials + 1}{of_total}): {proposal.strategy}")
+        logger.info(f"trial {proposal.number} ({self.study.run_trials + 1}{of_total}): {proposal.strategy}")
         self._folders.prepare(proposal.number, self.study, self.study.fingerprint.get("model", {}).get("sha256"))
 
     def _finish(self, proposal: Proposal, outcome: dict[str, Any], seconds: float) -> bool:
@@ -250,7 +252,7 @@ class Search:
         retry = self.study.runs_again(trial)
         if retry:
             why = f"failed ({trial.reason}): {trial.message}" if trial.reason else self._describe_disturbance(trial)
-            self.log(f"trial {trial.number} {why}; it is tried once more")
+            logger.info(f"trial {trial.number} {why}; it is tried once more")
             self._retry(trial)
         if trial.reason is Reason.DISK_FULL:
             raise UserError(
@@ -271,7 +273,7 @@ class Search:
     def _record(self, trial: Trial) -> None:
         front = self.study.front
         if not self.study.record(trial):
-            self.log(f"trial {trial.number} came too late: another search has taken it for lost, and runs it again")
+            logger.info(f"trial {trial.number} came too late: another search has taken it for lost, and runs it again")
             return
         self.forecaster.observe(trial)
         self.views.trial(trial, self.study)

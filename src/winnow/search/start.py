@@ -6,14 +6,13 @@ import dataclasses
 import functools
 import logging
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from winnow.build.search_settings import SearchSettings, search_settings
-from winnow.core.cli import say
 from winnow.core.errors import UserError
 from winnow.core.files import write_json
 from winnow.model.lm import LM
@@ -26,6 +25,8 @@ from winnow.search.workers import Launch
 from winnow.study import storage
 from winnow.study.opening import open_study
 from winnow.study.study import Proposal, Study
+
+logger = logging.getLogger(__name__)
 
 MACHINE_FIELDS = ("cpu", "cores", "threads", "gpus")  # left out of the fingerprint where trials run on other machines
 
@@ -54,7 +55,7 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
     fork_server.start_server(settings.preloads)
     if settings.model_moved:
         command_line = command_line.with_model(settings.lm)
-    hardware, command_line = decoding.resolve_hardware(settings, here, command_line, say)
+    hardware, command_line = decoding.resolve_hardware(settings, here, command_line)
     machine = {k: v for k, v in hardware.fingerprint().items() if here or k not in MACHINE_FIELDS}
     study = _open_study(settings, fingerprint(settings, machine))
     _write_spec(settings)
@@ -72,20 +73,19 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         budget=settings.budget,
         folder=folder,
         shared=_shared_overrides(settings, command_line.shared),
-        views=Views(folder, say, _tracker(settings)),
-        log=say,
+        views=Views(folder, _tracker(settings)),
         first=settings.first,
         first_trials=settings.plain.first_trials,
         keep=settings.plain.keep,
         workers=workers,
         convergence=settings.convergence,
-        confirm=functools.partial(holdout.confirm, study, run_confirmation, workers, folder, say)
+        confirm=functools.partial(holdout.confirm, study, run_confirmation, workers, folder)
         if settings.plain.confirm
         else None,
     )
     signal.signal(signal.SIGTERM, _interrupt)  # Slurm stops a job this way
     names = ", ".join(o.name for o in settings.objectives)
-    say(f"search: {len(settings.space.methods)} methods, objectives {names}; study in {folder}")
+    logger.info(f"search: {len(settings.space.methods)} methods, objectives {names}; study in {folder}")
     try:
         run.run()
     finally:
@@ -165,13 +165,13 @@ def _write_spec(settings: SearchSettings) -> None:
     if not path.is_file():
         try:
             arguments = {"path": lm.path, "loading": dataclasses.asdict(lm.loading)}
-            result = child.call("winnow.search.start:model_spec", arguments, child.Limits(), say, folder / "log.txt")
+            result = child.call("winnow.search.start:model_spec", arguments, child.Limits(), folder / "log.txt")
         except child.Failed as failed:
             raise UserError(f"model.path={lm.path} cannot be read: {failed.message}") from None
         write_json(path, result)
 
 
-def model_spec(path: str, loading: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
+def model_spec(path: str, loading: dict[str, Any]) -> dict[str, Any]:
     """Runs in the child: returns the specification of the model at `path`."""
     from winnow.model.spec import spec
 
@@ -183,7 +183,7 @@ def _tracker(settings: SearchSettings) -> Any:
         return None
     from winnow.report.tracking import Tracker
 
-    return Tracker(folder=settings.folder, log=say, **settings.wandb)
+    return Tracker(folder=settings.folder, **settings.wandb)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

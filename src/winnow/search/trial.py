@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ def run(
     settings: JobSettings,
     overrides: Sequence[str],
     folder: Path,
-    log: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Runs a job: a trial, or the confirmation of one (`winnow.search.holdout`).
@@ -42,8 +41,7 @@ def run(
         child.Cancelled: the search is over or has cancelled this job; there is no outcome.
     """
     number = _trial_folder(settings, folder).name
-    say = (lambda line: None) if settings.is_confirmation else log  # the search itself reports a confirmation
-    job = Job(settings, number, folder, say, dict(environment or {}))
+    job = Job(settings, number, folder, dict(environment or {}))
     if job.cancelled():  # e.g. while it waited in a cluster's queue
         raise child.Cancelled(f"{folder} is no longer wanted")
     fork_server.start_server(settings.preloads)
@@ -65,7 +63,6 @@ def run_elsewhere(
     settings: JobSettings,
     overrides: Sequence[str],
     folder: Path,
-    log: Callable[[str], None],
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Runs a job on the machine that a launcher chose; the outcome is a failure if that machine does not see the study's folder."""
@@ -75,7 +72,7 @@ def run_elsewhere(
             f"outputs={settings.outputs}: {platform.node()}, where a job of this search runs, does not find the study's files in "
             f"{folder.parent}; give outputs=FOLDER on a disk that all machines share",
         )
-    return run(settings, overrides, folder, log, environment)
+    return run(settings, overrides, folder, environment)
 
 
 def _trial_folder(settings: JobSettings, folder: Path) -> Path:
@@ -107,14 +104,14 @@ def _run_confirmation(job: Job) -> Iterator[dict[str, Any]]:
     yield {"figures": job.step("confirm", "winnow.search.holdout:score", arguments)}
 
 
-def compress(composed: dict[str, Any], output: str, log: Callable[[str], None]) -> None:
+def compress(composed: dict[str, Any], output: str) -> None:
     """Runs in the child: does the work of `compress.py`."""
     from winnow import commands
     from winnow.build.job_settings import trial_compression
 
     settings = trial_compression(composed, output)
     _check_base_unchanged(settings.lm, Path(output).parent)
-    commands.compress(settings, log)
+    commands.compress(settings)
 
 
 def _check_base_unchanged(lm: LM, folder: Path) -> None:
@@ -128,15 +125,15 @@ def _check_base_unchanged(lm: LM, folder: Path) -> None:
         )
 
 
-def evaluate(composed: dict[str, Any], artifact: str, output: str, log: Callable[[str], None]) -> None:
+def evaluate(composed: dict[str, Any], artifact: str, output: str) -> None:
     """Runs in the child: does the work of `evaluate.py` on the artifact, with early stopping."""
     from winnow import commands
     from winnow.build.job_settings import trial_evaluation
     from winnow.search.early_stopping import EarlyStopping
 
     settings = trial_evaluation(composed, artifact, output)
-    early_stopping = EarlyStopping(settings, Path(output).parent, log)
-    commands.evaluate(settings.evaluation, log, early_stopping)
+    early_stopping = EarlyStopping(settings, Path(output).parent)
+    commands.evaluate(settings.evaluation, early_stopping)
 
 
 def _stage_records(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from winnow.core.types import Summary, Trial
 
 if TYPE_CHECKING:
     from winnow.study.study import Study
+
+logger = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 60.0
 
@@ -26,7 +28,6 @@ class Views:
     """
 
     folder: Path
-    log: Callable[[str], None]
     tracker: Any = None
     _reported_at: float = field(default_factory=time.monotonic)
     _front: tuple[int, ...] = ()
@@ -35,7 +36,7 @@ class Views:
         """Logs a finished trial; writes the views if the front has changed or the report is old."""
         from winnow.report.table import trial_line
 
-        self.log(trial_line(trial, study.objectives, study.front))
+        logger.info(trial_line(trial, study.objectives, study.front))
         if study.front != self._front or time.monotonic() - self._reported_at > REPORT_EVERY_S:
             self.write(study.summary(), final=False)
 

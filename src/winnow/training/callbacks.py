@@ -5,6 +5,7 @@ They act on optimizer steps, not on batches: `on_step(trainer, module)` is calle
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -20,6 +21,8 @@ from lightning.pytorch.callbacks import Callback
 from winnow.core.errors import UserError
 from winnow.hardware.run import Run
 from winnow.training.packed_rows import Documents
+
+logger = logging.getLogger(__name__)
 
 NOT_FINITE_HINT = (
     "lower the learning rate, or train with precision=32-true; "
@@ -101,7 +104,7 @@ class Progress(OptimizerStepCallback):
                 self._bar.set_postfix_str(f"loss {mean:.4f}, {rate:,.0f} tokens/s")
             else:
                 remaining = (self.steps - step) * (now - self.started) / max(1, step - self.first)
-                self.run.log(
+                logger.info(
                     f"step {step}/{self.steps}  loss {mean:.4f}  {rate:,.0f} tokens/s  {timedelta(seconds=round(remaining))} left"
                 )
             self._tokens, self._loss, self._shown, self._since = 0.0, 0.0, step, now
@@ -146,7 +149,7 @@ class EarlyStop(OptimizerStepCallback):
             self._validate(trainer, module)
             if self.patience and self.missed >= self.patience:
                 if trainer.is_global_zero:
-                    self.run.log(
+                    logger.info(
                         f"held-out loss has not fallen below {self.best:.4f} for {self.missed} looks: stopped at step "
                         f"{trainer.global_step}, step {self.best_step} is kept"
                     )

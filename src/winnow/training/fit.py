@@ -35,6 +35,8 @@ from winnow.training.packed_rows import Documents
 from winnow.training.student import Student
 from winnow.training.training_checkpoint import Checkpoints
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -120,7 +122,7 @@ def fit(
     dist_env.join(run, world)
     objective = objective or CrossEntropy()
     memory, plan, limits = _place_model(model, rows, objective, schedule, batching, run, world, precision)
-    with kernels.fused(model, dist_env.local_device(run), run.log), low_rank.fused_lora(model):
+    with kernels.fused(model, dist_env.local_device(run)), low_rank.fused_lora(model):
         student = student or Student(model)
         tokens = batch_size.choose_batch_tokens(
             student, objective, rows, run, world, memory, plan, precision=precision, **limits
@@ -162,7 +164,7 @@ def _run_training(
     """Runs `fit` for a model that is already on its device, with the batch size that fits there."""
     lightning.seed_everything(run.seed, verbose=False)
     if not student.packs:
-        run.log("documents are padded, not packed: this architecture cannot be told where they begin in a row")
+        logger.info("documents are padded, not packed: this architecture cannot be told where they begin in a row")
     pad = None if student.packs else int(getattr(model.config, "pad_token_id", None) or 0)
     data = Documents(rows, batching.per_device(world.size), run.seed, batching.held_out, pad)
     progress = Progress(run, schedule.steps, log_seconds)
@@ -179,7 +181,7 @@ def _run_training(
         "documents": f"{len(data.training)} ({data.digest()})",
         "weights": weights_digest(model),
     }
-    checkpoints = Checkpoints(run, run.folder / "checkpoints", checkpoint_minutes or math.inf, checkpoint_settings)
+    checkpoints = Checkpoints(run.folder / "checkpoints", checkpoint_minutes or math.inf, checkpoint_settings)
     callbacks.append(checkpoints)
     resume_path = checkpoints.resume_path()
     # hides Lightning's lines about devices and its tips
@@ -282,7 +284,7 @@ def _place_model(
             "optimizer=muon needs whole matrices, and the weights are spread over the devices; set optimizer=adamw"
         )
     if world.is_rank_zero:
-        run.log(f"training {plan}")
+        logger.info(f"training {plan}")
     if plan.checkpointing:
         enable_activation_checkpointing(model)
     if plan.sharded:

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _MISSING = object()
 
 
 @contextlib.contextmanager
-def fused(model: Any, device: str, log: Callable[[str], None]) -> Iterator[None]:
+def fused(model: Any, device: str) -> Iterator[None]:
     """Applies the kernels for the architecture of `model`, with or without a PEFT wrapper, until the context ends.
 
     It does nothing on devices other than CUDA, or without liger-kernel. Other models of the architecture may be used meanwhile
@@ -39,7 +42,7 @@ def fused(model: Any, device: str, log: Callable[[str], None]) -> Iterator[None]
             apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
         finally:
             replaced = _changed_attributes(before)
-        log("training with Liger's kernels")
+        logger.info("training with Liger's kernels")
         yield
     finally:
         _restore(replaced)

@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,8 @@ from winnow.core.errors import UserError
 from winnow.data.encoding import Encoded, collate, collate_padded, to_device
 from winnow.model.lm import LM
 from winnow.training.student import Student
+
+logger = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 320  # at most, in files
 BATCH_TOKENS = 4096  # tokens in a batch of the teacher
@@ -139,7 +142,6 @@ def load_or_compute_targets(
     cache: Path,
     vocabulary: int,
     load: Callable[[], Student],
-    log: Callable[[str], None],
 ) -> Targets:
     """Returns the targets of `rows` from `cache`, after computing them if they are missing.
 
@@ -158,11 +160,11 @@ def load_or_compute_targets(
     with _exclusive_lock(folder.with_suffix(".lock")):
         with contextlib.suppress(OSError, ValueError):
             targets = Targets(folder, rows, sampling.points, vocabulary)
-            log(f"targets: of {len(rows):,} documents, from {folder}")
+            logger.info(f"targets: of {len(rows):,} documents, from {folder}")
             return targets
         partial = folder.with_suffix(".partial")
         try:
-            _write(partial, load(), rows, sampling, vocabulary, log)
+            _write(partial, load(), rows, sampling, vocabulary)
         except OSError as error:
             if is_disk_full(error):
                 raise UserError(
@@ -182,14 +184,13 @@ def _write(
     rows: Sequence[Encoded],
     sampling: Sampling,
     vocabulary: int,
-    log: Callable[[str], None],
 ) -> None:
     """Writes the targets of all documents that the folder does not hold yet."""
     folder.mkdir(exist_ok=True)
     dtype = id_type(vocabulary)
     done, end = _resume(folder, rows, np.dtype(dtype).itemsize)
     if done:
-        log(f"targets: going on at document {done + 1:,} of {len(rows):,}")
+        logger.info(f"targets: going on at document {done + 1:,} of {len(rows):,}")
     started = last_log = time.monotonic()
     tokens = 0
     with contextlib.ExitStack() as stack:
@@ -214,7 +215,7 @@ def _write(
             now = time.monotonic()
             if now - last_log >= LOG_SECONDS or documents[-1] == len(rows) - 1:
                 seconds_left = (len(rows) - 1 - documents[-1]) * (now - started) / (documents[-1] + 1 - done)
-                log(
+                logger.info(
                     f"targets: {documents[-1] + 1:,} of {len(rows):,} documents  {tokens / (now - started):,.0f} tokens/s  "
                     f"{timedelta(seconds=round(seconds_left))} left"
                 )

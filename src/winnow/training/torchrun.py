@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ from winnow.core.process import end_with_parent
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
 from winnow.training.dist_env import DEVICE_HELD, TRAINING, HasSlot, under_torchrun
+
+logger = logging.getLogger(__name__)
 
 TRAIN = Path(__file__).resolve().parents[3] / "train.py"
 ELASTIC = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PET_", "TORCH_NCCL_ASYNC")  # prefixes
@@ -68,7 +71,7 @@ def run_under_torchrun(name: str, stage: HasSlot, lm: LM, run: Run) -> tuple[LM,
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.devices}"),
             *(str(TRAIN), *overrides(name, stage, start, lm, run, output)),
         ]
-        run.log(f"{name}: torchrun on {run.devices} devices")
+        logger.info(f"{name}: torchrun on {run.devices} devices")
         code, lines = _run_child(command, run, forwarder)
     if code:
         raise _failure(name, code, lines, forwarder.received)
@@ -183,7 +186,7 @@ def _run_child(command: list[str], run: Run, forwarder: _SignalForwarder) -> tup
             for line in child.stdout:
                 lines.append(line.rstrip("\n"))
                 if line.strip() and not line.startswith("artifact: "):  # the child's artifact is not the pipeline's
-                    run.log(line.rstrip("\n"))
+                    logger.info(line.rstrip("\n"))
             return child.wait(), list(lines)
         except BaseException:
             child.terminate()  # torchrun then ends its workers within 30 s

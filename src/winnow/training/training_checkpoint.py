@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -16,8 +17,9 @@ import lightning
 import torch
 
 from winnow.core.errors import UserError
-from winnow.hardware.run import Run
 from winnow.training.callbacks import OptimizerStepCallback, check_finite
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PREEMPTED = 128 + signal.SIGTERM  # the exit code of a training that a signal stopped after it saved a checkpoint
@@ -34,8 +36,8 @@ class Checkpoints(OptimizerStepCallback):
         settings: the settings of the training; a checkpoint with different settings is refused.
     """
 
-    def __init__(self, run: Run, folder: Path, minutes: float, settings: dict[str, Any]) -> None:
-        self.run, self.folder, self.minutes, self.settings = run, folder, minutes, settings
+    def __init__(self, folder: Path, minutes: float, settings: dict[str, Any]) -> None:
+        self.folder, self.minutes, self.settings = folder, minutes, settings
         self.stop_signal: int = 0  # the last signal received; 0: none
         self._previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._saved = 0.0
@@ -79,9 +81,9 @@ class Checkpoints(OptimizerStepCallback):
         if stop_signal:
             if trainer.is_global_zero:
                 name = signal.Signals(stop_signal).name
-                self.run.log(f"{name}: step {trainer.global_step} is saved; the same command goes on from it")
+                logger.info(f"{name}: step {trainer.global_step} is saved; the same command goes on from it")
                 if stop_signal == signal.SIGUSR1:
-                    _requeue(self.run)
+                    _requeue()
             raise SystemExit(PREEMPTED)
 
     def save(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -141,11 +143,11 @@ def _max_over_devices(trainer: lightning.Trainer, *flags: int) -> list[int]:
     return [int(x) for x in maxima]
 
 
-def _requeue(run: Run) -> None:
+def _requeue() -> None:
     """Requeues this Slurm job; does nothing outside Slurm."""
     job = os.environ.get("SLURM_JOB_ID")
     scontrol = shutil.which("scontrol")
     if job is None or scontrol is None:
         return
     process = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, check=False)
-    run.log(f"scontrol requeue {job}: {'done' if process.returncode == 0 else process.stderr.strip()}")
+    logger.info(f"scontrol requeue {job}: {'done' if process.returncode == 0 else process.stderr.strip()}")

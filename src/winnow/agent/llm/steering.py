@@ -7,6 +7,7 @@ python search.py agent=local_llm agent.llm.base_url=http://localhost:8000/v1
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ from winnow.agent.llm import providers
 from winnow.agent.llm.brief import as_text, brief
 from winnow.agent.llm.chat import STRUCTURED, Chat, Dead, Transcript
 from winnow.agent.llm.graph import Graph, Session
-from winnow.core.cli import say
 from winnow.core.errors import UserError
 from winnow.study.budget import Budget
 from winnow.study.history import History
 from winnow.study.policy import Forecaster, Policy, Suggestion
 from winnow.study.space import Space
+
+logger = logging.getLogger(__name__)
 
 DEAD_IN_A_ROW = 3  # proposals without an answer before the search stops asking the model
 
@@ -59,7 +61,6 @@ class LLM:
     budget: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    log: Callable[[str], None] = field(default=say, repr=False)
     chat: Chat = field(init=False, repr=False)
     _silent: str = field(default="", init=False, repr=False)  # why the search no longer asks the model
     _dead: int = field(default=0, init=False, repr=False)  # proposals in a row without an answer
@@ -114,7 +115,7 @@ class LLM:
         )
         self._graph = Graph(self.chat, self.proposals, self.max_repairs)
         if self._silent:
-            self.log(f"search: no language model steers ({self._silent}): agent.fallback does")
+            logger.info(f"search: no language model steers ({self._silent}): agent.fallback does")
 
     def ask(self, history: History, space: Space, forecaster: Forecaster) -> Suggestion:
         """Returns the model's proposal, or another suggestion in its place.
@@ -159,7 +160,7 @@ class LLM:
                     f"{self._model_name()} has not answered for {self._dead} proposals in a row; last: {message}"
                 )
             else:
-                self.log(f"search: {self._model_name()} does not answer ({message}); the optimizer proposes instead")
+                logger.info(f"search: {self._model_name()} does not answer ({message}); the optimizer proposes instead")
             return message
         self._dead = 0
         if session.idea is None:
@@ -198,7 +199,7 @@ class LLM:
         """Stops asking the model for the rest of the search."""
         self._silent = why
         other = "agent.fallback" if self.fallback is not None else "the optimizer"
-        self.log(f"search: the language model is not asked any more: {why}; {other} steers on")
+        logger.info(f"search: the language model is not asked any more: {why}; {other} steers on")
 
     def _model_name(self) -> str:
         return self.chat.name or "the model"
