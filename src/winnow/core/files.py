@@ -1,4 +1,4 @@
-"""Writes files and folders atomically."""
+"""Writes files and folders whole or not at all: beside their place, then renamed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,44 @@ def atomic_write(path: Path, resumable: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the path cannot be written, or a folder with files is there already.
     """
-    scratch = path.with_name(f".{path.stem}{'' if resumable else f'.{uuid.uuid4().hex[:8]}'}.partial{path.suffix}")
+    scratch = path.with_name(f".{path.stem}.partial{path.suffix}") if resumable else _scratch_path(path)
     try:
         yield scratch
         scratch.replace(path)
     finally:
         if not resumable:
             _delete(scratch)
+
+
+def write_first(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all, unless there is one already: of two processes at once the first one wins."""
+    scratch = _scratch_path(path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(scratch, path)  # never overwrites
+        except OSError:  # the file system has no links
+            scratch.replace(path)
+    finally:
+        _delete(scratch)
+
+
+def put_in_place(scratch: Path, path: Path, aside: Path) -> None:
+    """Renames a file or a folder to `path`.
+
+    A folder cannot be replaced in one step: what is at `path` is moved `aside` before and deleted after. A process that is killed
+    between the two renames leaves it there.
+    """
+    if path.exists() and (path.is_dir() or scratch.is_dir()):
+        _delete(aside)
+        path.rename(aside)
+    scratch.replace(path)
+    _delete(aside)
+
+
+def _scratch_path(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
 
 
 def _delete(path: Path) -> None:
@@ -65,11 +96,7 @@ def atomic_folder(output: Path, option: str = "output", elsewhere: str = "output
         scratch.mkdir(parents=True)
         yield scratch
         _sync(scratch)
-        replaced = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.old"
-        if output.exists():
-            output.rename(replaced)
-        scratch.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(scratch, output, aside=output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.old")
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         remove_empty(output.parent, until=existing)
