@@ -18,10 +18,11 @@ import torch
 
 from winnow.core.cache import Cache
 from winnow.data.encoding import Encoded, collate, to_device
+from winnow.estimate.training_memory import TrainingMemory
 from winnow.hardware.run import Run
 from winnow.training.dist_env import DistEnv, broadcast_from_rank_zero, local_device
 from winnow.training.objective import Objective
-from winnow.training.preflight import TrainingMemory, TrainingMemoryPlan
+from winnow.training.preflight import TrainingMemoryPlan
 from winnow.training.student import Student
 
 FOLDER = "batch_sizes"
@@ -49,9 +50,8 @@ def choose_batch_tokens(
         device = local_device(run)
         fits = _fits_by_estimate(plan)
         if run.device == "cuda" and not plan.sharded:
-            states_bytes = 8 * memory.trainable_parameters  # the optimizer's moments
             step = _loss_of_tokens(student, objective, rows, precision, device)
-            fits = fits_on_cuda(step, list(student.trainable.values()), device, plan.usable_bytes, states_bytes)
+            fits = fits_on_cuda(step, list(student.trainable.values()), device, plan.usable_bytes, memory.moments_bytes)
         key = {
             "model": hashlib.sha256(student.base.config.to_json_string().encode()).hexdigest()[:12],
             "trained": memory.trainable_parameters,
@@ -149,14 +149,14 @@ def hardware_name(device: str) -> str:
 
 
 def fits_on_cuda(
-    step: Callable[[int], Any], parameters: list[Any], device: str, usable: int, states_bytes: int
+    step: Callable[[int], Any], parameters: list[Any], device: str, usable: int, moments_bytes: int
 ) -> Callable[[int], bool]:
     """Returns a test of whether a forward and backward pass with a number of tokens fits on a CUDA device.
 
     Args:
         step: returns the loss of a batch of about the given number of tokens.
         parameters: the trainable parameters, whose gradients are discarded.
-        states_bytes: the optimizer's moments, which a training stores as well.
+        moments_bytes: the optimizer's moments, which a training stores as well.
     """
 
     def fits(tokens: int) -> bool:
@@ -164,7 +164,7 @@ def fits_on_cuda(
         torch.cuda.reset_peak_memory_stats(device)
         try:
             step(tokens).backward()
-            return torch.cuda.max_memory_allocated(device) + states_bytes <= usable
+            return torch.cuda.max_memory_allocated(device) + moments_bytes <= usable
         except torch.cuda.OutOfMemoryError:
             return False
         finally:
