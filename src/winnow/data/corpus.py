@@ -73,7 +73,7 @@ def check_source(calibration: Calibration) -> None:
 
 def content(calibration: Calibration) -> str | None:
     """Returns a hash of the source's local files, since their data may change; None for a source without local files."""
-    from winnow.core.files import sha256_of_files
+    from winnow.core.hashes import sha256_of_files
     from winnow.data.task_spec import Spec
 
     source = calibration.source
