@@ -28,7 +28,7 @@ WEIGHTS = (".safetensors", ".gguf")
 
 
 def knobs(tree: Path, method: str) -> list[str]:
-    settings = (tree / "conf" / "method" / f"{method}.yaml").read_text(encoding="utf-8")
+    settings = called(tree, "compress.py", f"method=[{method}]", "--cfg", "job", "--package", f"method.{method}")
     return [f"method.{method}.{name}={value}" for name, value in SHORT.items() if f"\n{name}:" in settings]
 
 

@@ -97,6 +97,16 @@ def test_the_reference_is_computed_once_and_by_what_it_depends_on(
     assert np.allclose(again.log_probabilities, first.log_probabilities)
 
 
+@pytest.mark.parametrize("kept", [0, 100, -200])
+def test_a_damaged_reference_is_computed_anew(tiny: Path, run: Run, kept: int) -> None:
+    first = divergence.reference(pretrained(str(tiny)), None, run, "cpu")
+    (entry,) = (run.folder / "cache" / divergence.FOLDER).iterdir()
+    entry.write_bytes(entry.read_bytes()[:kept])
+    again = divergence.reference(pretrained(str(tiny)), None, run, "cpu")
+    assert again.rows == first.rows and np.array_equal(again.tokens, first.tokens)
+    assert list(entry.parent.iterdir()) == [entry] and divergence._load(entry).rows == first.rows
+
+
 def test_hopeless_distributions_are_far_away_and_finite() -> None:
     p = np.log(np.array([[0.9, 0.05], [0.5, 0.5]]))
     q = np.array([[-200.0, -0.01], [-np.inf, 0.0]])

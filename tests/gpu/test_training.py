@@ -19,7 +19,7 @@ from winnow.method.lora import Lora
 from winnow.model.packed_attention import attention, document_attention
 from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
-from winnow.training.batch_size import NAME
+from winnow.training.batch_size import FOLDER
 
 DEVICE = "cuda"
 LENGTHS = (5, 64, 1, 130, 33)
@@ -80,7 +80,8 @@ def test_lora_wins_back_what_pruning_lost(run_there: Run) -> None:
     before, after = lost_and_regained(Lora(steps=60, held_out=64, tokens_per_batch=4096), run_there)
     assert after < 0.7 * before
     # what was found is remembered, and lies within the device
-    (entry,) = json.loads((run_there.folder / NAME).read_text()).values()
+    (file,) = (run_there.folder / FOLDER).iterdir()
+    entry = json.loads(file.read_text())
     assert entry["tokens"] >= entry["longest"] and entry["hardware"] == torch.cuda.get_device_name()
 
 

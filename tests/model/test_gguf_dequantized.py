@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from winnow.core.cli import CONF
 from winnow.core.errors import MissingExtra, UserError
-from winnow.core.files import sha256
+from winnow.core.hashes import sha256
 from winnow.model import packaged
 from winnow.model.gguf import dequantized
 from winnow.model.load import load_model

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from winnow.core import files
+from winnow.core import hashes
+from winnow.core.cache import cache_root
 from winnow.model import folder, manifest
 from winnow.model.pretrained import pretrained
 
@@ -74,7 +75,7 @@ def test_what_loading_does_not_read_counts_nothing(model: Path, tmp_path: Path) 
 def test_a_large_file_is_read_once_for_each_of_its_versions(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "SMALL_BYTES", 1)
+    monkeypatch.setattr(hashes, "SMALL_BYTES", 1)
     weights = model / "model.safetensors"
     read: list[str] = []
     whole = hashlib.file_digest
@@ -84,7 +85,7 @@ def test_a_large_file_is_read_once_for_each_of_its_versions(
         """How often it was read for two questions; the answer is right."""
         read.clear()
         for _ in range(2):
-            assert files.sha256(weights) == hashlib.sha256(weights.read_bytes()).hexdigest()
+            assert hashes.sha256(weights) == hashlib.sha256(weights.read_bytes()).hexdigest()
         return len(read)
 
     os.utime(weights)
@@ -107,7 +108,7 @@ def test_a_large_file_is_read_once_for_each_of_its_versions(
 def test_a_cache_that_cannot_be_written_costs_time_only(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "SMALL_BYTES", 1)
+    monkeypatch.setattr(hashes, "SMALL_BYTES", 1)
     cache.write_text("a file")
     assert manifest.content_hash(model) == manifest.content_hash(model)
 
@@ -115,9 +116,9 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
 def test_the_users_cache_is_where_others_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WINNOW_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert files.cache_root() == Path("/somewhere/winnow")
+    assert cache_root() == Path("/somewhere/winnow")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert files.cache_root() == Path.home() / ".cache" / "winnow"
+    assert cache_root() == Path.home() / ".cache" / "winnow"
 
 
 @pytest.fixture

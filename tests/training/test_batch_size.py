@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from winnow.training.batch_size import NAME, cached_batch_tokens, double_until_full
+from winnow.training.batch_size import FOLDER, cached_batch_tokens, double_until_full
 
 
 class Device:
@@ -49,7 +49,7 @@ def test_it_is_found_once_for_a_model_a_length_and_a_device(tmp_path: Path) -> N
     assert again.tried == []
     assert cached_batch_tokens(tmp_path, {**key, "longest": 256}, again, 256, 8192) == 2048
     assert again.tried == [512, 1024, 2048, 4096]
-    assert [p.name for p in tmp_path.iterdir()] == [NAME]
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2
 
 
 def test_a_larger_share_is_tried_from_where_it_was_left(tmp_path: Path) -> None:
@@ -61,14 +61,17 @@ def test_a_larger_share_is_tried_from_where_it_was_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damaged", ["", "{", "[1]"])
 def test_a_damaged_memory_is_found_anew(tmp_path: Path, damaged: str) -> None:
-    (tmp_path / NAME).write_text(damaged)
+    assert cached_batch_tokens(tmp_path, {}, Device(6000), 512, 8192) == 4096
+    (entry,) = (tmp_path / FOLDER).iterdir()
+    entry.write_text(damaged)
     assert cached_batch_tokens(tmp_path, {}, Device(3000), 512, 8192) == 2048
-    assert next(iter(json.loads((tmp_path / NAME).read_text()).values()))["tokens"] == 2048
+    assert json.loads(entry.read_text())["tokens"] == 2048
 
 
 def test_the_memory_is_replaced_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached_batch_tokens(tmp_path, {"model": "a"}, Device(3000), 512, 8192)
-    before = (tmp_path / NAME).read_bytes()
+    cached_batch_tokens(tmp_path, {"model": "a"}, Device(3000), 512, 2048)
+    (entry,) = (tmp_path / FOLDER).iterdir()
+    before = entry.read_bytes()
 
     def cut(source: object, target: object) -> None:
         raise OSError
@@ -76,5 +79,5 @@ def test_the_memory_is_replaced_in_one_piece(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "replace", cut)
     monkeypatch.setattr(Path, "replace", cut)
     with pytest.raises(OSError):
-        cached_batch_tokens(tmp_path, {"model": "b"}, Device(3000), 512, 8192)
-    assert (tmp_path / NAME).read_bytes() == before
+        cached_batch_tokens(tmp_path, {"model": "a"}, Device(9000), 512, 8192)
+    assert entry.read_bytes() == before and list((tmp_path / FOLDER).iterdir()) == [entry]

@@ -17,14 +17,18 @@ from winnow.core.errors import UserError
 from winnow.core.types import Calibration
 from winnow.data.corpus import documents
 from winnow.data.encoding import Encoded, encode
+from winnow.estimate.cost import StageCost
+from winnow.estimate.layout import layout_of
+from winnow.estimate.training_memory import TrainingMemory
 from winnow.hardware.compute import fastest_dtype, training_precision
 from winnow.hardware.run import Run
 from winnow.model.pretrained import pretrained
+from winnow.nano.embedded import trained
 from winnow.training import fit as fitting
 from winnow.training.dist_env import DistEnv
 from winnow.training.fit import Batching, fit
 from winnow.training.module import Recovery, Schedule
-from winnow.training.preflight import TrainingMemory, TrainingMemoryPlan, plan_training, training_memory
+from winnow.training.preflight import TrainingMemoryPlan, plan_training, training_memory
 
 GB = 10**9
 ASKED: dict[str, Any] = {"tokens_per_device": 0, "share": 8192, "longest": 512, "total_tokens": 1e6}
@@ -105,6 +109,16 @@ def test_quantized_weights_are_not_sharded() -> None:
     quantized = llama_8b(0.005, bytes_each=0.56)
     assert "set hardware.parallel=ddp" in refused(quantized, 45, DistEnv(2, 0, 2, 0), "fsdp")
     assert not flown(quantized, 45, DistEnv(2, 0, 2, 0)).sharded
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_the_forecast_of_a_stage_and_the_check_before_its_training_agree(mixed: bool) -> None:
+    lm = trained(dtype="float32")
+    checked = training_memory(lm.model, Run(Path()), mixed).needed_bytes(4096)
+    plan = layout_of(lm)
+    parameters = sum(t.numel for t in plan.tensors.values())
+    cost = StageCost.trained(plan, Calibration(), 1, 4096, parameters, 0, mixed, adapters=False)
+    assert cost.moved_bytes + cost.device_bytes + cost.fragmentation_bytes == pytest.approx(checked, rel=1e-3)
 
 
 def rows_of(tokenizer: Any) -> list[Encoded]:

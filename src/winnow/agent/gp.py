@@ -17,6 +17,7 @@ import numpy as np
 
 from winnow.agent.improvement import expected_improvement, nondominated, undominated_boxes
 from winnow.agent.surrogate import Features, GaussianProcess, Settings, features, fit_settings
+from winnow.core.cache import BatchCache
 from winnow.core.types import Objective, Strategy, Trial
 from winnow.study.history import History
 from winnow.study.objectives import KL
@@ -50,8 +51,8 @@ class GP:
     cost_exponent: float = 1.0
     _stock: list[Strategy] = field(default_factory=list, init=False, repr=False)
     _settings: dict[str, tuple[int, Settings]] = field(default_factory=dict, init=False, repr=False)
-    _feature_cache: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = field(
-        default_factory=dict, init=False, repr=False
+    _feature_cache: BatchCache[tuple[str, ...], Strategy, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=lambda: BatchCache(lambda s: s.overrides, MOST_CACHED), init=False, repr=False
     )
     _latest: _Posterior | None = field(default=None, init=False, repr=False)
 
@@ -133,14 +134,12 @@ class GP:
 
     def _features(self, space: Space, candidates: Sequence[Strategy]) -> Features:
         """Returns the features of the candidates; most of the stock's are cached."""
-        if len(self._feature_cache) > MOST_CACHED:
-            self._feature_cache.clear()
-        new = [s for s in candidates if s.overrides not in self._feature_cache]
-        if new:
-            computed = features(space, new)
-            rows = zip(computed.methods, computed.knobs, strict=True)
-            self._feature_cache.update(zip((s.overrides for s in new), rows, strict=True))
-        methods, knobs = zip(*(self._feature_cache[s.overrides] for s in candidates), strict=True)
+
+        def compute(missing: list[Strategy]) -> list[tuple[np.ndarray, np.ndarray]]:
+            computed = features(space, missing)
+            return list(zip(computed.methods, computed.knobs, strict=True))
+
+        methods, knobs = zip(*self._feature_cache.values(candidates, compute), strict=True)
         return Features(np.array(methods), np.array(knobs))
 
     def _process(self, name: str, x: Features, y: np.ndarray, noise: np.ndarray) -> GaussianProcess:

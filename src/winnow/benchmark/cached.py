@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from winnow.benchmark import figures, samples
 from winnow.benchmark.harness import ROUNDS_FILE, Harness
+from winnow.core.cache import Cache
 from winnow.core.types import Figures
 from winnow.data.tasks import quiet
 from winnow.hardware.run import Run
@@ -50,31 +51,35 @@ class CachedBenchmark:
         served: Served | None = None,
     ) -> Figures:
         """Scores `lm` as the benchmark does, or returns the cached figures; `watch` is not called for cached outcomes."""
-        from winnow.benchmark.score import digest
-
         with quiet():
             questions, _ = self.benchmark.load_items()
         items = {name: [q.doc_hash for q in group] for name, group in questions.items()}
         settings = {k: v for k, v in dataclasses.asdict(self.benchmark).items() if k not in _ITEM_FIELDS}
-        entry = self.cache / FOLDER / digest(dict(self.cache_key), settings, items)[:32]
-        if not (entry / samples.FILE).is_file():
-            measured = self.benchmark(lm, run, watch, served)
-            self._store(run.folder, entry)
-            return measured
-        for name in (samples.FILE, ROUNDS_FILE):
-            shutil.copyfile(entry / name, run.folder / name)
-        outcomes = samples.read(entry)
-        logger.info(f"{self.benchmark.name}: the outcomes of {len(outcomes):,} items are known from an earlier study")
-        specs = self.benchmark.specs
-        return figures.figures([(spec, [s for s in outcomes if s.benchmark == spec.name]) for spec in specs])
+        cache = Cache(self.cache / FOLDER)
+        entry = cache.entry([dict(self.cache_key), settings, items])
 
-    def _store(self, folder: Path, entry: Path) -> None:
-        partial = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.partial")
-        try:
-            partial.mkdir(parents=True)
-            for name in (samples.FILE, ROUNDS_FILE):
-                shutil.copyfile(folder / name, partial / name)
-            partial.rename(entry)
-        except OSError:
-            # another process stored the entry first, or the disk is full; the run's folder has the outcomes in any case
-            shutil.rmtree(partial, ignore_errors=True)
+        with cache.reading(entry, _load) as outcomes:
+            if outcomes is not None:
+                _copy(entry, run.folder)
+                logger.info(
+                    f"{self.benchmark.name}: the outcomes of {len(outcomes):,} items are known from an earlier study"
+                )
+                specs = self.benchmark.specs
+                return figures.figures([(spec, [s for s in outcomes if s.benchmark == spec.name]) for spec in specs])
+        measured = self.benchmark(lm, run, watch, served)
+        # the run's folder has the outcomes even if another process stored the entry first, or the disk is full
+        with contextlib.suppress(OSError), cache.writing(entry) as scratch:
+            scratch.mkdir()
+            _copy(run.folder, scratch)
+        return measured
+
+
+def _load(folder: Path) -> list[samples.Sample]:
+    if not (folder / ROUNDS_FILE).is_file():
+        raise ValueError(f"{folder} is incomplete")
+    return samples.read(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    for name in (samples.FILE, ROUNDS_FILE):
+        shutil.copyfile(source / name, target / name)

@@ -10,14 +10,15 @@ figure is at most the full divergence (the data processing inequality), and in p
 
 from __future__ import annotations
 
-import hashlib
-import json
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from winnow.core.files import atomic_write
+from winnow.core.cache import Cache
 from winnow.core.types import Figures
 from winnow.hardware.run import Run
 from winnow.model.lm import LM
@@ -63,16 +64,14 @@ def reference(base: LM, served: Served | None, run: Run, device: str) -> Referen
 
     loading = [base.loading.dtype, base.loading.attention, device]
     key = [base.sha256(), run.seed, asdict(run.calibration), content(run.calibration), TOKENS, TOP, loading]
-    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    path = (run.cache or run.folder) / FOLDER / f"{name}.npz"
-    if path.is_file():
-        with np.load(path) as arrays:
-            ends = np.cumsum(arrays["lengths"])[:-1]
-            rows = tuple(tuple(map(int, row)) for row in np.split(arrays["ids"], ends))
-            return Reference(rows, arrays["tokens"], arrays["log_probabilities"].astype(np.float32))
+    folder = (run.cache or run.folder) / FOLDER
+    cache = Cache(folder, suffix=".npz", damage=(zipfile.BadZipFile, zlib.error))
+    entry = cache.entry(key)
+    cached = cache.read(entry, _load)
+    if cached is not None:
+        return cached
     predictions = _compute_reference(base, served, run, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as scratch:
+    with cache.writing(entry) as scratch:
         np.savez_compressed(
             scratch,
             ids=np.concatenate([np.array(row, np.int32) for row in predictions.rows]),
@@ -81,6 +80,13 @@ def reference(base: LM, served: Served | None, run: Run, device: str) -> Referen
             log_probabilities=predictions.log_probabilities.astype(np.float32),
         )
     return predictions
+
+
+def _load(path: Path) -> Reference:
+    with np.load(path) as arrays:
+        ends = np.cumsum(arrays["lengths"])[:-1]
+        rows = tuple(tuple(map(int, row)) for row in np.split(arrays["ids"], ends))
+        return Reference(rows, arrays["tokens"], arrays["log_probabilities"].astype(np.float32))
 
 
 def _compute_reference(base: LM, served: Served | None, run: Run, device: str) -> Reference:

@@ -22,7 +22,7 @@ from winnow.benchmark import figures, samples
 from winnow.benchmark.adapters import scorer
 from winnow.benchmark.order import Order, read_order
 from winnow.core.errors import UserError
-from winnow.core.files import sha256_of_files
+from winnow.core.hashes import sha256_of_files
 from winnow.core.types import Figures
 from winnow.data.task_spec import Spec
 from winnow.data.tasks import quiet

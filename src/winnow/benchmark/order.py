@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from winnow.core.errors import UserError
+from winnow.core.files import atomic_write
 
 FILE = "order.parquet"
 Item = tuple[str, str]  # name of the benchmark, and hash of the item
@@ -55,7 +56,8 @@ class Order:
             "chance": list(self.chances.values()),
         }
         table = pa.table(columns).replace_schema_metadata({"seed": str(self.seed)})
-        pq.write_table(table, path, compression="zstd")
+        with atomic_write(path) as scratch:
+            pq.write_table(table, scratch, compression="zstd")
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,88 +1,84 @@
-"""Writes files and folders atomically, and hashes files."""
+"""Writes files and folders whole or not at all: beside their place, then renamed."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from winnow.core.errors import UserError, is_disk_full
 
-SMALL_BYTES = 16 * 2**20  # files below this size are hashed anew on every call
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
-_SETTLED_S = 2.0  # longer than the clock resolution of any file system
-
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a scratch path next to `path`, with the same suffix, which replaces `path` when the block ends.
+def atomic_write(path: Path, resumable: bool = False) -> Iterator[Path]:
+    """Yields a scratch path next to `path`, with the same suffix; the file or folder there becomes `path` when the block ends.
 
-    A reader finds either the old file or the complete new one. If the block fails, the scratch file is deleted.
+    A reader finds either the old file or the complete new one. If the block fails, what is at the scratch path is deleted.
+
+    Args:
+        resumable: whether it stays instead, for the next block that writes `path`; the caller excludes other processes.
+
+    Raises:
+        OSError: the path cannot be written, or a folder with files is there already.
     """
-    scratch = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    scratch = path.with_name(f".{path.stem}.partial{path.suffix}") if resumable else _scratch_path(path)
     try:
         yield scratch
         scratch.replace(path)
     finally:
+        if not resumable:
+            _delete(scratch)
+
+
+def write_first(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all, unless there is one already: of two processes at once the first one wins."""
+    scratch = _scratch_path(path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(scratch, path)  # never overwrites
+        except OSError:  # the file system has no links
+            scratch.replace(path)
+    finally:
+        _delete(scratch)
+
+
+def put_in_place(scratch: Path, path: Path, aside: Path) -> None:
+    """Renames a file or a folder to `path`.
+
+    A folder cannot be replaced in one step: what is at `path` is moved `aside` before and deleted after. A process that is killed
+    between the two renames leaves it there.
+    """
+    if path.exists() and (path.is_dir() or scratch.is_dir()):
+        _delete(aside)
+        path.rename(aside)
+    scratch.replace(path)
+    _delete(aside)
+
+
+def _scratch_path(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+
+
+def _delete(path: Path) -> None:
+    """Deletes a file or a folder; what is not there or cannot be deleted is left."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any, indent: int = 2, default: Callable[[Any], Any] | None = None) -> None:
     """Writes a JSON file atomically; `default` converts values that JSON lacks (without it: TypeError)."""
     with atomic_write(path) as scratch:
         scratch.write_text(json.dumps(content, indent=indent, default=default) + "\n", encoding="utf-8")
-
-
-def cache_root() -> Path:
-    """Returns the folder of the cache that all commands of a user share."""
-    configured = os.environ.get("WINNOW_CACHE")
-    if configured:
-        return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "winnow"
-
-
-def sha256_of_files(paths: Iterable[Path]) -> str:
-    """Returns one SHA-256 for several files, by name and content, independent of their order."""
-    return hashlib.sha256(json.dumps(sorted((path.name, sha256(path)) for path in paths)).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's content; the hash of a large file is cached, for all processes.
-
-    The cache key is made of name, inode, size, modification time and a few samples of the content, because copies of another
-    model may have the same size and time. A file that was modified within the last clock tick may change again: its hash is not
-    cached.
-    """
-    stat = path.stat()
-    if stat.st_size < SMALL_BYTES:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    version = hashlib.sha256(f"{path.name}\n{stat.st_ino}\n{stat.st_size}\n{stat.st_mtime_ns}\n".encode())
-    with path.open("rb") as file:
-        for sample in range(_SAMPLES):
-            file.seek(stat.st_size * sample // _SAMPLES)
-            version.update(file.read(_SAMPLE_BYTES))
-        cache_file = cache_root() / "hashes" / version.hexdigest()[:32]
-        with contextlib.suppress(OSError, ValueError):
-            cached = cache_file.read_text(encoding="utf-8").strip()
-            if re.fullmatch("[0-9a-f]{64}", cached):
-                return cached
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if time.time() - stat.st_mtime > _SETTLED_S and path.stat().st_mtime_ns == stat.st_mtime_ns:
-        with contextlib.suppress(OSError):  # the file is then read again next time
-            cache_file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cache_file) as scratch:
-                scratch.write_text(f"{digest}\n", encoding="utf-8")
-    return digest
 
 
 @contextlib.contextmanager
@@ -100,11 +96,7 @@ def atomic_folder(output: Path, option: str = "output", elsewhere: str = "output
         scratch.mkdir(parents=True)
         yield scratch
         _sync(scratch)
-        replaced = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.old"
-        if output.exists():
-            output.rename(replaced)
-        scratch.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(scratch, output, aside=output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.old")
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         remove_empty(output.parent, until=existing)

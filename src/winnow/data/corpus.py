@@ -73,7 +73,7 @@ def check_source(calibration: Calibration) -> None:
 
 def content(calibration: Calibration) -> str | None:
     """Returns a hash of the source's local files, since their data may change; None for a source without local files."""
-    from winnow.core.files import sha256_of_files
+    from winnow.core.hashes import sha256_of_files
     from winnow.data.task_spec import Spec
 
     source = calibration.source
@@ -226,13 +226,13 @@ def _split_text(text: str, size: int) -> Iterator[str]:
 @functools.cache
 def _benchmarks() -> Mapping[str, Mapping[str, Any]]:
     """Returns the tasks of each benchmark that has tasks of its own, by the name of its option."""
-    from omegaconf import OmegaConf
+    import yaml
 
     from winnow.core.cli import CONF
 
     benchmarks = {}
     for path in sorted((CONF / "benchmark").glob("*.yaml")):
-        tasks = OmegaConf.to_container(OmegaConf.load(path)).get("tasks")  # type: ignore[union-attr]
+        tasks = yaml.safe_load(path.read_text(encoding="utf-8")).get("tasks")
         if tasks and path.stem != "nano":
             benchmarks[path.stem] = tasks
     return benchmarks

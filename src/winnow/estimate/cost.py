@@ -18,18 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from winnow.core.types import Calibration
+from winnow.estimate.training_memory import TrainingMemory
 
 if TYPE_CHECKING:
     from winnow.estimate.layout import ModelLayout, TensorLayout
-    from winnow.model.spec import ModelSpec
 
 BATCH_TOKENS = 4096  # maximum of a calibration batch whose tokens have not been counted
-# Measured. glibc keeps freed blocks below 32 MB. What a forward pass frees between the tensors that it saves for the backward pass
-# becomes holes: this share of the tensors saved in smaller blocks, by bytes of an activation element.
-_FRAGMENTATION = {2: 0.85, 4: 1.2}
-_ADAPTER_FRAGMENTATION = {2: 0.85, 4: 0.6}  # an adapter update frees less (`winnow.training.low_rank`)
-_HEAP_BLOCK = 32 * 2**20
-LOGITS_BYTES = 128 * 2**20  # of the chunk of single-precision logits that the losses compute at a time
 _TEXT_BYTES = 200  # measured, for each token of tokenised documents in lists
 
 
@@ -225,66 +219,40 @@ class StageCost:
     ) -> StageCost:
         """Returns the cost of `steps` optimizer steps of `batch_tokens` tokens, with the whole model in single precision.
 
-        The model is on the device. The memory includes what the backward pass of `device_tokens` tokens (0: all tokens of a step)
-        saves, see `activation_bytes`. A trained parameter has a gradient and two moments.
+        The model is on the device. The memory is that of `TrainingMemory` with `device_tokens` tokens (0: all tokens of a step).
 
         Args:
             mixed: products are in 16 bits, from copies of the linear weights that are kept for the gradients of inputs.
             frozen: the model stays as stored; quantized weights are unpacked a matrix at a time.
             masked: the low-rank updates of pruned matrices are materialised in full.
         """
-        spec = plan.spec
         parameters = sum(t.numel for t in plan.tensors.values())
-        copies = 2 * (plan.linear_parameters + spec.vocab_size * spec.hidden_size) if mixed and not frozen else 0
         counted = count_tokens(calibration)
-        layers, logits = activation_bytes(spec, min(device_tokens or batch_tokens, batch_tokens), mixed, adapters)
-        saved_bytes = copies + layers + logits
-        heap_bytes = saved_bytes - (logits if logits > _HEAP_BLOCK else 0)
+        memory = TrainingMemory(
+            plan.spec,
+            weights_bytes=max(plan.memory_bytes, plan.served_bytes) if frozen else 4 * parameters,
+            cast_parameters=plan.linear_parameters + plan.spec.vocab_size * plan.spec.hidden_size
+            if mixed and not frozen
+            else 0,
+            trainable_parameters=trained_parameters,
+            mixed=mixed,
+            adapters=adapters,
+        )
+        tokens = min(device_tokens or batch_tokens, batch_tokens)
+        own_weights = 4 * trained_parameters if frozen else 0  # of adapters, which the weights as stored do not include
         masks = 4 * plan.linear_parameters if masked else 0
-        weights_bytes = max(plan.memory_bytes, plan.served_bytes) if frozen else 4 * parameters
         # forward, gradients of inputs, and gradients of the trained weights
         flops = 2 * batch_tokens * (2 * parameters + trained_parameters)
-        extra_host_bytes = weights_bytes - plan.memory_bytes
         unpacked = 4 * _largest(plan.linears) if frozen else 0  # in 16 bits, for a product and its gradient
         return StageCost(
             flops=steps * flops,
             traffic_bytes=16 * parameters,
-            host_bytes=extra_host_bytes + _TEXT_BYTES * documents * _mean_length(counted),
-            device_bytes=(16 if frozen else 12) * trained_parameters + masks + saved_bytes + unpacked,
-            fragmentation_bytes=heap_fragmentation_bytes(heap_bytes, mixed, adapters),
-            moved_bytes=weights_bytes,
+            host_bytes=memory.weights_bytes - plan.memory_bytes + _TEXT_BYTES * documents * _mean_length(counted),
+            device_bytes=own_weights + memory.states_bytes + masks + memory.saved_bytes(tokens) + unpacked,
+            fragmentation_bytes=memory.fragmentation_bytes(tokens),
+            moved_bytes=memory.weights_bytes,
             matmuls=min(steps, 2 * counted.shapes) * 3 * (_distinct_shapes(plan) * (3 if adapters else 1) + 1),
         )
-
-
-def heap_fragmentation_bytes(saved_bytes: float, mixed: bool, adapters: bool) -> float:
-    """Returns the bytes that malloc cannot use between the tensors saved for the backward pass."""
-    return (_ADAPTER_FRAGMENTATION if adapters else _FRAGMENTATION)[2 if mixed else 4] * saved_bytes
-
-
-def activation_bytes(
-    spec: ModelSpec, tokens: int, mixed: bool, adapters: bool, checkpointing: bool = False
-) -> tuple[float, float]:
-    """Returns the bytes that the backward pass of `tokens` tokens needs: those of the layers, and those of the loss.
-
-    Each layer saves the inputs of both norms in single precision, the inputs of the linear layers (and once more those of
-    adapters), queries, keys, values and the attention output, gate, up, their activation and product. With `checkpointing`, one
-    layer at a time saves all of that, and every layer its input. The loss computes the logits of one chunk of positions at a time,
-    three times over in single precision from the product to their gradient (`winnow.training.losses`), and saves a gradient as
-    large as the hidden states.
-    """
-    element_bytes = 2 if mixed else 4
-    attention = spec.heads * spec.head_dim
-    # Casting copies the norm's output for each linear layer; otherwise the layers share it.
-    norm_outputs = 5 if mixed and adapters else 2
-    layer_bytes = (
-        (8 + element_bytes * norm_outputs) * spec.hidden_size
-        + 5 * element_bytes * attention
-        + 4 * element_bytes * spec.intermediate_size
-    )
-    saved_per_token = layer_bytes + spec.layers * 4 * spec.hidden_size if checkpointing else spec.layers * layer_bytes
-    logits = min(4 * tokens * spec.vocab_size, max(LOGITS_BYTES, 4 * spec.vocab_size)) * (14 if mixed else 12) / 4
-    return tokens * saved_per_token, logits + tokens * 3 * 4 * spec.hidden_size
 
 
 def _bytes(tensors: list[TensorLayout]) -> int:

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from winnow.core.files import atomic_write
+from winnow.core.cache import Cache
 from winnow.hardware.run import Run
 
 if TYPE_CHECKING:
@@ -44,45 +41,27 @@ def cached_statistics(
     from safetensors.torch import load_file, save_file
 
     folder = (run.cache or run.folder.parent) / FOLDER
-    path = folder / f"{kind}-{key(model, kind, run.device, run.compute_dtype, *key_parts)[:32]}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError):  # the file is missing or damaged
-        statistics: Statistics = load_file(path)
-        os.utime(path)  # marks it as recently used
-        logger.info(f"{kind}: as kept in {path}")
+    cache = Cache(folder, suffix=".safetensors", limit_bytes=MOST_BYTES, damage=(SafetensorError,))
+    entry = cache.entry([*_key_parts(model), run.device, run.compute_dtype, *key_parts], name=kind)
+    statistics = cache.read(entry, load_file)
+    if statistics is not None:
+        logger.info(f"{kind}: as kept in {entry}")
         return statistics
     statistics = compute()
-    folder.mkdir(parents=True, exist_ok=True)
     # if writing fails (a full disk, for example), the next run computes them again
-    with contextlib.suppress(OSError, SafetensorError), atomic_write(path) as scratch:
+    with contextlib.suppress(OSError, SafetensorError), cache.writing(entry) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in statistics.items()}, scratch)
-    _evict(folder)
     return statistics
 
 
-def _evict(folder: Path) -> None:
-    """Removes the least recently used files beyond `MOST_BYTES`; another process may do so at the same time."""
-    total = 0
-    with contextlib.suppress(OSError):
-        for path in sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True):
-            total += path.stat().st_size
-            if total > MOST_BYTES:
-                path.unlink(missing_ok=True)
-
-
-def key(model: PreTrainedModel, *key_parts: object) -> str:
-    """Returns the SHA-256 over the weights in memory, the architecture, the code, and the `key_parts`."""
+def _key_parts(model: PreTrainedModel) -> list[object]:
+    """Returns the model's architecture, the SHA-256 of its weights in memory, and that of the code."""
     from winnow.method.prefixes import code_sha256
 
     architecture = model.config.to_dict()
     architecture.pop("_name_or_path", None)  # the model's location does not matter
-    fields = (
-        type(model).__name__,
-        json.dumps(architecture, sort_keys=True, default=str),
-        code_sha256("method", "data", "model"),
-        key_parts,
-    )
-    digest = hashlib.sha256(repr(fields).encode())
+    digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return [type(model).__name__, architecture, digest.hexdigest(), code_sha256("method", "data", "model")]

@@ -5,27 +5,25 @@ model's content, the stages with all of their knobs, the seed, the calibration d
 libraries. An entry is an ordinary artifact, and continuing from it equals `model.path=` of that artifact. The least recently
 used entries are removed when the cache exceeds its limit in bytes.
 
-Processes may share a folder of entries: an entry is written elsewhere, then renamed, and is locked while a process reads it.
+Processes may share a folder of entries, which are locked while a process reads them (`winnow.core.cache`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
-import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from winnow.core.cache import Cache, stored_bytes
 from winnow.core.errors import UserError
-from winnow.core.files import sha256
+from winnow.core.hashes import sha256
 from winnow.core.types import Slot
 from winnow.data import corpus
 from winnow.hardware.run import Run
@@ -42,12 +40,11 @@ class PrefixCache:
     """The cached artifacts of one pipeline on one base model.
 
     Attributes:
-        limit_bytes: limit of the folder, which all pipelines share.
+        cache: the entries of all pipelines.
         earlier_stages: number of stages that the base model's own manifest already lists.
     """
 
-    folder: Path
-    limit_bytes: int
+    cache: Cache
     lm: LM
     stages: Mapping[str, Stage]
     run: Run
@@ -57,24 +54,21 @@ class PrefixCache:
     def longest_cached(self) -> Iterator[LM | None]:
         """Yields the cached artifact of the longest prefix that the other stages can continue from, locked meanwhile."""
         for count in range(len(self.stages), 0, -1):
-            entry = self.folder / self.key(count)
-            with _lock(entry, fcntl.LOCK_SH) as is_locked:
-                if is_locked and (artifact := self._load(entry, count)) is not None:
-                    os.utime(entry)  # marks it as recently used
+            with self.cache.reading(self.entry(count), functools.partial(self._load, count)) as artifact:
+                if artifact is not None:
                     yield artifact
                     return
         yield None
 
-    def _load(self, entry: Path, count: int) -> LM | None:
+    def _load(self, count: int, entry: Path) -> LM | None:
         """Returns the artifact with its stage records marked as reused; None if a later stage needs dense weights it lacks.
 
-        An artifact shares its files with its entry by hard links, so an entry whose files were changed is removed.
+        An artifact shares its files with its entry by hard links, so an entry whose files were changed is damaged.
         """
         remaining = list(self.stages.values())[count:]
         fields = manifest.read(entry)
         if fields.get("files") != manifest.hashes(entry):
-            shutil.rmtree(entry, ignore_errors=True)
-            return None
+            raise ValueError(f"{entry}: its files were changed")
         dense = fields.pop("dense")
         if remaining and remaining[0].slot < Slot.CACHE and not dense:
             return None
@@ -87,42 +81,25 @@ class PrefixCache:
         from winnow.model.save import save
 
         records = lm.manifest["stages"][self.earlier_stages :]
-        entry = self.folder / self.key(len(records))
+        entry = self.entry(len(records))
         seconds = sum(record["seconds"] for record in records if not record.get("reused"))
         on_disk = lm.path is not None and not isinstance(lm, FileLM)
         dense = not isinstance(lm, FileLM) and is_dense(lm)
-        size = _size(Path(str(lm.path))) if on_disk else sum(p.nbytes for p in lm.model.parameters())
-        if entry.is_dir() or size > self.limit_bytes or seconds < size / DISK_BYTES_PER_SECOND:
+        size = stored_bytes(Path(str(lm.path))) if on_disk else sum(p.nbytes for p in lm.model.parameters())
+        if entry.is_dir() or not self.cache.fits(size) or seconds < size / DISK_BYTES_PER_SECOND:
             return
         if not (on_disk or dense):
             return  # saving would pack the weights, which the next stage needs unpacked
-        self._make_room(size)
-        partial = self.folder / f".{entry.name}.{uuid.uuid4().hex[:8]}.partial"
-        try:
+        # another process may be faster, or the disk full: the pipeline continues uncached
+        with contextlib.suppress(OSError, UserError), self.cache.writing(entry, expected_bytes=size) as scratch:
             if on_disk:
-                shutil.copytree(str(lm.path), partial, copy_function=_link)
+                shutil.copytree(str(lm.path), scratch, copy_function=_link)
             else:
-                save(lm, partial)
-            manifest.write(partial, {**lm.manifest, **manifest.read(partial), "dense": dense})
-            partial.rename(entry)
-        except (OSError, UserError):  # another process was faster, or the disk is full: the pipeline continues uncached
-            shutil.rmtree(partial, ignore_errors=True)
+                save(lm, scratch)
+            manifest.write(scratch, {**lm.manifest, **manifest.read(scratch), "dense": dense})
 
-    def _make_room(self, size: int) -> None:
-        """Removes the least recently used entries that no process reads, until `size` more bytes are within the limit."""
-        last_used = {path: path.stat().st_mtime for path in _entries(self.folder)}
-        sizes = {path: _size(path) for path in last_used}
-        total = sum(sizes.values())
-        for path in sorted(last_used, key=lambda p: last_used[p]):
-            if total + size <= self.limit_bytes:
-                return
-            with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as is_locked:
-                if is_locked:
-                    shutil.rmtree(path, ignore_errors=True)
-                    total -= sizes[path]
-
-    def key(self, count: int) -> str:
-        """Returns the SHA-256 over all that the result of the first `count` stages depends on."""
+    def entry(self, count: int) -> Path:
+        """Returns the path of the entry for the result of the first `count` stages, by all that it depends on."""
         applied = list(self.stages.items())[:count]
         run = self.run
         fields = {
@@ -134,14 +111,15 @@ class PrefixCache:
             "versions": manifest.versions(),
             "code": code_sha256("method", "training", "data", "model", "nano"),
         }
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return self.cache.entry(fields)
 
 
 def prefix_cache(lm: LM, stages: Mapping[str, Stage], run: Run) -> PrefixCache:
     """Returns the cache for `stages` on `lm`; it stores nothing if the run has no cache folder or the model has no hash."""
     limit = run.stage_cache_bytes if lm.sha256() is not None and run.cache is not None else 0
     earlier_stages = len(lm.manifest.get("stages", []))
-    return PrefixCache((run.cache or run.folder) / FOLDER, limit, lm, stages, run, earlier_stages)
+    cache = Cache((run.cache or run.folder) / FOLDER, limit_bytes=limit)
+    return PrefixCache(cache, lm, stages, run, earlier_stages)
 
 
 def link_artifact(artifact: LM, output: Path) -> LM:
@@ -198,30 +176,3 @@ def _content(value: Any) -> str | None:
     if path.is_file():
         return sha256(path)
     return None
-
-
-def _entries(folder: Path) -> Sequence[Path]:
-    return [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
-
-
-def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-@contextlib.contextmanager
-def _lock(entry: Path, kind: int) -> Iterator[bool]:
-    """Locks an entry and yields whether it exists and was locked; the kernel releases the lock of a process that dies."""
-    try:
-        descriptor = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, kind)
-            acquired = (entry / manifest.NAME).is_file()  # False if it was removed while this process waited
-        except BlockingIOError:
-            acquired = False
-        yield acquired
-    finally:
-        os.close(descriptor)

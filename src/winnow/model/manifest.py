@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from winnow.core.errors import UserError
-from winnow.core.files import sha256, write_json
+from winnow.core.files import write_json
+from winnow.core.hashes import sha256
 from winnow.model.folder import content_files, decides_weights, is_weights
 
 NAME = "manifest.json"

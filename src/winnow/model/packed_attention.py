@@ -132,12 +132,11 @@ def segments_attention(
     key_bktd: torch.Tensor,
     value_bktd: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     *,
     segments: Segments,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Computes attention of the segments of a single row; returns [1, T, H, D]. It is not for training."""

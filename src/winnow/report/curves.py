@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from winnow.core.files import write_first
 from winnow.core.formats import plain
 from winnow.report.runs import NAME_LENGTH
 from winnow.report.tracking import check_mode, session, settings
@@ -104,11 +105,9 @@ class Curves:
 
     def _id(self) -> str:
         if self.mode == "online" and self.memory is not None:
-            if self.memory.exists():
-                return self.memory.read_text().strip()
             self.memory.parent.mkdir(parents=True, exist_ok=True)
-            self.memory.write_text(run_id := secrets.token_hex(6))
-            return run_id
+            write_first(self.memory, secrets.token_hex(6))
+            return self.memory.read_text(encoding="utf-8").strip()
         return secrets.token_hex(6)
 
     def _fail(self, error: BaseException) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from winnow.build.search_settings import SearchSettings
+from winnow.core.cache import BatchCache
 from winnow.core.errors import UserError
 from winnow.core.types import Strategy, Trial
 from winnow.search import child, fork_server
@@ -40,7 +41,9 @@ class Forecasts:
         cached: bool = True,
     ) -> None:
         self._compute, self._constraints = compute, dict(constraints or {})
-        self._cache: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._cache: BatchCache[tuple[str, ...], Strategy, dict[str, Any]] = BatchCache(
+            lambda s: s.overrides, MAX_CACHED
+        )
         self.costs = Costs(cached)
 
     def observe(self, trial: Trial) -> None:
@@ -65,13 +68,11 @@ class Forecasts:
 
     def _forecasts(self, strategies: Sequence[Strategy]) -> list[dict[str, Any]]:
         """Returns the forecast of each strategy; computes all missing ones in one call."""
-        if len(self._cache) + len(strategies) > MAX_CACHED:
-            self._cache.clear()
-        missing = {s.overrides: s for s in strategies if s.overrides not in self._cache}
-        if missing:
-            answers = self._compute([{"methods": list(s.methods), "knobs": dict(s.knobs)} for s in missing.values()])
-            self._cache.update(zip(missing, answers, strict=True))
-        return [self._cache[s.overrides] for s in strategies]
+
+        def compute(missing: list[Strategy]) -> list[dict[str, Any]]:
+            return self._compute([{"methods": list(s.methods), "knobs": dict(s.knobs)} for s in missing])
+
+        return self._cache.values(strategies, compute)
 
 
 def smallest(strategies: Sequence[Strategy], forecaster: Forecaster, count: int) -> list[Strategy]:

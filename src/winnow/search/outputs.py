@@ -8,9 +8,7 @@ study that moves together with the folder, as `study.db` does by default, fits a
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import platform
 import uuid
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from winnow.core.errors import UserError
+from winnow.core.files import write_first
 
 if TYPE_CHECKING:
     from winnow.study.study import Study
@@ -84,15 +83,8 @@ def _read_token(folder: Path) -> str | None:
 def _write_token(folder: Path) -> str:
     """Writes a token and returns the one that is there: of two searches that begin at once, the first one wins."""
     path = folder / "trials" / FILE
-    scratch = path.with_name(f".{uuid.uuid4().hex}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch.write_text(json.dumps({"token": uuid.uuid4().hex}) + "\n", encoding="utf-8")
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.link(scratch, path)  # never overwrites another token
-    except OSError:  # the file system has no links
-        scratch.replace(path)
-    scratch.unlink(missing_ok=True)
+    write_first(path, json.dumps({"token": uuid.uuid4().hex}) + "\n")
     token = _read_token(folder)
     if token is None:
         raise UserError(f"{path} cannot be read; remove it, or give another folder with outputs=FOLDER")

@@ -2,7 +2,7 @@
 
 On CUDA, a forward and backward pass runs with n, 2n, 4n tokens, until the allocator's peak would exceed the limit or a step's
 share is reached. On a CPU, where a peak cannot be undone, the estimate of `winnow.training.preflight` decides. The result is
-stored in `batch_sizes.json` of the run's cache, because a resumed training must divide its steps as before.
+stored in the run's cache, because a resumed training must divide its steps as before.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from winnow.core.files import write_json
+from winnow.core.cache import Cache
 from winnow.data.encoding import Encoded, collate, to_device
+from winnow.estimate.training_memory import TrainingMemory
 from winnow.hardware.run import Run
 from winnow.training.dist_env import DistEnv, broadcast_from_rank_zero, local_device
 from winnow.training.objective import Objective
-from winnow.training.preflight import TrainingMemory, TrainingMemoryPlan
+from winnow.training.preflight import TrainingMemoryPlan
 from winnow.training.student import Student
 
-NAME = "batch_sizes.json"
+FOLDER = "batch_sizes"
 
 
 def choose_batch_tokens(
@@ -49,9 +50,8 @@ def choose_batch_tokens(
         device = local_device(run)
         fits = _fits_by_estimate(plan)
         if run.device == "cuda" and not plan.sharded:
-            states_bytes = 8 * memory.trainable_parameters  # the optimizer's moments
             step = _loss_of_tokens(student, objective, rows, precision, device)
-            fits = fits_on_cuda(step, list(student.trainable.values()), device, plan.usable_bytes, states_bytes)
+            fits = fits_on_cuda(step, list(student.trainable.values()), device, plan.usable_bytes, memory.moments_bytes)
         key = {
             "model": hashlib.sha256(student.base.config.to_json_string().encode()).hexdigest()[:12],
             "trained": memory.trainable_parameters,
@@ -119,29 +119,24 @@ def cached_batch_tokens(
     cache: Path, key: Mapping[str, Any], fits: Callable[[int], bool], start: int, share: int
 ) -> int:
     """Returns the result of `double_until_full`; for a cached `key` it tests only sizes beyond the cached one."""
-    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    entry = _read(cache / NAME).get(name)
-    if entry is not None and start <= entry["tokens"]:
-        if entry["limited"] or entry["tokens"] >= share:
-            return min(int(entry["tokens"]), share)
-        start = int(entry["tokens"])
+    batch_sizes = Cache(cache / FOLDER, suffix=".json")
+    entry = batch_sizes.entry(key)
+    cached = batch_sizes.read(entry, _load)
+    if cached is not None and start <= cached["tokens"]:
+        if cached["limited"] or cached["tokens"] >= share:
+            return min(cached["tokens"], share)
+        start = cached["tokens"]
     tokens, limited = double_until_full(fits, start, share)
-    _add_entry(cache / NAME, name, {"tokens": tokens, "limited": limited, **key})
+    with batch_sizes.writing(entry) as scratch:
+        scratch.write_text(json.dumps({"tokens": tokens, "limited": limited, **key}, indent=1) + "\n", encoding="utf-8")
     return tokens
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return entries if isinstance(entries, dict) else {}
-
-
-def _add_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Adds an entry in one atomic write. Of two concurrent additions one may be lost; it is then computed again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**_read(path), name: entry}, indent=1)
+def _load(path: Path) -> dict[str, int]:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged")
+    return {name: int(stored[name]) for name in ("tokens", "limited")}
 
 
 def hardware_name(device: str) -> str:
@@ -154,14 +149,14 @@ def hardware_name(device: str) -> str:
 
 
 def fits_on_cuda(
-    step: Callable[[int], Any], parameters: list[Any], device: str, usable: int, states_bytes: int
+    step: Callable[[int], Any], parameters: list[Any], device: str, usable: int, moments_bytes: int
 ) -> Callable[[int], bool]:
     """Returns a test of whether a forward and backward pass with a number of tokens fits on a CUDA device.
 
     Args:
         step: returns the loss of a batch of about the given number of tokens.
         parameters: the trainable parameters, whose gradients are discarded.
-        states_bytes: the optimizer's moments, which a training stores as well.
+        moments_bytes: the optimizer's moments, which a training stores as well.
     """
 
     def fits(tokens: int) -> bool:
@@ -169,7 +164,7 @@ def fits_on_cuda(
         torch.cuda.reset_peak_memory_stats(device)
         try:
             step(tokens).backward()
-            return torch.cuda.max_memory_allocated(device) + states_bytes <= usable
+            return torch.cuda.max_memory_allocated(device) + moments_bytes <= usable
         except torch.cuda.OutOfMemoryError:
             return False
         finally:

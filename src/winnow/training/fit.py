@@ -23,6 +23,7 @@ import torch
 
 from winnow.core.errors import RankLost, UserError
 from winnow.data.encoding import Encoded
+from winnow.estimate.training_memory import TrainingMemory
 from winnow.hardware.run import Run
 from winnow.model.adapter import base_model
 from winnow.model.packed_attention import packed
@@ -262,7 +263,7 @@ def _place_model(
     run: Run,
     world: dist_env.DistEnv,
     precision: str,
-) -> tuple[preflight.TrainingMemory, preflight.TrainingMemoryPlan, dict[str, int]]:
+) -> tuple[TrainingMemory, preflight.TrainingMemoryPlan, dict[str, int]]:
     """Moves the model to its device.
 
     Returns:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from winnow.estimate.cost import LOGITS_BYTES
+from winnow.estimate.training_memory import LOGITS_BYTES
 
 CHUNK_BYTES = LOGITS_BYTES  # logits at a time, in single precision; memory estimates use it, too
 

@@ -1,7 +1,7 @@
 """Estimates a training's memory on each device before it starts, and refuses one that cannot fit with options that would.
 
 Weights, gradients, moments and activations are counted on the model as it will be trained, by the formulas of
-`winnow.estimate.cost`, to within some 20 %. Where memory is short, the plan first turns on activation checkpointing
+`winnow.estimate.training_memory`, to within some 20 %. Where memory is short, the plan first turns on activation checkpointing
 (Chen et al. 2016, arXiv:1604.06174), then shards the weights over the devices (FSDP), and only then refuses.
 """
 
@@ -18,62 +18,16 @@ from torch import nn
 
 from winnow.core.errors import UserError
 from winnow.core.formats import duration, human
-from winnow.estimate.cost import activation_bytes, heap_fragmentation_bytes
 from winnow.estimate.feasibility import HEADROOM
 from winnow.estimate.layout import ModelLayout
 from winnow.estimate.machine import EFFICIENCY, resident_bytes
+from winnow.estimate.training_memory import TrainingMemory
 from winnow.hardware.inventory import available_cores, physical_memory_bytes
 from winnow.hardware.run import Run
 from winnow.model.adapter import base_model
-from winnow.model.spec import ModelSpec
 from winnow.training.dist_env import DistEnv
 
 SHORTEST = 64  # the fewest tokens at a time that a refusal still suggests
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """The memory that a training takes on one device.
-
-    Attributes:
-        spec: the model's dimensions.
-        weights_bytes: all parameters and buffers, as they are stored.
-        gathered_bytes: the largest block and everything outside the blocks, which FSDP gathers whole.
-        cast_parameters: number of parameters that are cast to 16 bits for matrix products.
-        trainable_parameters: number of parameters that need a gradient.
-        other_models_bytes: other models that take part, such as a teacher.
-    """
-
-    spec: ModelSpec
-    weights_bytes: int
-    gathered_bytes: int
-    cast_parameters: int
-    trainable_parameters: int
-    other_models_bytes: int = 0
-    mixed: bool = True
-    adapters: bool = True
-    on_cpu: bool = False
-
-    def needed_bytes(self, tokens: int, checkpointing: bool = False, shards: int = 1) -> int:
-        """Returns the bytes on each of `shards` devices with `tokens` tokens on it at a time."""
-        layers, loss = activation_bytes(self.spec, tokens, self.mixed, self.adapters, checkpointing)
-        states = 12 * self.trainable_parameters / shards  # a gradient and two moments
-        if shards > 1:
-            weights = max(self.weights_bytes, 4 * self.spec.parameters) / shards + self.gathered_bytes * (
-                1.5 if self.mixed else 1.0
-            )
-            copies = 0.0
-        else:
-            weights, copies = float(self.weights_bytes), 2.0 * self.cast_parameters
-        holes = heap_fragmentation_bytes(layers + loss + copies, self.mixed, self.adapters) if self.on_cpu else 0.0
-        return math.ceil(weights + self.other_models_bytes + states + copies + layers + loss + holes)
-
-    def max_tokens(self, usable: float, share: int, checkpointing: bool, shards: int) -> int:
-        """Returns the most tokens at a time, out of a step's `share`, that fit into `usable` bytes; 0 if none do."""
-        tokens = share
-        while tokens >= SHORTEST and self.needed_bytes(tokens, checkpointing, shards) > usable:
-            tokens //= 2
-        return tokens if self.needed_bytes(tokens, checkpointing, shards) <= usable else 0
 
 
 @dataclass(frozen=True)
@@ -209,7 +163,7 @@ def can_shard(memory: TrainingMemory) -> bool:
 def _fitting_options(memory: TrainingMemory, available: float, least: int, world: DistEnv, shardable: bool) -> str:
     """Returns the part of a refusal that says which settings would fit into `available` bytes."""
     for checkpointing, shards in ((True, 1), (True, world.size)):
-        fewer = memory.max_tokens(available, least // 2, checkpointing, shards)
+        fewer = _max_tokens(memory, available, least // 2, checkpointing, shards)
         if fewer:
             shorter = f"method.<name>.max_length={fewer} and tokens_per_device={fewer}"
             return f"it fits with {shorter}" + (" and hardware.parallel=fsdp" if shards > world.local_size == 1 else "")
@@ -228,6 +182,14 @@ def _fitting_options(memory: TrainingMemory, available: float, least: int, world
                 options.append(f"{devices} such devices with hardware.parallel=fsdp")
                 break
     return f"it fits with {', or '.join(options)}" if options else "take a smaller model, or devices with more memory"
+
+
+def _max_tokens(memory: TrainingMemory, available: float, share: int, checkpointing: bool, shards: int) -> int:
+    """Returns the most tokens at a time, out of `share`, that fit into `available` bytes; 0 if none do."""
+    tokens = share
+    while tokens >= SHORTEST and memory.needed_bytes(tokens, checkpointing, shards) > available:
+        tokens //= 2
+    return tokens if memory.needed_bytes(tokens, checkpointing, shards) <= available else 0
 
 
 def _lora_parameters(memory: TrainingMemory) -> int:

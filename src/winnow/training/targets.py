@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
-import json
 import logging
 import os
 import time
@@ -36,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from winnow.core.cache import Cache
 from winnow.core.errors import UserError
 from winnow.data.encoding import Encoded, collate, collate_padded, to_device
 from winnow.model.lm import LM
@@ -80,14 +79,12 @@ def run_lengths(ids_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return ids_nk[first_nk], counts, first_nk.sum(-1)
 
 
-def cache_key(teacher: LM, rows: Sequence[Encoded], sampling: Sampling) -> str:
-    """Returns a hash of the teacher, the documents' tokens and answers, and the sampling settings."""
-    digest = hashlib.sha256(
-        json.dumps([teacher.sha256(), teacher.loading.dtype, dataclasses.asdict(sampling)]).encode()
-    )
+def _cache_key(teacher: LM, rows: Sequence[Encoded], sampling: Sampling) -> list[Any]:
+    """Returns the teacher, the sampling settings, and a hash of the documents' tokens and answers."""
+    digest = hashlib.sha256()
     for row in rows:
         digest.update(np.asarray([len(row.ids), *row.ids, *itertools.chain(*row.answers)], dtype=np.int64).tobytes())
-    return digest.hexdigest()[:16]
+    return [teacher.sha256(), teacher.loading.dtype, dataclasses.asdict(sampling), digest.hexdigest()]
 
 
 def id_type(vocabulary: int) -> type[np.unsignedinteger[Any]]:
@@ -155,26 +152,25 @@ def load_or_compute_targets(
     """
     from winnow.core.errors import is_disk_full
 
-    folder = cache / "targets" / cache_key(teacher, rows, sampling)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive_lock(folder.with_suffix(".lock")):
-        with contextlib.suppress(OSError, ValueError):
-            targets = Targets(folder, rows, sampling.points, vocabulary)
-            logger.info(f"targets: of {len(rows):,} documents, from {folder}")
+    targets_cache = Cache(cache / "targets")
+    entry = targets_cache.entry(_cache_key(teacher, rows, sampling))
+
+    def read(folder: Path) -> Targets:
+        return Targets(folder, rows, sampling.points, vocabulary)
+
+    with targets_cache.computing(entry):
+        targets = targets_cache.read(entry, read)
+        if targets is not None:
+            logger.info(f"targets: of {len(rows):,} documents, from {entry}")
             return targets
-        partial = folder.with_suffix(".partial")
         try:
-            _write(partial, load(), rows, sampling, vocabulary)
+            with targets_cache.writing(entry, resumable=True) as partial:
+                _write(partial, load(), rows, sampling, vocabulary)
         except OSError as error:
             if is_disk_full(error):
-                raise UserError(
-                    f"{folder.parent}: the disk is full; free some space, or take teacher=online"
-                ) from error
+                raise UserError(f"{entry.parent}: the disk is full; free some space, or take teacher=online") from error
             raise
-        if folder.exists():  # damaged
-            _remove(folder)
-        partial.rename(folder)
-    return Targets(folder, rows, sampling.points, vocabulary)
+        return read(entry)
 
 
 @torch.no_grad()
@@ -277,17 +273,3 @@ def _sample_targets(teacher: Student, rows: Sequence[Encoded], documents: list[i
         p_nv = (head(hidden_nh[part]) / sampling.temperature).softmax(-1)
         parts.append(run_lengths(systematic_sample(p_nv, starts_n[part], sampling.points)))
     return [torch.cat(tensors).cpu().numpy() for tensors in zip(*parts, strict=True)]
-
-
-@contextlib.contextmanager
-def _exclusive_lock(path: Path) -> Iterator[None]:
-    """Holds a file lock inside the context, after waiting for it. The system releases the lock of a process that has died."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _remove(folder: Path) -> None:
-    for name in FILES:
-        (folder / f"{name}.bin").unlink(missing_ok=True)
-    folder.rmdir()

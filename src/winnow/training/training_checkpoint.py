@@ -17,6 +17,7 @@ import lightning
 import torch
 
 from winnow.core.errors import UserError
+from winnow.core.files import put_in_place
 from winnow.training.callbacks import OptimizerStepCallback, check_finite
 
 logger = logging.getLogger(__name__)
@@ -96,11 +97,7 @@ class Checkpoints(OptimizerStepCallback):
             if scratch.is_file():
                 with scratch.open("rb") as file:
                     os.fsync(file.fileno())
-            if self.last.is_dir():  # the checkpoint of a sharded model is a folder, which cannot be replaced atomically
-                shutil.rmtree(self._old, ignore_errors=True)
-                self.last.rename(self._old)
-            scratch.replace(self.last)
-            shutil.rmtree(self._old, ignore_errors=True)
+            put_in_place(scratch, self.last, aside=self._old)  # the checkpoint of a sharded model is a folder
         self._saved = time.monotonic()
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:

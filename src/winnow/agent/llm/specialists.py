@@ -40,15 +40,14 @@ def prompt(name: str) -> str:
 @functools.cache
 def specialists() -> tuple[Specialist, ...]:
     """Returns all specialists, sorted by name."""
-    from omegaconf import DictConfig, OmegaConf
+    import yaml
 
     loaded = []
     for path in sorted(PROMPTS.glob("*.md")):
         if path.stem in (COORDINATOR, RULES):
             continue
         _, head, text = path.read_text(encoding="utf-8").split("---\n", 2)
-        about = OmegaConf.create(head)
-        assert isinstance(about, DictConfig)
+        about = yaml.safe_load(head)
         slots = frozenset(Slot[name.upper()] for name in about["slots"])
         loaded.append(Specialist(path.stem, slots, about["about"], text.strip()))
     return tuple(loaded)

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import struct
@@ -27,8 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from winnow.core.cache import Cache, cache_root
 from winnow.core.errors import UserError
-from winnow.core.files import atomic_folder, cache_root, sha256, write_json
+from winnow.core.files import atomic_folder, write_json
+from winnow.core.hashes import sha256
 from winnow.model import manifest
 from winnow.model.gguf.file import check_name
 from winnow.model.loading import Loading
@@ -63,19 +63,21 @@ def folder_of(file: Path, dequantize: bool = True) -> Path:
     """
     check_name(file)
     digest = sha256(file)
-    folder = (
-        cache_root()
-        / "models"
-        / f"{_safe_name(file.stem)}-{digest[:16]}-{_reader_version()}{'' if dequantize else '-file'}"
-    )
+    cache = Cache(cache_root() / "models")
+    name = f"{_safe_name(file.stem)}-{digest[:16]}-{_reader_version()}{'' if dequantize else '-file'}"
+    folder = cache.folder / name
 
-    def is_cached() -> bool:
-        linked = dequantize or (folder / file.name).resolve() == file.resolve()
-        return linked and (folder / manifest.NAME).is_file()
+    def check_entry(entry: Path) -> Path:
+        linked = dequantize or (entry / file.name).resolve() == file.resolve()
+        if not (linked and (entry / manifest.NAME).is_file()):
+            raise ValueError(f"{entry} is incomplete, or links to another file")
+        return entry
 
-    if not is_cached():
-        with _locked(folder):
-            if not is_cached():  # another process may have created it in the meantime
+    if cache.read(folder, check_entry) is None:
+        with contextlib.ExitStack() as stack:
+            with _cache_errors():
+                stack.enter_context(cache.computing(folder))
+            if cache.read(folder, check_entry) is None:  # another process may have created it in the meantime
                 _convert(file, digest, folder, dequantize)
     return folder
 
@@ -92,19 +94,6 @@ def _reader_version() -> str:
 def _safe_name(name: str) -> str:
     """Returns a name that is safe as a part of a folder name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".")[:64] or "model"
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Locks a folder against creation by another process inside the block; the lock ends when this process dies."""
-    with _cache_errors():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
