@@ -154,14 +154,20 @@ def test_a_model_that_is_random_is_noticed_because_its_base_was_not(tmp_path: Pa
         checked(pretrained(str(saved.path)))
 
 
-def test_the_manifest_lists_the_runtimes_as_tried(tiny: Path, tmp_path: Path, run_in: Run) -> None:
+def test_the_manifest_lists_the_runtimes_as_tried(
+    tiny: Path, tmp_path: Path, run_in: Run, log_lines: list[str]
+) -> None:
     import transformers
 
     from winnow.method.pipeline import compress
     from winnow.method.rtn import RTN
 
     base = pretrained(str(tiny))
+    base.model.generation_config.repetition_penalty = (
+        2.0  # of which a runtime says that it is not used, but not in this check
+    )
     saved = compress(base, {"rtn": RTN(group_size=32)}, run_in, tmp_path / "artifact")
+    assert [line.partition(":")[0] for line in log_lines] == ["rtn", "rtn", "runtimes"]
     assert saved.manifest["runtimes"] == {"transformers": transformers.__version__}
     assert pretrained(str(tmp_path / "artifact")).manifest == saved.manifest
     assert base._model is None and saved._model is None  # neither is kept

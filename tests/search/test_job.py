@@ -18,13 +18,25 @@ from winnow.search.outcome import read_outcome
 STEP = "tests.search.workers:burn"
 
 
-def settings(minutes: float | None = None) -> JobSettings:
-    return JobSettings({}, Hardware("cpu", carbon_g_per_kwh=100.0), TrialLimits(minutes), Path(), 1, False, [])
+def settings(minutes: float | None = None, workers: int = 1, is_confirmation: bool = False) -> JobSettings:
+    hardware = Hardware("cpu", carbon_g_per_kwh=100.0)
+    return JobSettings({}, hardware, TrialLimits(minutes), Path(), workers, is_confirmation, [])
 
 
-def job(folder: Path, minutes: float | None = None) -> Job:
+def job(folder: Path, minutes: float | None = None, **changes: Any) -> Job:
     pytest.importorskip("codecarbon")
-    return Job(settings(minutes), "7", folder, {})
+    return Job(settings(minutes, **changes), "7", folder, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [({}, ["burnt"]), ({"workers": 2}, ["[7] burnt"]), ({"workers": 2, "is_confirmation": True}, [])],
+)
+def test_its_lines_name_it_among_several_and_those_of_a_confirmation_are_hidden(
+    changes: dict[str, Any], lines: list[str], tmp_path: Path, log_lines: list[str]
+) -> None:
+    job(tmp_path, **changes).step("compress", STEP, {"end": "well"})
+    assert log_lines == lines
 
 
 def test_a_step_that_fails_counts_what_it_used_as_one_that_does_not(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from winnow.training.module import Schedule
 
 def train(tiny: Path, folder: Path, **settings: Any) -> tuple[Any, Fitted, list[str]]:
     """A short training; `model` and `on_line` (told of each line of progress) besides what `fit` takes."""
-    on_line: Callable[[str], None] = settings.pop("on_line")
+    on_line: Callable[[str], None] = settings.pop("on_line", lambda line: None)
     model = settings.pop("model", None) or pretrained(str(tiny), dtype="float32").model
     tokenizer = pretrained(str(tiny)).tokenizer
     rows = encode(documents(Calibration(), settings.pop("documents", 60), seed=0), tokenizer, 64)

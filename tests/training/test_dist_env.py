@@ -216,6 +216,9 @@ def test_a_pipeline_starts_torchrun_for_the_stage_that_trains(tiny: Path, tmp_pa
     ended = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=170, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "step 4/4" in ended.stderr  # the child's lines
+    assert (
+        ended.stderr.count("lora: done") == 2
+    )  # once from the first process of the training, and once from the pipeline
     made = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
     pruned, trained = made["stages"]
     assert (pruned["method"], trained["method"], trained["devices"]) == ("magnitude", "lora", 2)
