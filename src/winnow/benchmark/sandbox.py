@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from winnow.core.errors import UserError
+from winnow.hardware.inventory import available_cores
 
 JAIL = Path(__file__).with_name("jail.py")
 SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
@@ -78,11 +79,10 @@ def run(
     """
     if not programs:
         return []
-    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     [probe] = _serve([PROBE], 10.0, memory_bytes, 1)
     if probe[0] != Outcome.PASSED:
         raise _isolation_error(f"{probe[0]}, {probe[1]}")
-    results = _serve(programs, seconds, memory_bytes, workers)
+    results = _serve(programs, seconds, memory_bytes, workers or available_cores())
     if any(outcome == "unisolated" for outcome, _ in results):
         raise _isolation_error(next(message for outcome, message in results if outcome == "unisolated"))
     return [Result(Outcome(outcome), message) for outcome, message in results]
