@@ -239,7 +239,7 @@ class StageCost:
             adapters=adapters,
         )
         tokens = min(device_tokens or batch_tokens, batch_tokens)
-        own_weights = 4 * trained_parameters if frozen else 0  # of adapters, which the weights as stored do not include
+        own_weights = 4 * trained_parameters if adapters else 0  # which the weights of the model do not include
         masks = 4 * plan.linear_parameters if masked else 0
         # forward, gradients of inputs, and gradients of the trained weights
         flops = 2 * batch_tokens * (2 * parameters + trained_parameters)
