@@ -25,8 +25,8 @@ from winnow.training.losses import forward_kl
 from winnow.training.objective import Distillation, Objective, SampledDistillation
 from winnow.training.packed_rows import Documents
 from winnow.training.student import Student
-from winnow.training.targets import Sampling, Targets, load_or_compute_targets
 from winnow.training.teacher import load_frozen
+from winnow.training.teacher_targets import Sampling, Targets, load_or_compute_targets
 
 VOCABULARY = 8192
 STUDENT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}

@@ -17,13 +17,14 @@ from winnow.model.layers import linears
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
 from winnow.nano.embedded import WEIGHTS
-from winnow.training import targets as module
+from winnow.training import teacher_targets as module
 from winnow.training import zeros
 from winnow.training.losses import forward_kl, reverse_kl
 from winnow.training.objective import Distillation, SampledDistillation, block_outputs, evenly_spaced, relative_distance
 from winnow.training.optimizer import build_optimizer
 from winnow.training.student import Student
-from winnow.training.targets import (
+from winnow.training.teacher import load_frozen
+from winnow.training.teacher_targets import (
     BYTES_PER_TOKEN,
     FILES,
     Sampling,
@@ -33,7 +34,6 @@ from winnow.training.targets import (
     run_lengths,
     systematic_sample,
 )
-from winnow.training.teacher import load_frozen
 
 VOCABULARY = 1024
 DEFAULT = Sampling()

@@ -132,8 +132,8 @@ class Distilling(Training):
     def _objective(self, student: Student, teacher: LM, rows: Sequence[Encoded], run: Run) -> Objective:
         from winnow.training.dist_env import local_device
         from winnow.training.objective import Distillation, SampledDistillation
-        from winnow.training.targets import Sampling, load_or_compute_targets
         from winnow.training.teacher import load_frozen
+        from winnow.training.teacher_targets import Sampling, load_or_compute_targets
 
         def load() -> Student:
             return load_frozen(teacher, local_device(run))

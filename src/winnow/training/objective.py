@@ -17,7 +17,7 @@ from winnow.training.losses import Loss, chunked, cross_entropy, mixed, sampled_
 
 if TYPE_CHECKING:
     from winnow.training.student import Student
-    from winnow.training.targets import Targets
+    from winnow.training.teacher_targets import Targets
 
 
 class Objective(Protocol):
@@ -79,7 +79,7 @@ class Distillation:
 
 
 class SampledDistillation:
-    """The divergence from a teacher's cached targets (`winnow.training.targets`), mixed with cross entropy on the text."""
+    """The divergence from a teacher's cached targets (`winnow.training.teacher_targets`), mixed with cross entropy on the text."""
 
     def __init__(self, targets: Targets, temperature: float = 1.0, alpha: float = 0.0) -> None:
         self.targets = targets
