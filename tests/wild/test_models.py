@@ -21,6 +21,7 @@ from winnow.method import pipeline
 from winnow.method.lora import Lora, add_adapters
 from winnow.method.qlora import QLoRA
 from winnow.method.rtn import RTN
+from winnow.method.soft_prompt import SoftPrompt, add_prompt
 from winnow.model import adapter
 from winnow.model.lm import LM
 from winnow.model.pretrained import pretrained
@@ -143,18 +144,32 @@ def test_a_row_of_zeros_stays_one_and_spoils_nothing(folder: Path, run_in: Run) 
         QLoRA(**knobs)(pretrained(str(folder)), run_in)
 
 
-@pytest.mark.parametrize("name", ["repetition_penalty", "no_repeat_ngram_size"])
-def test_decoding_is_plainly_greedy_whatever_the_model_asks_for(folder: Path, name: str, log_lines: list[str]) -> None:
+OTHER_DECODINGS: dict[str, Any] = {
+    "repetition_penalty": 2.5,
+    "no_repeat_ngram_size": 2,
+    "suppress_tokens": list(range(0, 4096, 2)),
+    "forced_eos_token_id": 5,
+}
+
+
+@pytest.mark.parametrize("prompted", [False, True], ids=["plain", "soft prompt"])
+@pytest.mark.parametrize("name", OTHER_DECODINGS)
+def test_decoding_is_plainly_greedy_whatever_the_model_asks_for(
+    folder: Path, name: str, prompted: bool, log_lines: list[str]
+) -> None:
+    value = OTHER_DECODINGS[name]
+    if prompted:
+        adapter.write(add_prompt(pretrained(str(folder)), SoftPrompt(tokens=4), 0), folder / adapter.NAME)
     expected = answers(pretrained(str(folder)))
-    setting("generation_config.json", **{name: 2})(folder)
+    setting("generation_config.json", **{name: value})(folder)
     log_lines.clear()
     lm = pretrained(str(folder))
     with serving(lm):
         assert answers(lm) == expected
     assert [line for line in log_lines if line.startswith("decoding")] == [
-        f"decoding is greedy: {name}=2 of the model's settings are not used"
+        f"decoding is greedy: {name}={value} of the model's settings are not used"
     ]
-    assert getattr(lm.model.generation_config, name) == 2  # and are saved with it
+    assert getattr(lm.model.generation_config, name) == value  # and are saved with it
 
 
 A_OF_UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from winnow.core.errors import Unservable
 from winnow.hardware.device import Hardware
 from winnow.hardware.footprint import PeakMemory, weights_memory_bytes
-from winnow.model.adapter import virtual_tokens
+from winnow.model.adapter import base_model, virtual_tokens
 from winnow.model.generation import greedy
 from winnow.model.lm import LM
 from winnow.model.spec import context_of
@@ -52,8 +52,9 @@ class Runtime:
         self.model.eval()
         config = self.model.config.get_text_config()
         self.vocab_size = int(config.vocab_size)
-        self._settings = self.model.generation_config
-        self.model.generation_config, ignored = greedy(self._settings, self.vocab_size)
+        self._base = base_model(self.model)  # an adapter's wrapper has no generation settings of its own
+        self._settings = self._base.generation_config
+        self._base.generation_config, ignored = greedy(self._settings, self.vocab_size)
         if ignored:
             logger.info(
                 f"decoding is greedy: {', '.join(f'{k}={v}' for k, v in ignored.items())} of the model's settings are not used"
@@ -238,7 +239,7 @@ class Runtime:
 
     def close(self) -> None:
         self._release()
-        self.model.generation_config = self._settings
+        self._base.generation_config = self._settings
         self.model.train(self._training)
 
 
