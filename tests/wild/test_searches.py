@@ -62,13 +62,30 @@ def test_figures_that_are_no_numbers_stop_no_agent(policy: str, value: float, tm
     assert len(found.study.trials) == 11
 
 
-@pytest.mark.parametrize("setting", ["seed=-1", "seed=4294967296", "convergence=0"])
-def test_numbers_that_mean_nothing_are_refused(command: Callable[..., Any], tmp_path: Path, setting: str) -> None:
-    for script in ("search",) if setting.startswith("conv") else ("search", "compress"):
+@pytest.mark.parametrize(
+    ("scripts", "setting"),
+    [
+        (("search", "compress"), "seed=-1"),
+        (("search", "compress"), "seed=4294967296"),
+        (("search",), "agent.seed=-1"),
+        (("search", "evaluate"), "benchmark.seed=-1"),
+        (("search",), "convergence=0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    command: Callable[..., Any], tmp_path: Path, scripts: tuple[str, ...], setting: str
+) -> None:
+    for script in scripts:
         done = command(script, setting)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert setting in done.stderr and "give" in done.stderr
         assert not (tmp_path / "outputs").exists()
+
+
+def test_a_search_that_could_confirm_on_no_item_does_not_begin(command: Callable[..., Any], tmp_path: Path) -> None:
+    done = command("search", "method=[rtn]", "confirm=1e-9")
+    assert done.returncode == 2 and "none is left to confirm on" in done.stderr, done.stderr
+    assert "raise confirm, or set confirm=0" in done.stderr and not (tmp_path / "outputs").exists()
 
 
 def test_two_processes_do_not_make_the_same_artifact(command: Callable[..., Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from winnow.benchmark.protocol import Benchmark
-from winnow.core.errors import UserError
+from winnow.core.errors import UserError, check_seed
 from winnow.core.scalars import check_scalars
 from winnow.core.targets import MOVED, target_of
 from winnow.core.types import Calibration
@@ -58,6 +58,8 @@ def instantiate(cfg: DictConfig | Mapping[str, Any], key: str, **extra: Any) -> 
             allowed = "targets must be classes or functions of winnow, or as agent.llm a chat model that conf/agent/llm.yaml names"
             raise UserError(f"{where}._target_={target} is not allowed: {allowed}")
         check_scalars(target_of(target), values, where)
+        if isinstance(values.get("seed"), int):
+            check_seed(values["seed"], f"{where}.seed")
         values["_target_"] = MOVED.get(target, target)
     try:
         return hydra.utils.instantiate(container, **extra)

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from winnow import build
+from winnow.benchmark.protocol import Benchmark
 from winnow.build.command_settings import Compression, DryRun, Evaluation, compression, dry_run, evaluation
 from winnow.core.errors import UserError
 from winnow.core.targets import target_of
@@ -120,6 +121,11 @@ def confirmation(composed: Mapping[str, Any], artifact: str, output: str) -> Eva
     """Returns what the confirmation of a trial does: scoring its artifact on the held-out items."""
     benchmark = {**composed["benchmark"], "score_holdout": True}
     return evaluation(_of_artifact({**composed, "benchmark": benchmark}, artifact, output))
+
+
+def holdout_benchmark(composed: Mapping[str, Any]) -> Benchmark:
+    """Returns the benchmark whose items are those that confirmations score."""
+    return build.benchmark(OmegaConf.create({"benchmark": {**composed["benchmark"], "score_holdout": True}}))
 
 
 def _of_artifact(composed: Mapping[str, Any], artifact: str, output: str) -> DictConfig:

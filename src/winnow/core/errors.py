@@ -26,10 +26,10 @@ class Unservable(UserError):
     """An artifact does not load in its runtime, or does not work once it is loaded."""
 
 
-def check_seed(seed: int) -> None:
-    """Raises UserError for a seed that the random generator of some library rejects."""
+def check_seed(seed: int, key: str = "seed") -> None:
+    """Raises UserError for a seed, configured under `key`, that the random generator of some library rejects."""
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} is out of range; give a whole number from 0 to {2**32 - 1:,}")
+        raise UserError(f"{key}={seed} is out of range; give a whole number from 0 to {2**32 - 1:,}")
 
 
 class Reason(enum.StrEnum):

@@ -7,12 +7,15 @@ accuracy loses it if another one that is no worse in anything else is at least a
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from winnow.build.job_settings import SCORE_HOLDOUT, confirmation
+from winnow.build.job_settings import SCORE_HOLDOUT, confirmation, holdout_benchmark
+from winnow.build.search_settings import SearchSettings
 from winnow.core import grammar
-from winnow.core.errors import UserError
+from winnow.core.errors import Reason, UserError
+from winnow.search import child
 from winnow.search.folders import Folders
 from winnow.search.workers import Launch, Workers
 from winnow.study.policy import Suggestion
@@ -76,6 +79,27 @@ def confirm(study: Study, launch: Launch, workers: int, folder: Path) -> None:
         logger.info(f"confirmation: the rest of the front is not confirmed: {error}")
     finally:
         pool.stop(job_folders.cancel)
+
+
+def check(settings: SearchSettings) -> None:
+    """Raises UserError if a benchmark has no items to confirm on; a child process reads them, because that needs lm-eval."""
+    with tempfile.TemporaryDirectory() as scratch:  # nothing is written to the study's folder yet
+        try:
+            arguments = {"composed": settings.composed}
+            child.call("winnow.search.holdout:load", arguments, child.Limits(), Path(scratch) / "log.txt", prefix=None)
+        except child.Failed as failed:
+            if failed.reason is Reason.INVALID:
+                raise UserError(failed.message) from None
+            # the base model's trial meets everything else, and says so
+
+
+def load(composed: dict[str, Any]) -> None:
+    """Runs in the child: loads the items of confirmations."""
+    from winnow.benchmark.harness import Harness
+
+    benchmark = holdout_benchmark(composed)
+    assert isinstance(benchmark, Harness)
+    benchmark.load_items()
 
 
 def score(composed: dict[str, Any], artifact: str, output: str) -> dict[str, float]:

@@ -53,6 +53,8 @@ def search(config: DictConfig, arguments: Sequence[str], launching: Launching) -
         settings.hardware.check()
     devices = device_shares(settings.hardware, workers) if here else [{}] * workers
     fork_server.start_server(settings.preloads)
+    if settings.plain.confirm:
+        holdout.check(settings)
     if settings.model_moved:
         command_line = command_line.with_model(settings.lm)
     hardware, command_line = decoding.resolve_hardware(settings, here, command_line)
