@@ -182,7 +182,7 @@ def spec(config: PretrainedConfig | str | Path, group_size: int = 128, dtype: st
     if dtype not in _DTYPE_BYTES:
         raise ValueError(f"dtype={dtype} is not one of {', '.join(_DTYPE_BYTES)}")
 
-    shapes = _block_matrices(model, text.num_hidden_layers)
+    shapes = _block_matrices(model)
     linear = sum(math.prod(shape) for shape in shapes)
     groups = sum(math.prod(shape[:-1]) * math.ceil(shape[-1] / group_size) for shape in shapes)
     embeddings = {id(w): w.numel() for w in _embedding_weights(model)}
@@ -244,17 +244,13 @@ def build_on_meta(config: PretrainedConfig) -> nn.Module:
     return model
 
 
-def _block_matrices(model: nn.Module, layers: int) -> list[tuple[int, ...]]:
+def _block_matrices(model: nn.Module) -> list[tuple[int, ...]]:
     """Returns the shapes [..., out, in] of the matrices in the decoder blocks: linear weights, and experts stacked in 3D."""
     from torch import nn
 
-    block_lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers}
-    # the vision tower of a multimodal model may have as many layers
-    other_modalities = ("vision", "visual", "audio")
-    blocks = next((m for n, m in block_lists.items() if not any(modality in n for modality in other_modalities)), None)
-    if blocks is None:
-        raise UserError(f"{type(model).__name__} has no list of {layers} decoder blocks")
-    modules = [m for m in blocks.modules() if not isinstance(m, nn.Conv1d)]
+    from winnow.model.layers import decoder_blocks
+
+    modules = [m for m in decoder_blocks(model).modules() if not isinstance(m, nn.Conv1d)]
     return [tuple(p.shape) for m in modules for p in m.parameters(recurse=False) if p.ndim >= 2]
 
 
