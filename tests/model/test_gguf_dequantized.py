@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from winnow.core.cli import CONF
 from winnow.core.errors import MissingExtra, UserError
@@ -167,17 +168,17 @@ def test_a_file_is_compressed_and_its_origin_is_written_down(file: Path, tmp_pat
 
 def test_a_search_stays_with_the_model_it_began_with(file: Path, tmp_path: Path) -> None:
     from winnow import build
-    from winnow.search import overrides, start
+    from winnow.build.search_settings import search_settings
+    from winnow.search import overrides
 
-    typed = ["model=local", f"model.path={file}"]
+    typed = ["model=local", f"model.path={file}", "method=[rtn]"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("search", typed)
-        lm = build.model(config)
-        pinned, parsed = start._pin_model(config, overrides.parse(typed), lm)
-        assert not any(str(file) in override for override in parsed.shared)
+        settings = search_settings(compose("search", typed, return_hydra_config=True), {})
+        lm, parsed = settings.lm, overrides.parse(typed).with_model(settings.lm)
+        assert settings.model_moved and not any(str(file) in override for override in parsed.shared)
         file.unlink()
         trial = compose("search", list(parsed.shared))
-    for one in (pinned, trial):
+    for one in (OmegaConf.create(dict(settings.composed)), trial):
         assert one.model.path == lm.path and one.model.name == lm.name == "small"
         assert build.model(one).sha256() == lm.sha256()
 

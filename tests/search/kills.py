@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -44,7 +45,7 @@ class Counts:
 
 
 def start(folder: Path, **settings: Any) -> ForkProcess:
-    """A search in a process group of its own; what it prints goes to `search.txt`."""
+    """A search in a process group of its own; what it prints and logs goes to `search.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
     search = FORK.Process(target=_search, args=(folder, settings))
     search.start()
@@ -58,6 +59,8 @@ def _search(folder: Path, settings: dict[str, Any]) -> None:
     forkserver._forkserver.__init__()  # type: ignore[misc]  # the tests may have one already; this search has its own
     with (folder / "search.txt").open("a", buffering=1) as output:
         sys.stdout = sys.stderr = output
+        logging.basicConfig(format="%(message)s", stream=output, force=True)
+        logging.getLogger("winnow").setLevel(logging.INFO)
         small_search.main(folder, **settings)
 
 
