@@ -47,6 +47,10 @@ PRELOAD = [
 ]
 
 
+class EmptyHoldout(UserError):
+    """A benchmark has so few items that none is left on one side of the hold-out."""
+
+
 @dataclass(frozen=True)
 class Harness:
     """A set of benchmarks and the settings that they are run with.
@@ -177,7 +181,7 @@ class Harness:
         empty = [name for name, group in items.items() if not group]
         if empty and self.holdout_share:
             purpose, option = ("to confirm on", "raise") if self.score_holdout else ("to search with", "lower")
-            raise UserError(
+            raise EmptyHoldout(
                 f"benchmark {empty[0]} has so few items that none is left {purpose} where a share of {self.holdout_share:g} is "
                 f"held back; {option} confirm, or set confirm=0"
             )

@@ -6,6 +6,7 @@ accuracy loses it if another one that is no worse in anything else is at least a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from winnow.build.job_settings import SCORE_HOLDOUT, confirmation, holdout_benchmark
 from winnow.build.search_settings import SearchSettings
 from winnow.core import grammar
-from winnow.core.errors import Reason, UserError
+from winnow.core.errors import UserError
 from winnow.search import child
 from winnow.search.folders import Folders
 from winnow.search.workers import Launch, Workers
@@ -83,23 +84,28 @@ def confirm(study: Study, launch: Launch, workers: int, folder: Path) -> None:
 
 def check(settings: SearchSettings) -> None:
     """Raises UserError if a benchmark has no items to confirm on; a child process reads them, because that needs lm-eval."""
-    with tempfile.TemporaryDirectory() as scratch:  # nothing is written to the study's folder yet
-        try:
-            arguments = {"composed": settings.composed}
-            child.call("winnow.search.holdout:load", arguments, child.Limits(), Path(scratch) / "log.txt", prefix=None)
-        except child.Failed as failed:
-            if failed.reason is Reason.INVALID:
-                raise UserError(failed.message) from None
-            # the base model's trial meets everything else, and says so
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        contextlib.suppress(child.Failed),
+    ):  # the first trial meets other faults
+        arguments = {"composed": settings.composed}
+        function, log = "winnow.search.holdout:find_empty", Path(scratch) / "log.txt"
+        refusal = child.call(function, arguments, child.Limits(), log, prefix=None)["refusal"]
+        if refusal:
+            raise UserError(refusal)
 
 
-def load(composed: dict[str, Any]) -> None:
-    """Runs in the child: loads the items of confirmations."""
-    from winnow.benchmark.harness import Harness
+def find_empty(composed: dict[str, Any]) -> dict[str, str]:
+    """Runs in the child: returns why a confirmation would have no items, as `refusal`; "" if it has some."""
+    from winnow.benchmark.harness import EmptyHoldout, Harness
 
     benchmark = holdout_benchmark(composed)
     assert isinstance(benchmark, Harness)
-    benchmark.load_items()
+    try:
+        benchmark.load_items()
+    except EmptyHoldout as error:
+        return {"refusal": str(error)}
+    return {"refusal": ""}
 
 
 def score(composed: dict[str, Any], artifact: str, output: str) -> dict[str, float]:
