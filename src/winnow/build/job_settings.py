@@ -55,7 +55,7 @@ class Racing:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What the process that runs a job of a search is told: a trial, or the confirmation of one.
+    """The settings of a job of a search: a trial, or the confirmation of one.
 
     Attributes:
         composed: the whole configuration as plain values, of which the job's steps build their objects in child processes.
@@ -74,7 +74,7 @@ class JobSettings:
 
 @dataclass(frozen=True)
 class TrialEvaluation:
-    """What the evaluation of a trial is told besides what `evaluate.py` is.
+    """The settings of a trial's evaluation: those of `evaluate.py`, and what early stopping needs.
 
     Attributes:
         base: the base model of the search.

@@ -58,7 +58,7 @@ class PlainSettings:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """Everything that a search is told.
+    """All settings of a search, and the objects that they describe.
 
     Attributes:
         lm: the base model.
