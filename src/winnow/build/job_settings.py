@@ -119,13 +119,16 @@ def trial_evaluation(composed: Mapping[str, Any], artifact: str, output: str) ->
 
 def confirmation(composed: Mapping[str, Any], artifact: str, output: str) -> Evaluation:
     """Returns what the confirmation of a trial does: scoring its artifact on the held-out items."""
-    benchmark = {**composed["benchmark"], "score_holdout": True}
-    return evaluation(_of_artifact({**composed, "benchmark": benchmark}, artifact, output))
+    return evaluation(_of_artifact(_scoring_holdout(composed), artifact, output))
 
 
 def holdout_benchmark(composed: Mapping[str, Any]) -> Benchmark:
     """Returns the benchmark whose items are those that confirmations score."""
-    return build.benchmark(OmegaConf.create({"benchmark": {**composed["benchmark"], "score_holdout": True}}))
+    return build.benchmark(OmegaConf.create(_scoring_holdout(composed)))
+
+
+def _scoring_holdout(composed: Mapping[str, Any]) -> dict[str, Any]:
+    return {**composed, "benchmark": {**composed["benchmark"], "score_holdout": True}}
 
 
 def _of_artifact(composed: Mapping[str, Any], artifact: str, output: str) -> DictConfig:

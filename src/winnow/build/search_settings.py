@@ -20,7 +20,6 @@ from winnow.core.errors import UserError, check_seed
 from winnow.core.scalars import check_scalars
 from winnow.core.types import Calibration, Objective, Slot, Strategy
 from winnow.hardware.device import Hardware
-from winnow.hardware.run import Run
 from winnow.model.lm import LM
 from winnow.study.budget import Budget, Convergence
 from winnow.study.objectives import constraints, objectives
@@ -47,6 +46,7 @@ class PlainSettings:
     dry_run: bool
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.keep not in KEEP:
             raise UserError(f"keep={self.keep} is not known; it is one of {', '.join(KEEP)}")
         if self.workers < 1:
@@ -117,19 +117,19 @@ def search_settings(cfg: DictConfig, narrowed: Mapping[str, Any]) -> SearchSetti
     Raises:
         UserError: a setting is not valid, or something that it needs is missing.
     """
-    space = read_space(build.methods(cfg), narrowed)
+    methods, composed = build.methods(cfg), composed_values(cfg)
+    default = default_of(composed)
+    space = read_space(methods, narrowed)
+    calibration = build.calibration(cfg)
     plain_settings = _check_settings(cfg)
-    _check_fixed(cfg, space)
+    _check_fixed(methods, space, default)
     has_recipe = cfg.recipe is not None
-    first = (
-        [] if has_recipe else first_strategies(space, cfg.first_slots, default_of(build.plain(cfg.method), "method"))
-    )
+    first = [] if has_recipe else first_strategies(space, cfg.first_slots, default)
     budget = _checked(Budget, cfg.budget, "budget")
     convergence = Convergence(None if has_recipe else cfg.convergence)
     lm, hardware, benchmark = build.model(cfg, not cfg.dry_run), build.hardware(cfg), build.benchmark(cfg)
     path = cfg.model.get("path")
     model_moved = bool(lm.path and path and Path(lm.path) != Path(path))
-    composed = composed_values(cfg)
     if model_moved:
         composed["model"] |= {"path": lm.path, "name": lm.name}
     scores = benchmark.scores()
@@ -141,34 +141,30 @@ def search_settings(cfg: DictConfig, narrowed: Mapping[str, Any]) -> SearchSetti
         model_moved=model_moved,
         hardware=hardware,
         benchmark=benchmark,
-        calibration=build.calibration(cfg),
+        calibration=calibration,
         space=space,
         first=first,
         objectives=objectives(list(cfg.objectives), scores),
         constraints=constraints(build.plain(cfg.constraints), scores),
-        policy=None if cfg.dry_run else _policy(cfg, space, default_of(composed)),
+        policy=None if cfg.dry_run else _policy(cfg, space, default),
         budget=budget,
         convergence=convergence,
         outputs=Path(cfg.outputs),
         storage=cfg.storage and str(cfg.storage),
         wandb=build.plain(cfg.wandb),
-        methods=build.methods(cfg),
+        methods=methods,
         composed=composed,
         chosen=dict(cfg.hydra.runtime.choices),
         preloads=build.preloads(cfg),
     )
 
 
-def default_of(composed: Mapping[str, Any], prefix: str = "") -> Callable[[str], Any]:
-    """Returns a function that returns the configured value of a full key, None for a key that there is not.
-
-    Args:
-        composed: plain values; those below the key `prefix` if that is given.
-    """
+def default_of(composed: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Returns a function that returns the configured value of a full key, None for a key that there is not."""
 
     def default(key: str) -> Any:
         node: Any = composed
-        for part in key.removeprefix(f"{prefix}.").split("."):
+        for part in key.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
         return node
 
@@ -192,9 +188,6 @@ def first_strategies(space: Space, slot_names: Iterable[Any], default: Callable[
 
 def _check_settings(cfg: DictConfig) -> PlainSettings:
     """Returns the plain settings; raises UserError for a setting that a trial would refuse or that has no meaning."""
-    build.calibration(cfg)
-    check_scalars(Run, {"seed": cfg.seed})
-    check_seed(cfg.seed)
     if re.search(r"[\x00-\x1f]|\$\{|(^|/)\.{1,2}(/|$)", str(cfg.study)):
         raise UserError(f"study={cfg.study} is no name of a folder; give one without line breaks, dots alone, and ${{")
     settings = _checked(PlainSettings, {field.name: cfg[field.name] for field in dataclasses.fields(PlainSettings)})
@@ -203,13 +196,13 @@ def _check_settings(cfg: DictConfig) -> PlainSettings:
     return settings
 
 
-def _check_fixed(cfg: DictConfig, space: Space) -> None:
+def _check_fixed(methods: Mapping[str, Mapping[str, Any]], space: Space, default: Callable[[str], Any]) -> None:
     """Raises UserError for a fixed setting of a method that all its trials would refuse."""
     for method in (method for method in space.methods if method.fixed):
         prefix = f"method.{method.name}."
-        knobs = method.defaults(default_of(build.plain(cfg.method), "method"))
+        knobs = method.defaults(default)
         settings = {key.removeprefix(prefix): value for key, value in knobs.items()}
-        build.instantiate({"_target_": cfg.method[method.name]._target_, **settings}, prefix.strip("."))
+        build.instantiate({"_target_": methods[method.name]["_target_"], **settings}, prefix.strip("."))
 
 
 def _checked(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:

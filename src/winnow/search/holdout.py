@@ -84,10 +84,8 @@ def confirm(study: Study, launch: Launch, workers: int, folder: Path) -> None:
 
 def check(settings: SearchSettings) -> None:
     """Raises UserError if a benchmark has no items to confirm on; a child process reads them, because that needs lm-eval."""
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        contextlib.suppress(child.Failed),
-    ):  # the first trial meets other faults
+    # the first trial meets other faults
+    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(child.Failed):
         arguments = {"composed": settings.composed}
         function, log = "winnow.search.holdout:find_empty", Path(scratch) / "log.txt"
         refusal = child.call(function, arguments, child.Limits(), log, prefix=None)["refusal"]
